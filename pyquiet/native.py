@@ -1,0 +1,33 @@
+"""The one place that loads the native module.
+
+`cpu` is `pyquiet._cpu`, or None where it was not built: then everything runs on the torch references.
+"""
+
+import warnings
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+# Before _cpu: both then share the OpenMP runtime that torch brings.
+import torch  # noqa: F401
+
+if TYPE_CHECKING:
+    from pyquiet import _cpu as cpu
+else:
+    cpu: ModuleType | None
+    try:
+        import pyquiet._cpu as cpu
+    except ModuleNotFoundError as error:
+        if error.name != "pyquiet._cpu":
+            raise
+        cpu = None
+        warnings.warn(
+            "pyquiet's native module is not built, so the much slower torch references are used. "
+            "To build it, run `pip install -e .` in pyquiet's source folder.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def isa() -> str | None:
+    """The instruction-set level in use (sse4, avx2, avx512, avx512_bf16 or neon); None without native module."""
+    return None if cpu is None else cpu.isa()
