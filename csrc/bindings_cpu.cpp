@@ -9,12 +9,14 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 #include "common/isa.hpp"
 #include "common/philox.hpp"
+#include "thought_attention/binding.hpp"
 
 namespace py = pybind11;
 
@@ -22,49 +24,38 @@ namespace {
 
 using namespace pyquiet;
 
-// One word of the counter: an int64 a row, or one value for all rows.
-struct Field {
-  const char* name;
-  const int64_t* rows;
-  int64_t value;
-  int64_t limit;  // values lie in [0, limit)
+// The address of int64 [rows], or 0 and one value for all rows.
+using Field = std::pair<uintptr_t, int64_t>;
 
-  Field(const char* name, uintptr_t address, int64_t value, int64_t limit)
-      : name(name), rows(reinterpret_cast<const int64_t*>(address)), value(value), limit(limit) {}
-
-  uint32_t at(int64_t row) const {
-    const int64_t x = rows ? rows[row] : value;
-    if (x < 0 || x >= limit) {
-      throw std::invalid_argument("stream." + std::string(name) + " must be in [0, " +
-                                  std::to_string(limit) + "), got " + std::to_string(x) +
-                                  " at row " + std::to_string(row));
-    }
-    return static_cast<uint32_t>(x);
+CounterField checked(const char* name, const Field& field, int64_t rows, int64_t limit) {
+  const CounterField words{reinterpret_cast<const int64_t*>(field.first), field.second};
+  for (int64_t r = 0; r < (words.rows ? rows : 1); ++r) {
+    const int64_t x = words.at(r);
+    if (x >= 0 && x < limit) continue;
+    throw std::invalid_argument("stream." + std::string(name) + " must be in [0, " +
+                                std::to_string(limit) + "), got " + std::to_string(x) + " at row " +
+                                std::to_string(r));
   }
-};
+  return words;
+}
 
-constexpr int64_t kWord = int64_t{1} << 32, kIndices = int64_t{1} << 26;
-
-// out: double [rows]. Each field is (address of int64 [rows] or 0, the value where it is 0); a
-// sequence of (0, -1) counts the rows.
-void uniforms(uintptr_t out, int64_t rows, uint64_t seed, uintptr_t sequence_rows, int64_t sequence,
-              uintptr_t position_rows, int64_t position, uintptr_t step_rows, int64_t step,
-              uint32_t purpose, uintptr_t index_rows, int64_t index) {
+// out: double [rows].
+void fill_uniforms(uintptr_t out, int64_t rows, uint64_t seed, uint32_t purpose,
+                   const Field& sequence, const Field& position, const Field& step,
+                   const Field& index) {
   py::gil_scoped_release release;
-  const Field sequences("sequence", sequence_rows, sequence, kWord);
-  const Field positions("position", position_rows, position, kWord);
-  const Field steps("step", step_rows, step, kWord);
-  const Field indices("index", index_rows, index, kIndices);
-  const bool count_rows = !sequence_rows && sequence == -1;
-  double* u = reinterpret_cast<double*>(out);
-  for (int64_t r = 0; r < rows; ++r) {
-    const uint32_t id = count_rows ? static_cast<uint32_t>(r) : sequences.at(r);
-    u[r] = uniform(philox(seed, {id, positions.at(r), steps.at(r), purpose << 26 | indices.at(r)}));
-  }
+  constexpr int64_t kWords = int64_t{1} << 32, kIndices = int64_t{1} << 26;
+  const Stream stream{seed,
+                      purpose,
+                      checked("sequence", sequence, rows, kWords),
+                      checked("position", position, rows, kWords),
+                      checked("step", step, rows, kWords),
+                      checked("index", index, rows, kIndices)};
+  uniforms(stream, reinterpret_cast<double*>(out), rows);
 }
 
 std::array<uint32_t, 4> philox_words(uint64_t seed, const std::array<uint32_t, 4>& counter) {
-  const PhiloxBlock block = philox(seed, {counter[0], counter[1], counter[2], counter[3]});
+  const PhiloxBlock block = philox(seed, {{counter[0], counter[1], counter[2], counter[3]}});
   return {block.word[0], block.word[1], block.word[2], block.word[3]};
 }
 
@@ -88,5 +79,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("supported_isas", &supported_isas);
   m.def("openmp_threads", &openmp_threads, "Threads of the OpenMP runtime, 0 without OpenMP.");
   m.def("philox", &philox_words, py::arg("seed"), py::arg("counter"));
-  m.def("uniforms", &uniforms);
+  m.def("uniforms", &fill_uniforms);
+  m.def("thought_attention", &pyquiet::thought_attention);
 }

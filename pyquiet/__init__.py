@@ -1,3 +1,3 @@
-"""Language models that think before they speak: native kernels and samplers for Hugging Face models."""
+"""Hugging Face language models that think before they speak, on native kernels."""
 
 __version__ = "0.1.0"

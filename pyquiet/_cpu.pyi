@@ -1,3 +1,5 @@
+from torch import Tensor
+
 def isa() -> str: ...
 def compiled_isas() -> list[str]: ...
 def supported_isas() -> list[str]: ...
@@ -7,14 +9,26 @@ def uniforms(
     out: int,
     rows: int,
     seed: int,
-    sequence_rows: int,
-    sequence: int,
-    position_rows: int,
-    position: int,
-    step_rows: int,
-    step: int,
     purpose: int,
-    index_rows: int,
-    index: int,
+    sequence: tuple[int, int],
+    position: tuple[int, int],
+    step: tuple[int, int],
+    index: tuple[int, int],
     /,
 ) -> None: ...
+def thought_attention(
+    query: Tensor,
+    text_key: Tensor,
+    text_value: Tensor,
+    path_key: Tensor,
+    path_value: Tensor,
+    text_limits: Tensor,
+    text_start: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    threads: int,
+    /,
+) -> bool: ...

@@ -1,6 +1,6 @@
 """The one place that loads the native module.
 
-`cpu` is `pyquiet._cpu`, or None where it was not built: then everything runs on the torch references.
+`cpu` is `pyquiet._cpu`, or None where it was not built: then the torch references serve.
 """
 
 import warnings
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 # Before _cpu: both then share the OpenMP runtime that torch brings.
 import torch  # noqa: F401
+
+__all__ = ["cpu", "isa"]
 
 if TYPE_CHECKING:
     from pyquiet import _cpu as cpu
@@ -29,5 +31,5 @@ else:
 
 
 def isa() -> str | None:
-    """The instruction-set level in use (sse4, avx2, avx512, avx512_bf16 or neon); None without native module."""
+    """The instruction-set level in use (sse4, avx2, avx512, ...); None without a native module."""
     return None if cpu is None else cpu.isa()

@@ -38,4 +38,30 @@ PYQUIET_HD double uniform(PhiloxBlock block) {
   return (static_cast<double>(x >> 12) + 0.5) * 0x1p-52;
 }
 
+// One word of the counter for every row of a call: an int64 a row, or one value for all of them.
+struct CounterField {
+  const int64_t* rows;  // [R] or none
+  int64_t value;
+
+  PYQUIET_HD int64_t at(int64_t row) const { return rows ? rows[row] : value; }
+};
+
+// What a kernel unpacks a Python Stream into. Its owner has checked the ranges: sequence, position
+// and step below 2^32, index below 2^26.
+struct Stream {
+  uint64_t seed;
+  uint32_t purpose;
+  CounterField sequence, position, step, index;
+
+  PYQUIET_HD PhiloxBlock counter(int64_t row) const {
+    return {{static_cast<uint32_t>(sequence.at(row)), static_cast<uint32_t>(position.at(row)),
+             static_cast<uint32_t>(step.at(row)),
+             purpose << 26 | static_cast<uint32_t>(index.at(row))}};
+  }
+};
+
+PYQUIET_HD void uniforms(const Stream& stream, double* out, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) out[r] = uniform(philox(stream.seed, stream.counter(r)));
+}
+
 }  // namespace pyquiet
