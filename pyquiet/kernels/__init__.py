@@ -1,0 +1,5 @@
+"""The kernels: each module holds a public function, its reference in plain torch and its registration."""
+
+from pyquiet.kernels.thought_attention import thought_attention
+
+__all__ = ["thought_attention"]
