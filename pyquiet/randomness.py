@@ -183,7 +183,7 @@ def draw(
 def _invert(cdf: Tensor, weights: Tensor, u: Tensor) -> Tensor:
     """The first ids whose cumulative weight exceeds u [R] times the total; cdf, weights [R, V]."""
     threshold = (u * cdf[:, -1]).unsqueeze(-1)
-    ids = torch.searchsorted(cdf, threshold, right=True).clamp_(max=cdf.shape[-1] - 1)
+    ids = torch.searchsorted(cdf, threshold, right=True)
     # A parallel scan need not rise to the last bit, and may then point at an id of weight zero.
     stray = weights.gather(-1, ids) == 0
     if stray.any():

@@ -1,0 +1,5 @@
+import sys
+
+from pyquiet.cli import main
+
+sys.exit(main())

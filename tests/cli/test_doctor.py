@@ -1,0 +1,94 @@
+"""`pyquiet doctor`, and what every command shares: errors in one line, a quick start."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pyquiet import cli, native
+from pyquiet.cli import doctor
+
+
+def test_json_says_what_is_there(capsys):
+    assert cli.main(["doctor", "--json"]) == (0 if native.cpu else 1)
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["torch"]["version"] == torch.__version__
+    assert report["native"]["isa"] == native.isa()
+    assert report["threads"]["torch"] == torch.get_num_threads()
+    assert report["cuda"]["kernels_built"] is False
+    assert len(report["cuda"]["gpus"]) == torch.cuda.device_count()
+    assert (report["cuda"]["why_no_gpu"] is None) == torch.cuda.is_available()
+
+
+@pytest.mark.skipif(native.cpu is None, reason="the native module is not built")
+def test_words_name_the_instruction_set_and_the_cuda_kernels(capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"uses {native.isa()} " in out
+    assert "CUDA kernels  not built" in out
+    assert f"OpenMP {native.cpu.openmp_threads()}" in out
+
+
+def test_missing_native_module_is_said_with_the_remedy_and_fails(monkeypatch, capsys):
+    monkeypatch.setattr(native, "cpu", None)
+    assert cli.main(["doctor"]) == 1
+    assert "MISSING" in (out := capsys.readouterr().out)
+    assert "pip install -e ." in out
+    assert cli.main(["doctor", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["native"] == {"found": False, "isa": None, "built": [], "supported": []}
+
+
+@pytest.mark.parametrize(
+    ("version", "status"),
+    [
+        ("2.9.1", "too old"),
+        ("2.11.0", "supported"),
+        ("2.15.3+cu130", "supported"),
+        ("2.16.0a0", "newer than tested"),
+        ("3.0", "newer than tested"),
+    ],
+)
+def test_version_status(version, status):
+    assert doctor.version_status(version, "2.11", "2.15") == status
+
+
+def test_versions_outside_the_range_are_marked(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    cli.main(["doctor"])
+    assert "2.9.1: too old (supported: 2.11 to 2.15)" in capsys.readouterr().out
+
+
+def test_two_openmp_runtimes_are_pointed_out():
+    assert "two OpenMP runtimes" in doctor._thread_words({"torch": 2, "openmp": 4})
+    assert "two OpenMP runtimes" not in doctor._thread_words({"torch": 2, "openmp": 2})
+    assert "not built in" in doctor._thread_words({"torch": 2, "openmp": 0})
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, OSError, ImportError])
+def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, error):
+    def run(args):
+        raise error("first line\n  second line")
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err == "pyquiet: error: first line second line\n"
+
+
+def test_unknown_command_and_help(capsys):
+    with pytest.raises(SystemExit) as wrong:
+        cli.main(["dream"])
+    assert wrong.value.code == 2
+    with pytest.raises(SystemExit) as right:
+        cli.main(["--help"])
+    assert right.value.code == 0
+    assert "doctor" in capsys.readouterr().out
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "pyquiet.cli", "doctor", "--json"], capture_output=True, text=True
+    )
+    assert json.loads(done.stdout)["native"]["isa"] == native.isa(), done.stderr
