@@ -1,0 +1,90 @@
+"""Thoughts over a text of T tokens take memory linear in T, and no tensor of T x T is made.
+
+Every allocation of torch on the CPU is recorded by the profiler; nothing is timed.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from .thinkers import random_ids, thinker
+
+# From 768 tokens on SDPA takes larger blocks, a jump that has nothing to do with the thoughts.
+LENGTHS = (128, 256, 512)
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 40,
+    "max_position_embeddings": 1024,
+}
+
+
+def text_of(length):
+    return random_ids(1, length) % (TINY["vocab_size"] - 3) + 3
+
+
+def allocations(call):
+    """(peak of live bytes, bytes of the largest single allocation) while the call runs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    assert sizes
+    return max(itertools.accumulate(sizes)), max(sizes)
+
+
+@torch.no_grad()
+def test_the_recorder_sees_a_square():
+    values = torch.randn(512, 4)
+    peak, largest = allocations(lambda: (values @ values.T).softmax(-1))
+    assert largest == 512 * 512 * 4
+    assert peak >= 2 * largest
+
+
+def assert_linear(call):
+    """Peak and largest tensor of call(text) at most a little more than double with the text."""
+    figures = [allocations(functools.partial(call, text_of(length))) for length in LENGTHS]
+    for before, after in itertools.pairwise(figures):
+        assert after[0] < 2.3 * before[0]
+        assert after[1] < 2.3 * before[1]
+    return figures[-1]
+
+
+@pytest.mark.parametrize("thoughts", [1, 3])
+@torch.no_grad()
+def test_thoughts_of_a_text(thoughts):
+    model = thinker(m=2, dtype=torch.float32, attention="sdpa", **TINY)
+    options = {"seed": 0, "thoughts_per_token": thoughts}
+    _, largest = assert_linear(lambda ids: model.think_at_every_token(ids, **options))
+    # In bytes, so that for a single thought not even a boolean mask of T x T fits.
+    assert largest < thoughts * LENGTHS[-1] ** 2
+
+
+@torch.no_grad()
+def test_the_full_forward():
+    model = thinker(m=2, dtype=torch.float32, attention="sdpa", **TINY)
+    _, largest = assert_linear(lambda ids: model(ids, think="always", seed=0))
+    assert largest < LENGTHS[-1] ** 2
+
+
+@torch.no_grad()
+def test_generation_keeps_no_thoughts_behind():
+    """Path keys and values are dropped after every token: more new tokens cost only their text."""
+    model = thinker(m=5, dtype=torch.float32, attention="sdpa", **TINY)
+    prompt = text_of(8)
+
+    def peak(new):
+        return allocations(lambda: model.generate(prompt, max_new_tokens=new, seed=0))[0]
+
+    peak(4)
+    text = 2 * 2 * 8 * 4  # bytes of K and V of a text token: 2 layers, one head of 8, float32
+    kept = 4 * text * 64  # the cache may double as it grows, and an old copy may still live
+    slack = 64 * 400  # ids, thoughts, scores of 64 tokens more
+    assert peak(96) - peak(32) < kept + slack
