@@ -1,0 +1,105 @@
+"""What a figure was measured on: ISA, processor, threads, versions, ceilings of this run."""
+
+import functools
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+import pyquiet.native
+
+# g++ flags and register bytes of each ISA that pyquiet's CPU code is compiled for.
+ISA_FLAGS: dict[str, tuple[list[str], int]] = {
+    "sse4": (["-march=x86-64-v2"], 16),
+    "avx2": (["-march=x86-64-v3"], 32),
+    "avx512": (["-march=x86-64-v4"], 64),
+    "avx512_bf16": (["-march=x86-64-v4"], 64),
+    "neon": ([], 16),
+}
+# Far above any cache share of two cores, yet read in a fraction of a second.
+READ_MEGABYTES = 512
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine record. `fma_gflops` and `read_gbs` are None where `ceilings` says why."""
+
+    isa: str
+    cpu: str
+    threads: int
+    python: str
+    torch: str
+    transformers: str
+    fma_gflops: float | None
+    read_gbs: float | None
+    ceilings: str
+
+    def sentence(self) -> str:
+        """Return the record in one line of words."""
+        where = f"{self.isa}, {self.threads} threads, {self.cpu}, torch {self.torch}"
+        if self.fma_gflops is None:
+            return f"{where}; peak unknown: {self.ceilings}"
+        return f"{where}; peak {self.fma_gflops:.0f} GFLOP/s fp32, read {self.read_gbs:.0f} GB/s"
+
+
+def processor_name() -> str:
+    """Return the processor's own name, or the platform's word where it has none."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def measure_ceilings(isa: str | None, threads: int) -> tuple[float | None, float | None, str]:
+    """Return (fp32 GFLOP/s, read GB/s, how they were measured, or why they were not)."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        return None, None, "no g++ to compile fma_peak.cpp"
+    if isa is None:
+        return None, None, "no native module, so no ISA to measure"
+    if isa not in ISA_FLAGS:
+        return None, None, f"no compiler flags known for ISA {isa!r}"
+    flags, vector_bytes = ISA_FLAGS[isa]
+    flags = ["-O3", "-fopenmp", *flags, f"-DVECTOR_BYTES={vector_bytes}", "-Wno-psabi"]
+    source = Path(__file__).with_name("fma_peak.cpp")
+    with tempfile.TemporaryDirectory() as folder:
+        program = str(Path(folder) / "fma_peak")
+        compiled = subprocess.run(
+            [compiler, *flags, str(source), "-o", program], capture_output=True, text=True
+        )
+        if compiled.returncode:
+            return None, None, f"g++ could not compile fma_peak.cpp: {compiled.stderr[:200]}"
+        command = [program, str(threads), str(READ_MEGABYTES)]
+        measured = subprocess.run(command, capture_output=True, text=True, check=True)
+    gflops, gbs = map(float, measured.stdout.split())
+    return gflops, gbs, f"fma_peak.cpp, g++ {' '.join(flags)}"
+
+
+@functools.cache
+def this_machine() -> Machine:
+    """Return the record of this machine; the ceilings are measured once a run."""
+    isa, threads = pyquiet.native.isa(), torch.get_num_threads()
+    gflops, gbs, how = measure_ceilings(isa, threads)
+    return Machine(
+        isa=isa or "no native module",
+        cpu=processor_name(),
+        threads=threads,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        fma_gflops=gflops,
+        read_gbs=gbs,
+        ceilings=how,
+    )
+
+
+def as_record() -> dict[str, object]:
+    """Return the machine record as plain data for JSON."""
+    return asdict(this_machine())

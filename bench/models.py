@@ -1,0 +1,50 @@
+"""Named model shapes for the benches: Llama configurations with random weights.
+
+Speed does not depend on the values of the weights; nothing here says anything about quality.
+"""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SHAPES: dict[str, LlamaConfig] = {
+    # The shape of the well-known 15M stories model.
+    "llama-15m": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=288,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    ),
+    # The shape of SmolLM2-135M.
+    "llama-135m": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+def random_model(name: str, seed: int = 0) -> LlamaForCausalLM:
+    """Return the named shape in evaluation mode, float32, weights from `seed`.
+
+    It has no end-of-text token, so generation always runs to the length that is asked for.
+
+    Raises:
+        ValueError: no shape has this name.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"name is {name!r}; known shapes are {', '.join(SHAPES)}")
+    config = LlamaConfig.from_dict(SHAPES[name].to_dict())
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    return model.eval()

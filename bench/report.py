@@ -1,0 +1,71 @@
+"""Tables of a bench run, and the record that is kept of it.
+
+A bench leaves its figures in `extra_info`: `table` names the table, `shape` the row's problem,
+`method` the row, `seconds` the smallest time. Ratios are made here, from rows of the same run.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def add_ratios(rows: Iterable[Row]) -> None:
+    """Give each of pyquiet's rows `best_baseline` and `ratios`: baseline's seconds over its own."""
+    rows = list(rows)
+    for ours in rows:
+        if ours.get("method") != "pyquiet":
+            continue
+        same = [r for r in rows if (r["table"], r.get("shape")) == (ours["table"], ours["shape"])]
+        ratios = {r["method"]: r["seconds"] / ours["seconds"] for r in same if r is not ours}
+        if ratios:
+            ours["ratios"] = ratios
+            ours["best_baseline"] = min(ratios, key=ratios.__getitem__)
+
+
+def lines(rows: list[Row]) -> list[str]:
+    """Return the printed tables: one line for each shape, or each row without a shape."""
+    add_ratios(rows)
+    printed: list[str] = []
+    for table in dict.fromkeys(row["table"] for row in rows):
+        printed += ["", table]
+        for row in rows:
+            if row["table"] != table:
+                continue
+            if "shape" not in row:
+                printed.append("  " + figures(row))
+            elif row["method"] == "pyquiet":
+                printed.append(f"  {row['shape']:<14}" + comparison(row))
+    return printed
+
+
+def comparison(row: Row) -> str:
+    """Return our time, our rates, and by how much each baseline is slower, the best one first."""
+    text = f"{row['seconds'] * 1e3:9.3f} ms"
+    if row.get("gflops"):
+        text += f" {row['gflops']:6.1f} GFLOP/s"
+    if row.get("of_peak"):
+        text += f" {row['of_peak']:5.1%} of peak"
+    if row.get("read_gbs"):
+        text += f" {row['read_gbs']:6.1f} GB/s"
+    ratios = sorted(row.get("ratios", {}).items(), key=lambda item: item[1])
+    return text + " | " + ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios)
+
+
+def figures(row: Row) -> str:
+    """Return every figure of a row that has no baselines, by name."""
+    kept = {k: v for k, v in row.items() if k != "table"}
+    return ", ".join(
+        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in kept.items()
+    )
+
+
+def save(path: Path, record: dict[str, Any]) -> None:
+    """Write the record as JSON; a kill leaves the old file or the new one, never half of it."""
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(unfinished, path)
