@@ -18,12 +18,13 @@ class CMakeBuild(build_ext):
         source = Path(__file__).parent.resolve()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / ext.name
-        subprocess.run(
-            ["cmake", "-S", source, "-B", build, "-G", "Ninja", "--fresh"]
-            + [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
-            + [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
-            check=True,
-        )
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+        }
+        defines = [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.run(["cmake", "-S", source, "-B", build, "-G", "Ninja", *defines], check=True)
         subprocess.run(["cmake", "--build", build], check=True)
         prefix = target.parent.parent  # the module installs itself under pyquiet/
         subprocess.run(["cmake", "--install", build, "--prefix", prefix], check=True)
