@@ -1,0 +1,57 @@
+"""Checks of what a user hands in, made before anything is computed."""
+
+import torch
+from torch import Tensor
+
+from pyquiet.quiet_star.configuration import QuietStarConfig
+
+
+def check_inputs(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> None:
+    """Raises TypeError or ValueError unless ids are int64 [B, T] in range and the mask marks one run of tokens a row."""
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        what = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise TypeError(f"input_ids must be an int64 tensor of token ids, got {what}")
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
+        raise ValueError(
+            f"input_ids must be [B, T] with at least one token, got shape {list(input_ids.shape)}; an empty prompt has "
+            "nothing to think about: start it with the BOS token"
+        )
+    low, high = (int(x) for x in input_ids.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"input_ids must lie in 0..{vocabulary - 1}, the model's vocabulary; got {low if low < 0 else high}"
+        )
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
+        shape = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(f"attention_mask must have the shape {list(input_ids.shape)} of input_ids, got {shape}")
+    mask = attention_mask.to(torch.int8)
+    if ((attention_mask != 0) & (attention_mask != 1)).any():
+        raise ValueError("attention_mask must hold 0 (padding) and 1 (token) only")
+    runs = (mask.diff(dim=1, prepend=mask.new_zeros(len(mask), 1)) == 1).sum(1)
+    for row, count in enumerate(runs.tolist()):
+        if count != 1:
+            what = "is all padding" if count == 0 else "has padding between tokens"
+            raise ValueError(f"attention_mask row {row} {what}; each row must be one unbroken run of tokens")
+
+
+def check_context(config: QuietStarConfig, length: int) -> None:
+    """Raises ValueError if a text of `length` tokens and the thought after its last pass the model's context."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    needed = length + config.thought_tokens + 2
+    if context is not None and needed > context:
+        raise ValueError(
+            f"input_ids too long: {length} tokens and a thought of {config.thought_tokens} tokens with START and END need "
+            f"{needed} positions, but the model's context (max_position_embeddings) is {context}; shorten the text or "
+            "thought_tokens"
+        )
+
+
+def to_left_padding(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same rows with their padding moved to the left; each row's tokens are one run (`check_inputs`)."""
+    T = input_ids.shape[1]
+    mask = attention_mask.to(torch.bool)
+    end = T - mask.flip(1).long().argmax(1)  # column after each row's last token
+    source = (torch.arange(T, device=input_ids.device) + end[:, None]) % T
+    return input_ids.gather(1, source), attention_mask.gather(1, source)

@@ -1,0 +1,399 @@
+"""`QuietStarForCausalLM`: any decoder, with a thought after every token mixed into its prediction (arXiv 2403.09629)."""
+
+import copy
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutput
+
+from pyquiet.quiet_star.configuration import QuietStarConfig
+from pyquiet.quiet_star.generation import ThinkingGeneration
+from pyquiet.quiet_star.inputs import check_context, check_inputs
+from pyquiet.quiet_star.thinking import Round, Text, Thinker, ThoughtOptions, average, chunks
+from pyquiet.quiet_star.thoughts import check_supported, thinking
+
+Think = Literal["always", "never"]
+
+
+@dataclass
+class Thoughts:
+    """Thoughts after every token of a text. At padding, tokens are -1 and everything else is 0."""
+
+    tokens: Tensor  # int64 [B, T, N, m]
+    log_probs: Tensor  # [B, T, N, m] natural logarithm, under the law the thought was drawn from
+    weight: Tensor  # [B, T, N] w, the weight of the thought in the mix
+    mixed_log_probs: Tensor  # [B, T-1, N] of the true next token, with the thought
+    base_log_probs: Tensor  # [B, T-1] of the true next token, without
+
+
+class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin):
+    """A causal LM that thinks after every token: START, m sampled tokens, END, mixed into the next prediction.
+
+    The prediction is (1 - w) * base + w * thought on the logits, in float32 at least; w is an unbounded scalar that the
+    mixing head, an MLP 2d -> d -> d -> 1 whose last layer starts at zero, computes from the final-norm hidden states
+    before and after the thought (arXiv 2403.09629, section 4.3; the paper's w is 1 - w here). The wrapped model, `base`,
+    is left as it is. Build one with `from_base`; `save_pretrained`, `from_pretrained` and the Auto classes work.
+    """
+
+    config: QuietStarConfig
+    config_class = QuietStarConfig
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = {"mixing_head"}
+
+    def __init__(self, config: QuietStarConfig, base: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        if base is None:
+            base = AutoModelForCausalLM.from_config(config.base_config)
+        else:
+            for module in base.modules():
+                module._is_hf_initialized = True  # so that post_init leaves its weights alone
+        self.base = base
+        table = base.get_input_embeddings().weight
+        width = table.shape[1]
+        dtype = torch.promote_types(table.dtype, torch.float32)
+        self.mixing_head = nn.Sequential(
+            nn.Linear(2 * width, width, dtype=dtype),
+            nn.ReLU(),
+            nn.Linear(width, width, dtype=dtype),
+            nn.ReLU(),
+            nn.Linear(width, 1, bias=False, dtype=dtype),
+        ).to(base.get_output_embeddings().weight.device)
+        self.start_embedding = nn.Parameter(torch.zeros(width, dtype=table.dtype, device=table.device))
+        self.end_embedding = nn.Parameter(torch.zeros(width, dtype=table.dtype, device=table.device))
+        self.generation_config = copy.deepcopy(base.generation_config)
+        self.post_init()
+
+    @classmethod
+    def from_base(
+        cls,
+        model: PreTrainedModel | str | os.PathLike[str],
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        thought_tokens: int = 5,
+        thoughts_per_token: int = 1,
+        start_init: int | None = None,
+        official: bool = False,
+    ) -> "QuietStarForCausalLM":
+        """A thinking model around a causal LM, which shares the given model's weights and leaves them as they are.
+
+        START and END start from the embedding of the first token of "---" (through `tokenizer`), of the id `start_init`,
+        or, with neither, from the mean embedding. With a path, a tokenizer lying there is used. The head's last layer is
+        zero, so a fresh model predicts what its base predicts. `official=True` works with two more vocabulary rows, as
+        the released code does, on a copy of the given model.
+
+        Raises:
+            NotImplementedError: the architecture cannot think (no attention interface, ALiBi, sinks, latent or
+                state-space attention); the message names it.
+            ValueError, TypeError: an argument is out of range.
+        """
+        if not isinstance(model, PreTrainedModel):
+            tokenizer = tokenizer or _tokenizer_at(model)
+            model = AutoModelForCausalLM.from_pretrained(model)
+        elif official:
+            model = copy.deepcopy(model)
+        if isinstance(model, QuietStarForCausalLM):
+            raise ValueError("model thinks already; give from_base its .base")
+        check_supported(model)
+        if start_init is None and tokenizer is not None:
+            start_init = tokenizer("---", add_special_tokens=False)["input_ids"][0]
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        if start_init is not None and not 0 <= start_init < vocabulary:
+            raise ValueError(f"start_init must be a token id in 0..{vocabulary - 1}, got {start_init}")
+        if official:
+            model.resize_token_embeddings(vocabulary + 2)
+        config = QuietStarConfig(
+            copy.deepcopy(model.config),
+            thought_tokens=thought_tokens,
+            thoughts_per_token=thoughts_per_token,
+            official=official,
+            dtype=model.dtype,
+        )
+        thinker = cls(config, model)
+        thinker._init_thoughts(start_init)
+        thinker._probe()
+        return thinker.train(model.training)
+
+    @torch.no_grad()
+    def _init_thoughts(self, token_id: int | None) -> None:
+        table = self.base.get_input_embeddings()
+        if token_id is None:
+            row = table.weight.float().mean(0)
+            row = row * getattr(table, "embed_scale", 1.0)  # Gemma's tables scale what they look up
+        else:
+            row = table(torch.tensor([token_id], device=table.weight.device))[0]
+        for parameter in (self.start_embedding, self.end_embedding):
+            parameter.copy_(row / self.config.embedding_scale)
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """One token's thought, so that an architecture that cannot think is found out before anybody relies on it."""
+        if self.start_embedding.device.type != "meta":
+            ids = torch.zeros(1, 1, dtype=torch.int64, device=self.start_embedding.device)
+            with thinking(self.base):
+                thinker = Thinker(self, Text.of(ids, None), ThoughtOptions(seed=0, thoughts=1))
+                hidden = thinker.read(ids)
+                layout = torch.ones(1, 1, dtype=torch.int64, device=ids.device)
+                thinker._run_paths(layout, self.start[None], 0)
+                self.finish(self.raw_logits(hidden))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.mixing_head[-1]:
+            nn.init.zeros_(module.weight)
+        elif module is self:
+            self._init_thoughts(None)
+
+    # -- pieces of the model
+
+    @property
+    def start(self) -> Tensor:
+        """START's embedding [d], differentiable in `start_embedding`."""
+        return self.start_embedding * self.config.embedding_scale
+
+    @property
+    def end(self) -> Tensor:
+        """END's embedding [d], differentiable in `end_embedding`."""
+        return self.end_embedding * self.config.embedding_scale
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the rows of the LM head."""
+        size: int = self.base.get_output_embeddings().weight.shape[0]
+        return size
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Embeddings [..., d] of token ids [...]."""
+        embeddings: Tensor = self.base.get_input_embeddings()(input_ids)
+        return embeddings
+
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        """What the LM head alone makes of hidden states [..., d]: [..., V], in float32 at least."""
+        head = self.base.get_output_embeddings()
+        logits = head(hidden.to(head.weight.dtype))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def finish(self, raw: Tensor) -> Tensor:
+        """Logits [..., V] from raw ones: the scales and softcaps of the base's own forward, run around them."""
+        flat = raw.reshape(1, -1, raw.shape[-1])
+        head = self.base.get_output_embeddings()
+        shell = object.__new__(type(self.base))
+        shell.__dict__.update(self.base.__dict__)
+        shell.__dict__["_modules"] = {
+            name: _Given(_Hidden(last_hidden_state=flat[..., :1]))
+            if name == self.base.base_model_prefix
+            else (_Given(flat) if module is head else module)
+            for name, module in self.base._modules.items()
+        }
+        logits: Tensor = type(self.base).forward(shell, inputs_embeds=flat, use_cache=False).logits
+        return logits.view(raw.shape)
+
+    def mix(self, hidden: Tensor, end_hidden: Tensor) -> Tensor:
+        """The thoughts' weights w [..., N] from base states [..., d] and END states [..., N, d]."""
+        head = self.mixing_head
+        pair = torch.cat([hidden[..., None, :].expand_as(end_hidden), end_hidden], -1)
+        weight: Tensor = head(pair.to(device=head[0].weight.device, dtype=head[0].weight.dtype))[..., 0]
+        return weight
+
+    def mixed_logits(self, raw_base: Tensor, end_hidden: Tensor, weight: Tensor) -> Tensor:
+        """Logits [..., N, V] from raw base logits [..., V], END states [..., N, d] and weights [..., N]."""
+        w = weight[..., None]
+        return self.finish((1 - w) * raw_base[..., None, :] + w * self.raw_logits(end_hidden))
+
+    def banned_ids(self, device: torch.device) -> Tensor | None:
+        """bool [V], True at ids that must never be sampled; None if there are none."""
+        if not self.config.reserved_ids:
+            return None
+        banned = torch.zeros(self.vocab_size, dtype=torch.bool, device=device)
+        banned[self.config.reserved_ids] = True
+        return banned
+
+    # -- thinking over a text
+
+    @torch.no_grad()
+    def think_at_every_token(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        seed: int | None = None,
+        sequence_ids: Tensor | None = None,
+        thoughts_per_token: int | None = None,
+        thought_temperature: float = 1.0,
+        thought_top_k: int | None = None,
+        thought_top_p: float | None = None,
+    ) -> Thoughts:
+        """N thoughts after every token of a text, all in parallel (arXiv 2403.09629, section 4.2).
+
+        Args:
+            input_ids: int64 [B, T]. attention_mask: [B, T], 0 at padding, which may lie on either side.
+            seed: of all draws; None takes one from torch's generator. A thought token depends on (seed, sequence id,
+                position without padding, thought, step) alone, not on the batch or on what is computed beside it.
+            sequence_ids: int64 [B]; None numbers the rows.
+            thoughts_per_token: N; None is the configuration's. The other arguments shape the thoughts' sampling.
+
+        Returns:
+            `Thoughts`. Memory grows linearly with T.
+
+        Raises:
+            ValueError, TypeError: ids out of range, an empty row, a mask with holes, a text that with its thoughts passes
+                the model's context, NaN logits (the row is named), an option out of range.
+        """
+        text, options = self._prepare(
+            input_ids,
+            attention_mask,
+            (seed, thoughts_per_token, thought_temperature, thought_top_k, thought_top_p, sequence_ids),
+        )
+        hidden, round_ = self._think_everywhere(input_ids, text, options)
+        weight = self.mix(hidden, round_.end_hidden)
+        base, mixed = self._next_log_probs(input_ids, hidden, round_.end_hidden, weight)
+        real = torch.ones_like(input_ids, dtype=torch.bool) if text.mask is None else text.mask
+        both = real[:, 1:] & real[:, :-1]
+        return Thoughts(
+            tokens=round_.tokens.masked_fill(~real[:, :, None, None], -1),
+            log_probs=round_.log_probs.masked_fill(~real[:, :, None, None], 0),
+            weight=weight.masked_fill(~real[:, :, None], 0),
+            mixed_log_probs=mixed.masked_fill(~both[..., None], 0),
+            base_log_probs=base.masked_fill(~both, 0),
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        think: Think = "always",
+        seed: int | None = None,
+        sequence_ids: Tensor | None = None,
+        thoughts_per_token: int | None = None,
+        thought_temperature: float = 1.0,
+        thought_top_k: int | None = None,
+        thought_top_p: float | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutput:
+        """Next-token logits [B, T, V] after thinking at every token; with labels [B, T] (-100: ignored), also the loss.
+
+        With N > 1 the logits are log-probabilities averaged over the thoughts in probability. Arguments are those of
+        `think_at_every_token`; `think="never"` is the base's own forward, which takes any further argument. No gradient
+        flows through a thinking forward.
+        """
+        if think not in ("always", "never"):
+            raise ValueError(f'think must be "always" or "never", got {think!r}')
+        if think == "never":
+            return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        if unknown := {name for name, value in kwargs.items() if value is not None} - {"return_dict", "use_cache"}:
+            raise TypeError(f'forward with think="always" does not take {", ".join(sorted(unknown))}')
+        options = (seed, thoughts_per_token, thought_temperature, thought_top_k, thought_top_p, sequence_ids)
+        with torch.no_grad():
+            text, checked = self._prepare(input_ids, attention_mask, options)
+            hidden, round_ = self._think_everywhere(input_ids, text, checked)
+            weight = self.mix(hidden, round_.end_hidden)
+            raw = self.raw_logits(hidden)
+            parts = [
+                average(self.mixed_logits(raw[:, part], round_.end_hidden[:, part], weight[:, part]))
+                for part in chunks(input_ids.shape[1], input_ids.shape[0] * checked.thoughts * self.vocab_size)
+            ]
+            logits = torch.cat(parts, 1)
+            loss = None
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def _prepare(
+        self, input_ids: Tensor, attention_mask: Tensor | None, options: tuple[Any, ...]
+    ) -> tuple[Text, ThoughtOptions]:
+        check_inputs(input_ids, attention_mask, self.base.get_input_embeddings().weight.shape[0])
+        check_context(self.config, input_ids.shape[1])
+        checked = ThoughtOptions.checked(self.config.thoughts_per_token, input_ids.shape[0], *options)
+        return Text.of(input_ids, attention_mask), checked
+
+    def _think_everywhere(self, input_ids: Tensor, text: Text, options: ThoughtOptions) -> tuple[Tensor, Round]:
+        """Hidden states [B, T, d] of the text, read in one call as the base reads it, and the thoughts after it."""
+        B, T = input_ids.shape
+        with thinking(self.base):
+            thinker = Thinker(self, text, options)
+            hidden = thinker.read(input_ids)
+            limits = torch.arange(1, T + 1, device=input_ids.device).expand(B, T)
+            return hidden, thinker.think(limits)
+
+    def _next_log_probs(
+        self, input_ids: Tensor, hidden: Tensor, end_hidden: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the next tokens: base [B, T-1] and mixed [B, T-1, N], a chunk of positions at a time."""
+        B, T, N = weight.shape
+        base, mixed = [hidden.new_empty(B, 0, dtype=weight.dtype)], [weight[:, :0]]
+        for part in chunks(T - 1, B * (N + 1) * self.vocab_size):
+            target = input_ids[:, 1:][:, part]
+            raw = self.raw_logits(hidden[:, part])
+            base.append(_gather(self.finish(raw), target))
+            logits = self.mixed_logits(raw, end_hidden[:, part], weight[:, part])
+            mixed.append(_gather(logits, target[..., None].expand(-1, -1, N)))
+        return torch.cat(base, 1), torch.cat(mixed, 1)
+
+    # -- what transformers asks of a model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.base.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.base.set_output_embeddings(value)
+
+
+class _Hidden(BaseModelOutputWithPast):
+    """A decoder's output of which only the last hidden state is known."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+class _Given(nn.Module):
+    """Stands in for a module and returns what it was given."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    @property
+    def decoder(self) -> "_Given":
+        """Some models (OPT) call their decoder past the base model."""
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output
+
+
+def _gather(logits: Tensor, target: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(-1, target[..., None])[..., 0]
+
+
+def _tokenizer_at(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase | None:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError):
+        return None
+    return tokenizer
+
+
+AutoConfig.register("quiet_star", QuietStarConfig, exist_ok=True)
+AutoModelForCausalLM.register(QuietStarConfig, QuietStarForCausalLM, exist_ok=True)

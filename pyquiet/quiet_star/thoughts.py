@@ -1,0 +1,286 @@
+"""How thoughts enter any decoder: the layout of a forward's rows, the cache and the registered attention function.
+
+A forward's rows are first text, then thought paths, path by path. Text rows go through the base's own attention
+function and mask; path rows through the thought attention kernel. No model code is touched: the base's configuration
+names our function while a `thinking` context is open, and the layout travels to it as a keyword argument.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from pyquiet.kernels import thought_attention
+
+ATTENTION_NAME = "pyquiet_thoughts"
+_SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class ThoughtLayer(CacheLayerMixin):
+    """One layer's keys and values: those of the text, kept, and those of the open paths, dropped after each thought."""
+
+    is_sliding = False  # windows are the mask's and the kernel's business; all text keys are kept
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_length = 0
+        self.layout: ThoughtLayout | None = None
+        self.path_keys: Tensor | None = None  # [B, G, paths, steps, D]
+        self.path_values: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys = key_states.new_empty((*key_states.shape[:2], 0, key_states.shape[3]))
+        self.values = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[3]))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Stores the rows of a forward, [B, G, rows, D], and returns the keys and values of the text, [B, G, S, D]."""
+        assert self.layout is not None
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        n = self.layout.text_rows
+        if n:
+            self._reserve(n)
+            self.keys[:, :, self.text_length : self.text_length + n] = key_states[:, :, :n]
+            self.values[:, :, self.text_length : self.text_length + n] = value_states[:, :, :n]
+            self.text_length += n
+        if self.layout.paths:
+            self.path_keys = self._store_path(self.path_keys, key_states[:, :, n:])
+            self.path_values = self._store_path(self.path_values, value_states[:, :, n:])
+        return self.keys[:, :, : self.text_length], self.values[:, :, : self.text_length]
+
+    def _reserve(self, n: int) -> None:
+        capacity, needed = self.keys.shape[2], self.text_length + n
+        if needed > capacity:
+            grow = max(needed, 2 * capacity) - capacity
+            self.keys = functional.pad(self.keys, (0, 0, 0, grow))
+            self.values = functional.pad(self.values, (0, 0, 0, grow))
+
+    def _store_path(self, store: Tensor | None, rows: Tensor) -> Tensor:
+        layout = self.layout
+        assert layout is not None
+        B, G, _, D = rows.shape
+        rows = rows.unflatten(2, (layout.paths, 1, layout.steps))  # [B, G, paths, 1, steps, D]
+        if store is None:
+            store = rows.new_empty((B, G, layout.paths * layout.copies, layout.path_length, D))
+        view = store.view(B, G, layout.paths, layout.copies, layout.path_length, D)
+        view[..., layout.first_step : layout.first_step + layout.steps, :] = rows
+        return store
+
+    def open_paths(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, G, paths, steps so far, D] of the paths whose rows are in this forward."""
+        layout = self.layout
+        assert layout is not None
+        if self.path_keys is None or self.path_values is None:
+            raise NotImplementedError("a layer attends without storing keys of its own (shared K/V layers)")
+        end = layout.first_step + layout.steps
+        return self.path_keys[:, :, :: layout.copies, :end], self.path_values[:, :, :: layout.copies, :end]
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        rows = self.layout.text_rows if self.layout is not None else 0
+        return self.text_length + rows, 0
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.text_length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.20
+
+
+class ThoughtCache(Cache):
+    """Keys and values of text and open paths for every layer, [B, G, text, D] and [B, G, paths, steps, D]."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers=[ThoughtLayer() for _ in range(layers)])
+
+    def expect(self, layout: "ThoughtLayout") -> None:
+        """Tells every layer what the rows of the next forward are."""
+        for layer in self.layers:
+            layer.layout = layout
+
+    def drop_paths(self) -> None:
+        """Forgets the paths; the text stays."""
+        for layer in self.layers:
+            layer.path_keys = layer.path_values = None
+
+
+@dataclass
+class ThoughtLayout:
+    """What the rows of one forward are: `text_rows` of text, then `steps` rows of each of `paths` paths."""
+
+    cache: ThoughtCache
+    text_rows: int
+    paths: int = 0
+    steps: int = 0
+    first_step: int = 0  # place on the path of the first of the steps
+    path_length: int = 0  # steps of a whole path, END included
+    copies: int = 1  # paths that share these rows (START, before the thoughts of a position part)
+    text_limits: Tensor | None = None  # int64 [B, paths]
+    text_start: Tensor | None = None  # int64 [B], the left padding
+    layers_seen: int = field(default=0, init=False)
+
+
+_layout: ContextVar[ThoughtLayout | None] = ContextVar("pyquiet_layout", default=None)
+_base_name: ContextVar[str] = ContextVar("pyquiet_base_attention")
+
+
+@contextmanager
+def thinking(base: PreTrainedModel) -> Iterator[None]:
+    """Lends the base our attention function; on leaving, its configuration is as it was."""
+    configs = list({id(m.config): m.config for m in base.modules() if hasattr(m, "config")}.values())
+    names = [config._attn_implementation for config in configs]
+    token = _base_name.set(base.config.get_text_config()._attn_implementation)
+    try:
+        for config in configs:
+            config._attn_implementation = ATTENTION_NAME
+        yield
+    finally:
+        for config, name in zip(configs, names, strict=True):
+            config._attn_implementation = name
+        _base_name.reset(token)
+
+
+def run_rows(
+    base: PreTrainedModel, embeds: Tensor, position_ids: Tensor, mask: Tensor | None, layout: ThoughtLayout
+) -> Tensor:
+    """Final-norm hidden states [B, rows, d] of the rows `embeds` [B, rows, d], inside a `thinking` context.
+
+    position_ids is int64 [B, rows]; mask, bool or int [B, S], is the padding mask of the text including its new rows.
+
+    Raises:
+        NotImplementedError: some attention layer of the base did not follow the attention interface.
+    """
+    layout.cache.expect(layout)
+    token = _layout.set(layout)
+    try:
+        output = base.base_model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=layout.cache,
+            use_cache=True,
+            thought_layout=layout,
+        )
+    finally:
+        _layout.reset(token)
+    if layout.layers_seen != len(layout.cache.layers):
+        raise NotImplementedError(
+            f"{type(base).__name__} cannot think: only {layout.layers_seen} of its {len(layout.cache.layers)} layers passed "
+            "the thoughts' layout through the transformers attention interface, so its output would be wrong"
+        )
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The registered attention function: query [B, H, rows, D], key and value [B, G, S, D] of the text."""
+    layout: ThoughtLayout | None = kwargs.pop("thought_layout", None)
+    if layout is None:
+        raise NotImplementedError(
+            f"{type(module).__name__} cannot think: it does not hand keyword arguments of the model on to its attention"
+        )
+    _refuse_unsupported(module, query, value, kwargs)
+    layout.layers_seen += 1
+    n = layout.text_rows
+    parts = []
+    if n:
+        if (position_ids := kwargs.get("position_ids")) is not None:
+            kwargs["position_ids"] = position_ids[..., :n]
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(_base_name.get(), _eager(module))
+        parts.append(attend(module, query[:, :, :n], key, value, attention_mask, **kwargs)[0])
+    if layout.paths:
+        parts.append(_attend_paths(module, query[:, :, n:], key, value, layout, kwargs))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), None
+
+
+def _attend_paths(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: ThoughtLayout, kwargs: dict[str, Any]
+) -> Tensor:
+    assert layout.text_limits is not None
+    D = query.shape[-1]
+    scale = kwargs.get("scaling")
+    tensors = [query.unflatten(2, (layout.paths, layout.steps)), key, value]
+    tensors += layout.cache.layers[module.layer_idx].open_paths()
+    if D % 8:  # the kernel wants head sizes that are multiples of 8
+        tensors = [functional.pad(x, (0, -D % 8)) for x in tensors]
+    out = thought_attention(
+        *tensors,
+        text_limits=layout.text_limits,
+        text_start=layout.text_start,
+        scale=D**-0.5 if scale is None else scale,
+        window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+    )
+    assert isinstance(out, Tensor)
+    return out[..., :D].flatten(2, 3).transpose(1, 2)
+
+
+def _refuse_unsupported(module: nn.Module, query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> None:
+    reason = None
+    if kwargs.get("s_aux") is not None:
+        reason = "attention sinks"
+    elif kwargs.get("position_bias") is not None:
+        reason = "a position bias in the attention (ALiBi or relative)"
+    elif value.shape[-1] != query.shape[-1]:
+        reason = "keys and values of different sizes (latent attention)"
+    elif query.shape[-1] > 256:
+        reason = f"a head size of {query.shape[-1]}, above 256"
+    else:
+        types = getattr(getattr(module, "config", None), "layer_types", None)
+        kind = types[module.layer_idx] if types else "full_attention"
+        if kind == "sliding_attention" and kwargs.get("sliding_window") is None:
+            reason = "a sliding layer that does not tell its window to the attention function"
+    if reason is not None:
+        raise NotImplementedError(f"{type(module).__name__} cannot think: it uses {reason}")
+
+
+def _eager(module: nn.Module) -> Callable[..., Any] | None:
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+def _mask(*args: Any, **kwargs: Any) -> Any:
+    """The registered mask function: the base's own mask, for the text rows alone."""
+    layout = _layout.get()
+    make = ALL_MASK_ATTENTION_FUNCTIONS.get(_base_name.get())
+    if layout is None or layout.text_rows == 0 or make is None:
+        return None
+    return make(*args, **{**kwargs, "q_length": layout.text_rows})
+
+
+def check_supported(base: PreTrainedModel) -> None:
+    """Raises NotImplementedError if the base is known not to be able to think, naming its class and why."""
+    config = base.config.get_text_config()
+    reason = None
+    others = set(getattr(config, "layer_types", None) or ()) - _SUPPORTED_LAYERS
+    if base.config.is_encoder_decoder or base.get_output_embeddings() is None:
+        reason = "it is not a causal decoder with a language-model head"
+    elif not base._can_set_attn_implementation():
+        reason = "it does not follow the transformers attention interface"
+    elif getattr(config, "kv_lora_rank", None):
+        reason = "it uses latent attention (MLA)"
+    elif getattr(config, "alibi", False):
+        reason = "it uses ALiBi"
+    elif others:
+        reason = f"it has layers of type {', '.join(sorted(others))}"
+    elif any(hasattr(module, "sinks") for module in base.modules()):
+        reason = "it uses attention sinks"
+    if reason is not None:
+        raise NotImplementedError(f"{type(base).__name__} cannot think: {reason}")
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)
+AttentionMaskInterface.register(ATTENTION_NAME, _mask)
