@@ -148,5 +148,5 @@ def test_the_loss_is_the_cross_entropy_of_the_mixed_logits():
     labels[1, 5:] = -100
     out = model(ids, labels=labels, think="always", seed=1)
     expected = functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    assert_close(out.loss, expected, 1e-12)
+    assert_close(out.loss, expected, 1e-6)  # transformers has the loss in float32
     assert model(ids, think="always", seed=1).loss is None

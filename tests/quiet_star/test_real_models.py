@@ -24,7 +24,7 @@ def stories():
 
 
 def embedded():
-    if not EMBEDDED.is_dir():
+    if not (EMBEDDED / "config.json").is_file():
         pytest.skip("this copy of pyquiet has no embedded model")
     return pyquiet.load("tiny-causal")
 
