@@ -1,6 +1,8 @@
 // Unpacks the tensors of thought attention, checks them against the contract and calls the chosen ISA's kernel.
 #pragma once
 
+#include <cmath>
+
 #include "../common/isa.hpp"
 #include "../common/tensor.hpp"
 #include "contract.hpp"
@@ -44,7 +46,7 @@ inline bool thought_attention(pybind11::handle query, pybind11::handle text_key,
       !read_tensor(text_limits, a.text_limits) || !read_tensor(out, a.out) ||
       (!text_start.is_none() && !read_tensor(text_start, a.text_start)) || (!lse.is_none() && !read_tensor(lse, a.lse)))
     return false;
-  if (!fits_contract(a)) return false;
+  if (!fits_contract(a) || !std::isfinite(scale)) return false;
   a.scale = static_cast<float>(scale);
   a.window = window;
   a.softcap = static_cast<float>(softcap);

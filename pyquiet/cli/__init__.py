@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from pyquiet import __version__
-from pyquiet.cli import doctor
+from pyquiet.cli import doctor, think
 
-COMMANDS = (doctor,)
+COMMANDS = (think, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +22,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
         print(f"pyquiet: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -98,6 +98,7 @@ class ThinkingGeneration(GenerationMixin):
         if mask is None:
             mask = self._prepare_mask(input_ids, kwargs, defaults)
         check_inputs(input_ids, mask, self.base.get_input_embeddings().weight.shape[0])
+        check_context(self.config, int(mask.sum(1).max()) + _new_tokens(defaults, kwargs, input_ids.shape[1]) - 1)
         options = ThoughtOptions.checked(
             self.config.thoughts_per_token,
             input_ids.shape[0],
@@ -139,13 +140,14 @@ class ThinkingGeneration(GenerationMixin):
             return self.base.generate(inputs, config, **others)
 
     def _prepare_mask(self, input_ids: Tensor, kwargs: dict[str, Any], defaults: GenerationConfig) -> Tensor:
-        """Without a mask, pad tokens are padding where they cannot also mean the end, as transformers has it."""
+        """Without a mask, pad tokens at the ends of a batch's rows are padding where they cannot also mean the end."""
         pad = kwargs.get("pad_token_id", defaults.pad_token_id)
         eos = kwargs.get("eos_token_id", defaults.eos_token_id)
         ends = eos if isinstance(eos, list) else [eos]
-        if pad is None or pad in ends or not isinstance(input_ids, Tensor):
+        if pad is None or pad in ends or not isinstance(input_ids, Tensor) or len(input_ids) == 1:
             return torch.ones_like(input_ids)
-        return (input_ids != pad).long()
+        token = (input_ids != pad).long()
+        return (token.cumsum(1) * token.flip(1).cumsum(1).flip(1)).clamp_max(1)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k != "thinking"})
@@ -163,7 +165,6 @@ class ThinkingGeneration(GenerationMixin):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> QuietStarGenerateOutput | Tensor:
-        check_context(self.config, int(generation_config.max_length) - 1)
         request: _Request = model_kwargs["thinking"]
         loop = _Loop(self, input_ids, model_kwargs.get("attention_mask"), request, generation_config)
         pad = generation_config._pad_token_tensor
@@ -187,6 +188,15 @@ class ThinkingGeneration(GenerationMixin):
         if streamer is not None:
             streamer.end()
         return loop.result(input_ids)
+
+
+def _new_tokens(defaults: GenerationConfig, kwargs: dict[str, Any], prompt_length: int) -> int:
+    """How many tokens transformers' `generate` will add at most to a prompt of that many columns."""
+    new = kwargs.get("max_new_tokens", defaults.max_new_tokens)
+    length = kwargs.get("max_length", defaults.max_length)
+    if new is None and length is None:
+        return 20  # transformers' default
+    return int(new if new is not None else length - prompt_length)
 
 
 @dataclass

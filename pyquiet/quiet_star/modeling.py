@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutput
 
 from pyquiet.quiet_star.configuration import QuietStarConfig
@@ -49,7 +50,8 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
     config_class = QuietStarConfig
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = {"mixing_head"}
+    # A step of 1e-6 is lost in bfloat16, and so is a mix with a small weight.
+    _keep_in_fp32_modules_strict = {"mixing_head", "start_embedding", "end_embedding"}
 
     def __init__(self, config: QuietStarConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -69,8 +71,8 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
             nn.ReLU(),
             nn.Linear(width, 1, bias=False, dtype=dtype),
         ).to(base.get_output_embeddings().weight.device)
-        self.start_embedding = nn.Parameter(torch.zeros(width, dtype=table.dtype, device=table.device))
-        self.end_embedding = nn.Parameter(torch.zeros(width, dtype=table.dtype, device=table.device))
+        self.start_embedding = nn.Parameter(torch.zeros(width, dtype=dtype, device=table.device))
+        self.end_embedding = nn.Parameter(torch.zeros(width, dtype=dtype, device=table.device))
         self.generation_config = copy.deepcopy(base.generation_config)
         self.post_init()
 
@@ -97,8 +99,13 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
                 state-space attention); the message names it.
             ValueError, TypeError: an argument is out of range.
         """
+        if not isinstance(model, PreTrainedModel | str | os.PathLike):
+            raise TypeError(f"model must be a transformers causal LM or the path of one, got {type(model).__name__}")
         if not isinstance(model, PreTrainedModel):
             tokenizer = tokenizer or _tokenizer_at(model)
+            kind = AutoConfig.from_pretrained(model)
+            if type(kind) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+                raise ValueError(f"model {model}: a {kind.model_type} is no causal language model")
             model = AutoModelForCausalLM.from_pretrained(model)
         elif official:
             model = copy.deepcopy(model)
@@ -128,7 +135,7 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
     def _init_thoughts(self, token_id: int | None) -> None:
         table = self.base.get_input_embeddings()
         if token_id is None:
-            row = table.weight.float().mean(0)
+            row = table.weight.to(self.start_embedding.dtype).mean(0)
             row = row * getattr(table, "embed_scale", 1.0)  # Gemma's tables scale what they look up
         else:
             row = table(torch.tensor([token_id], device=table.weight.device))[0]
@@ -159,12 +166,15 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
     @property
     def start(self) -> Tensor:
         """START's embedding [d], differentiable in `start_embedding`."""
-        return self.start_embedding * self.config.embedding_scale
+        return self._meta_token(self.start_embedding)
 
     @property
     def end(self) -> Tensor:
         """END's embedding [d], differentiable in `end_embedding`."""
-        return self.end_embedding * self.config.embedding_scale
+        return self._meta_token(self.end_embedding)
+
+    def _meta_token(self, parameter: Tensor) -> Tensor:
+        return (parameter * self.config.embedding_scale).to(self.base.get_input_embeddings().weight.dtype)
 
     @property
     def vocab_size(self) -> int:
@@ -314,9 +324,9 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
         self, input_ids: Tensor, attention_mask: Tensor | None, options: tuple[Any, ...]
     ) -> tuple[Text, ThoughtOptions]:
         check_inputs(input_ids, attention_mask, self.base.get_input_embeddings().weight.shape[0])
-        check_context(self.config, input_ids.shape[1])
-        checked = ThoughtOptions.checked(self.config.thoughts_per_token, input_ids.shape[0], *options)
-        return Text.of(input_ids, attention_mask), checked
+        text = Text.of(input_ids, attention_mask)
+        check_context(self.config, int(text.length.max()))
+        return text, ThoughtOptions.checked(self.config.thoughts_per_token, input_ids.shape[0], *options)
 
     def _think_everywhere(self, input_ids: Tensor, text: Text, options: ThoughtOptions) -> tuple[Tensor, Round]:
         """Hidden states [B, T, d] of the text, read in one call as the base reads it, and the thoughts after it."""
