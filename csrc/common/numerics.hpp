@@ -1,5 +1,6 @@
-// Arithmetic that every kernel shares, written once for scalars on host and device and for SIMD vectors:
-// F is float or a vector of floats, and only + - * and the three primitives below touch it.
+// Arithmetic that every kernel shares, written once for scalars on host and device and for SIMD
+// vectors: F is float or a vector of floats, and only + - * and the three primitives below touch
+// it.
 #pragma once
 
 #include <cstdint>

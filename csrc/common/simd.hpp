@@ -1,6 +1,6 @@
-// Vectors of the instruction set that a file is compiled for, through the compiler's own vector types: one source
-// for SSE4, AVX2, AVX-512 and NEON. Everything sits in the namespace of its ISA, or the linker might keep the
-// AVX-512 copy of an inline function for all of them.
+// Vectors of the instruction set that a file is compiled for, through the compiler's own vector
+// types: one source for SSE4, AVX2, AVX-512 and NEON. Everything sits in the namespace of its ISA,
+// or the linker might keep the AVX-512 copy of an inline function for all of them.
 #pragma once
 
 #include <cstdint>
@@ -53,7 +53,8 @@ inline I load_ints(const int32_t* p) {
 inline F fill(float x) { return x - F{}; }
 inline I fill(int32_t x) { return x - I{}; }
 
-// Operand order matters: when b is NaN the result is b, as MAXPS has it, so NaN is passed on and not hidden.
+// Operand order matters: when b is NaN the result is b, as MAXPS has it, so NaN is passed on and
+// not hidden.
 inline F max(F a, F b) { return a > b ? a : b; }
 
 // 2^x; exactly 0 for x below -126.5 (so for -inf), NaN for NaN. x must be below 127.
@@ -64,7 +65,8 @@ inline F exp2(F x) {
   F fraction = x - (shifted - kRound);
   I bits;
   std::memcpy(&bits, &shifted, sizeof(I));
-  bits = (bits + 127) << 23;  // the low bits of `shifted` hold the integer; -127 becomes the float 0
+  bits =
+      (bits + 127) << 23;  // the low bits of `shifted` hold the integer; -127 becomes the float 0
   F power;
   std::memcpy(&power, &bits, sizeof(F));
   return exp2_fraction(fraction) * power;
@@ -87,8 +89,10 @@ using F4 = Lanes<4>::F;
 #endif
 
 inline void transpose4(F4& r0, F4& r1, F4& r2, F4& r3) {
-  const F4 low01 = PYQUIET_SHUFFLE(r0, r1, 0, 4, 1, 5), high01 = PYQUIET_SHUFFLE(r0, r1, 2, 6, 3, 7);
-  const F4 low23 = PYQUIET_SHUFFLE(r2, r3, 0, 4, 1, 5), high23 = PYQUIET_SHUFFLE(r2, r3, 2, 6, 3, 7);
+  const F4 low01 = PYQUIET_SHUFFLE(r0, r1, 0, 4, 1, 5),
+           high01 = PYQUIET_SHUFFLE(r0, r1, 2, 6, 3, 7);
+  const F4 low23 = PYQUIET_SHUFFLE(r2, r3, 0, 4, 1, 5),
+           high23 = PYQUIET_SHUFFLE(r2, r3, 2, 6, 3, 7);
   r0 = PYQUIET_SHUFFLE(low01, low23, 0, 1, 4, 5);
   r1 = PYQUIET_SHUFFLE(low01, low23, 2, 3, 6, 7);
   r2 = PYQUIET_SHUFFLE(high01, high23, 0, 1, 4, 5);

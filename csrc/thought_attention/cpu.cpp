@@ -1,14 +1,16 @@
 // Thought attention, forward, fp32, one instruction set (compiled once for each).
 //
-// The rows of one (b, g), i.e. (position, head of the group, query step), are cut into tiles of 48 with nearly equal
-// text limits. Inside a tile the SIMD lanes are rows: Q is transposed once, scores stand as [key][row], so row maxima and
-// sums need no horizontal step, and a key is masked lane by lane (the ragged end costs single keys, not key blocks).
-//   scores   S[key][row] = K[key][:] . Q^T[:][row]     8 keys x 3 vectors of rows in registers (4 x 3 with 16 registers)
-//   softmax  online, base 2, per block of 64 keys
-//   values   O[row][:] += P[key][row] * V[key][:]      6 rows x 4 vectors of channels (6 x 2)
-// K and V are read in their own layout, whatever the strides. The own path follows as further keys of the same online
-// softmax (which is the log-sum-exp merge), row by row with lanes = channels; so do the text keys when a (b, g) has too
-// few rows to fill a vector, as in decoding. No atomics: a row belongs to one thread, results ignore the thread count.
+// The rows of one (b, g), i.e. (position, head of the group, query step), are cut into tiles of 48
+// with nearly equal text limits. Inside a tile the SIMD lanes are rows: Q is transposed once,
+// scores stand as [key][row], so row maxima and sums need no horizontal step, and a key is masked
+// lane by lane (the ragged end costs single keys, not key blocks).
+//   scores   S[key][row] = K[key][:] . Q^T[:][row]     8 keys x 3 vectors of rows in registers (4 x
+//   3 with 16 registers) softmax  online, base 2, per block of 64 keys values   O[row][:] +=
+//   P[key][row] * V[key][:]      6 rows x 4 vectors of channels (6 x 2)
+// K and V are read in their own layout, whatever the strides. The own path follows as further keys
+// of the same online softmax (which is the log-sum-exp merge), row by row with lanes = channels; so
+// do the text keys when a (b, g) has too few rows to fill a vector, as in decoding. No atomics: a
+// row belongs to one thread, results ignore the thread count.
 #include <algorithm>
 #include <cmath>
 
@@ -35,9 +37,9 @@ struct Row {
 struct Tile {
   int64_t D;
   int rows = 0, vectors = 0;
-  alignas(64) float query_t[kMaxD * kRows];    // [D][kRows]
-  alignas(64) float out[kRows * kMaxD];        // [kRows][D]
-  alignas(64) float score[kKeyBlock * kRows];  // [key][row]
+  alignas(64) float query_t[kMaxD * kRows];      // [D][kRows]
+  alignas(64) float out[kRows * kMaxD];          // [kRows][D]
+  alignas(64) float score[kKeyBlock * kRows];    // [key][row]
   alignas(64) float spare[kKeysAtOnce * kMaxD];  // the last few keys, padded to a whole group
   alignas(64) float max[kRows], sum[kRows], rescale[kRows];
   alignas(64) int32_t first[kRows], limit[kRows];  // row sees the text keys first <= s < limit
@@ -47,9 +49,11 @@ struct Tile {
 struct Problem {
   const ThoughtAttention& a;
   int64_t B = a.query.shape[0], H = a.query.shape[1], T = a.query.shape[2], Q = a.query.shape[3];
-  int64_t D = a.query.shape[4], G = a.text_key.shape[1], S = a.text_key.shape[2], P = a.path_key.shape[3];
+  int64_t D = a.query.shape[4], G = a.text_key.shape[1], S = a.text_key.shape[2],
+          P = a.path_key.shape[3];
   int64_t group = H / G, rows = T * group * Q, tiles = (rows + kRows - 1) / kRows;
-  // Scores are kept in base 2; with a softcap the factor before tanh and the one after it are apart.
+  // Scores are kept in base 2; with a softcap the factor before tanh and the one after it are
+  // apart.
   float factor = a.softcap > 0 ? a.scale / a.softcap : a.scale * kLog2E;
   float cap = a.softcap > 0 ? a.softcap * kLog2E : 0.0f;
 };
@@ -60,7 +64,8 @@ void describe_rows(const Problem& p, int64_t b, int64_t g, int64_t begin, Tile& 
   tile.rows = static_cast<int>(std::min<int64_t>(kRows, p.rows - begin));
   tile.vectors = (tile.rows + kLanes - 1) / kLanes;
   for (int i = 0; i < kRows; ++i) {
-    if (i >= tile.rows) {  // lanes nobody reads: as the last row, so that they ask for no further keys
+    if (i >=
+        tile.rows) {  // lanes nobody reads: as the last row, so that they ask for no further keys
       tile.first[i] = tile.first[tile.rows - 1];
       tile.limit[i] = tile.limit[tile.rows - 1];
       continue;
@@ -84,7 +89,8 @@ void transpose_query(const Problem& p, Tile& tile) {
     const float* row[4];
     for (int j = 0; j < 4; ++j) row[j] = tile.row[std::min(i + j, tile.rows - 1)].query;
     for (int64_t d = 0; d < p.D; d += 4) {
-      F4 r0 = load<F4>(row[0] + d), r1 = load<F4>(row[1] + d), r2 = load<F4>(row[2] + d), r3 = load<F4>(row[3] + d);
+      F4 r0 = load<F4>(row[0] + d), r1 = load<F4>(row[1] + d), r2 = load<F4>(row[2] + d),
+         r3 = load<F4>(row[3] + d);
       transpose4(r0, r1, r2, r3);
       float* to = tile.query_t + d * kRows + i;
       store(to, r0 * p.factor);
@@ -99,7 +105,8 @@ void transpose_query(const Problem& p, Tile& tile) {
 template <int Vectors>
 void score_keys(const float* key, int64_t stride, int64_t D, const float* query_t, float* score) {
   F acc[kKeysAtOnce][Vectors] = {};
-  const float *key3 = key + 3 * stride, *key6 = key + 6 * stride;  // three bases: x86 can add 0, 1 or 2 strides
+  const float *key3 = key + 3 * stride,
+              *key6 = key + 6 * stride;  // three bases: x86 can add 0, 1 or 2 strides
   for (int64_t d = 0; d < D; ++d) {
     F q[Vectors];
 #pragma GCC unroll 4
@@ -118,13 +125,15 @@ void score_keys(const float* key, int64_t stride, int64_t D, const float* query_
     for (int v = 0; v < Vectors; ++v) store(score + j * kRows + v * kLanes, acc[j][v]);
 }
 
-// Scores of n keys; the last group is completed with keys nobody reads, from a copy where the text ends before it.
+// Scores of n keys; the last group is completed with keys nobody reads, from a copy where the text
+// ends before it.
 void score_block(const float* key, int64_t stride, int n, bool text_ends, Tile& tile) {
   for (int j = 0; j < n; j += kKeysAtOnce) {
     const float* group = key + j * stride;
     int64_t step = stride;
     if (text_ends && j + kKeysAtOnce > n) {
-      for (int i = 0; i < n - j; ++i) std::copy_n(group + i * stride, tile.D, tile.spare + i * tile.D);
+      for (int i = 0; i < n - j; ++i)
+        std::copy_n(group + i * stride, tile.D, tile.spare + i * tile.D);
       group = tile.spare;
       step = tile.D;
     }
@@ -132,16 +141,22 @@ void score_block(const float* key, int64_t stride, int n, bool text_ends, Tile& 
       const float* query_t = tile.query_t + v * kLanes;
       float* score = tile.score + j * kRows + v * kLanes;
       switch (std::min(3, tile.vectors - v)) {
-        case 3: score_keys<3>(group, step, tile.D, query_t, score); break;
-        case 2: score_keys<2>(group, step, tile.D, query_t, score); break;
-        default: score_keys<1>(group, step, tile.D, query_t, score);
+        case 3:
+          score_keys<3>(group, step, tile.D, query_t, score);
+          break;
+        case 2:
+          score_keys<2>(group, step, tile.D, query_t, score);
+          break;
+        default:
+          score_keys<1>(group, step, tile.D, query_t, score);
       }
     }
   }
 }
 
-// One online-softmax step: scores become weights, max and sum move on, rescale is what the old sum and out are to be
-// multiplied with. A row without a key so far has max -inf; 0 stands in for it, so that no -inf - -inf arises.
+// One online-softmax step: scores become weights, max and sum move on, rescale is what the old sum
+// and out are to be multiplied with. A row without a key so far has max -inf; 0 stands in for it,
+// so that no -inf - -inf arises.
 template <bool Masked>
 void softmax_block(int32_t key0, int n, float cap, Tile& tile) {
   for (int r = 0; r < tile.vectors * kLanes; r += kLanes) {
@@ -170,10 +185,11 @@ void softmax_block(int32_t key0, int n, float cap, Tile& tile) {
   }
 }
 
-// out[row][0 .. Vectors) = out * rescale[row] + sum_j score[j][row] * value[j], for kValueRows rows.
+// out[row][0 .. Vectors) = out * rescale[row] + sum_j score[j][row] * value[j], for kValueRows
+// rows.
 template <int Vectors, class V>
-void add_values(const float* score, const float* rescale, const float* value, int64_t stride, int n, float* out,
-                int64_t D) {
+void add_values(const float* score, const float* rescale, const float* value, int64_t stride, int n,
+                float* out, int64_t D) {
   constexpr int kWidth = sizeof(V) / sizeof(float);
   V acc[kValueRows][Vectors];
 #pragma GCC unroll 8
@@ -197,7 +213,8 @@ void add_values(const float* score, const float* rescale, const float* value, in
     for (int v = 0; v < Vectors; ++v) store(out + r * D + v * kWidth, acc[r][v]);
 }
 
-// Calls part(width tag, channel) over the D channels: vectors by the handful, then single ones, then half a vector.
+// Calls part(width tag, channel) over the D channels: vectors by the handful, then single ones,
+// then half a vector.
 template <class Many, class One, class Half>
 void over_channels(int64_t D, Many many, One one, Half half) {
   int64_t d = 0;
@@ -214,13 +231,18 @@ void value_block(const float* value, int64_t stride, int n, Tile& tile) {
     float* out = tile.out + r * tile.D;
     over_channels(
         tile.D,
-        [&](int64_t d) { add_values<kValueVectors, F>(score, rescale, value + d, stride, n, out + d, tile.D); },
+        [&](int64_t d) {
+          add_values<kValueVectors, F>(score, rescale, value + d, stride, n, out + d, tile.D);
+        },
         [&](int64_t d) { add_values<1, F>(score, rescale, value + d, stride, n, out + d, tile.D); },
-        [&](int64_t d) { add_values<1, HalfF>(score, rescale, value + d, stride, n, out + d, tile.D); });
+        [&](int64_t d) {
+          add_values<1, HalfF>(score, rescale, value + d, stride, n, out + d, tile.D);
+        });
   }
 }
 
-// Memory that the tile touches only once and late is asked for while there is arithmetic to hide it behind.
+// Memory that the tile touches only once and late is asked for while there is arithmetic to hide it
+// behind.
 void prefetch(const float* p, int64_t D, bool to_write) {
   for (int64_t d = 0; d < D; d += 16) {
     if (to_write)
@@ -249,7 +271,8 @@ void attend_text(const Problem& p, int64_t b, int64_t g, Tile& tile) {
   for (int32_t key0 = *begin; key0 < *end; key0 += kKeyBlock) {
     const int n = std::min<int32_t>(kKeyBlock, *end - key0);
     const int64_t done = key0 - *begin, all = *end - *begin;
-    prefetch_own(p, b, g, tile, done * tile.rows / all, std::min(done + kKeyBlock, all) * tile.rows / all);
+    prefetch_own(p, b, g, tile, done * tile.rows / all,
+                 std::min(done + kKeyBlock, all) * tile.rows / all);
     score_block(p.a.text_key.at(b, g, key0), key_stride, n, key0 + kKeyBlock > p.S, tile);
     const bool masked = key0 < *first_all || key0 + n > *limit_all;
     (masked ? softmax_block<true> : softmax_block<false>)(key0, n, p.cap, tile);
@@ -278,24 +301,25 @@ F4 dot4(const float* query, const float* const key[4], int64_t D) {
 }
 
 template <int Vectors, class V>
-void add_row_values(const float* score, float rescale, const float* value, int64_t stride, int begin, int end,
-                    float* out) {
+void add_row_values(const float* score, float rescale, const float* value, int64_t stride,
+                    int begin, int end, float* out) {
   constexpr int kWidth = sizeof(V) / sizeof(float);
   V acc[Vectors];
 #pragma GCC unroll 4
   for (int v = 0; v < Vectors; ++v) acc[v] = load<V>(out + v * kWidth) * rescale;
   for (int j = begin; j < end; ++j)
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) acc[v] += score[j * kRows] * load<V>(value + j * stride + v * kWidth);
+    for (int v = 0; v < Vectors; ++v)
+      acc[v] += score[j * kRows] * load<V>(value + j * stride + v * kWidth);
 #pragma GCC unroll 4
   for (int v = 0; v < Vectors; ++v) store(out + v * kWidth, acc[v]);
 }
 
-// Keys begin .. end of an array of a row's own (key_of(r), value_of(r)), row by row, lanes = channels; row r sees
-// first[r] <= j < limit[r]. Only the softmax goes over the rows together.
+// Keys begin .. end of an array of a row's own (key_of(r), value_of(r)), row by row, lanes =
+// channels; row r sees first[r] <= j < limit[r]. Only the softmax goes over the rows together.
 template <class KeyOf, class ValueOf>
-void attend_by_row(const Problem& p, KeyOf key_of, int64_t key_stride, ValueOf value_of, int64_t value_stride,
-                   Tile& tile) {
+void attend_by_row(const Problem& p, KeyOf key_of, int64_t key_stride, ValueOf value_of,
+                   int64_t value_stride, Tile& tile) {
   const int32_t first = *std::min_element(tile.first, tile.first + tile.rows);
   const int32_t end = *std::max_element(tile.limit, tile.limit + tile.rows);
   for (int32_t key0 = first; key0 < end; key0 += kKeyBlock) {
@@ -319,10 +343,15 @@ void attend_by_row(const Problem& p, KeyOf key_of, int64_t key_stride, ValueOf v
       over_channels(
           p.D,
           [&](int64_t d) {
-            add_row_values<kValueVectors, F>(score, rescale, value + d, value_stride, begin, stop, out + d);
+            add_row_values<kValueVectors, F>(score, rescale, value + d, value_stride, begin, stop,
+                                             out + d);
           },
-          [&](int64_t d) { add_row_values<1, F>(score, rescale, value + d, value_stride, begin, stop, out + d); },
-          [&](int64_t d) { add_row_values<1, HalfF>(score, rescale, value + d, value_stride, begin, stop, out + d); });
+          [&](int64_t d) {
+            add_row_values<1, F>(score, rescale, value + d, value_stride, begin, stop, out + d);
+          },
+          [&](int64_t d) {
+            add_row_values<1, HalfF>(score, rescale, value + d, value_stride, begin, stop, out + d);
+          });
     }
   }
 }
@@ -337,11 +366,13 @@ void attend_own_path(const Problem& p, int64_t b, int64_t g, Tile& tile) {
   for (int r = 0; r < kRows; ++r) {
     const int64_t end = p.P - p.Q + tile.row[std::min(r, tile.rows - 1)].step + 1;
     tile.limit[r] = static_cast<int32_t>(end);
-    tile.first[r] = static_cast<int32_t>(p.a.window > 0 ? std::max<int64_t>(0, end - p.a.window) : 0);
+    tile.first[r] =
+        static_cast<int32_t>(p.a.window > 0 ? std::max<int64_t>(0, end - p.a.window) : 0);
   }
   attend_by_row(
       p, [&](int r) { return p.a.path_key.at(b, g, tile.row[r].position); }, p.a.path_key.stride[3],
-      [&](int r) { return p.a.path_value.at(b, g, tile.row[r].position); }, p.a.path_value.stride[3], tile);
+      [&](int r) { return p.a.path_value.at(b, g, tile.row[r].position); },
+      p.a.path_value.stride[3], tile);
 }
 
 void write_row(const Problem& p, int64_t b, int r, const Tile& tile) {
@@ -350,7 +381,9 @@ void write_row(const Problem& p, int64_t b, int r, const Tile& tile) {
   const float* from = tile.out + r * p.D;
   float* to = p.a.out.at(b, row.head, row.position, row.step);
   for (int64_t d = 0; d < p.D; ++d) to[d] = from[d] * inverse;
-  if (p.a.lse) *p.a.lse.at(b, row.head, row.position, row.step) = kLn2 * (tile.max[r] + std::log2(tile.sum[r]));
+  if (p.a.lse)
+    *p.a.lse.at(b, row.head, row.position, row.step) =
+        kLn2 * (tile.max[r] + std::log2(tile.sum[r]));
 }
 
 void attend_tile(const Problem& p, int64_t b, int64_t g, int64_t begin, Tile& tile) {
@@ -372,11 +405,13 @@ void thought_attention_forward(const ThoughtAttention& a) {
   const int64_t items = p.B * p.G * p.tiles;
 #pragma omp parallel num_threads(a.threads) if (items > 1)
   {
-    static thread_local Tile tile;  // too large for a stack that others share, and kept for the next call
+    static thread_local Tile
+        tile;  // too large for a stack that others share, and kept for the next call
     tile.D = p.D;
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < items; ++item) {
-      const int64_t head = item / p.tiles, from_end = item % p.tiles;  // the longest prefixes of a head come first
+      const int64_t head = item / p.tiles,
+                    from_end = item % p.tiles;  // the longest prefixes of a head come first
       attend_tile(p, head / p.G, head % p.G, (p.tiles - 1 - from_end) * kRows, tile);
     }
   }

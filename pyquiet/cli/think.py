@@ -22,20 +22,36 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "answer as it comes. A plain causal LM is wrapped; until it has learned to mix its "
         "thoughts in, its answer is that of the plain model.",
     )
-    parser.add_argument("--model", metavar="DIR", help="a causal or thinking model (default: the embedded one)")
-    parser.add_argument("--prompt", metavar="TEXT", help="what to continue (default: standard input)")
-    parser.add_argument("--show-thoughts", action="store_true", help="print each token with the thought before it")
-    parser.add_argument("--think", choices=["always", "never"], default="always", help="never: the plain model")
+    parser.add_argument(
+        "--model", metavar="DIR", help="a causal or thinking model (default: the embedded one)"
+    )
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="what to continue (default: standard input)"
+    )
+    parser.add_argument(
+        "--show-thoughts", action="store_true", help="print each token with the thought before it"
+    )
+    parser.add_argument(
+        "--think", choices=["always", "never"], default="always", help="never: the plain model"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same answer (default: 0)")
-    parser.add_argument("--device", default="cpu", help="where to run, as torch names it (default: cpu)")
+    parser.add_argument(
+        "--device", default="cpu", help="where to run, as torch names it (default: cpu)"
+    )
     answer = parser.add_argument_group("the answer")
-    answer.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    answer.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)"
+    )
     answer.add_argument("--top-k", type=int, metavar="K")
     answer.add_argument("--top-p", type=float, metavar="P")
     thought = parser.add_argument_group("the thoughts")
-    thought.add_argument("--thought-tokens", type=int, metavar="M", help="tokens of a thought (default: 5)")
-    thought.add_argument("--thoughts-per-token", type=int, metavar="N", help="thoughts to average (default: 1)")
+    thought.add_argument(
+        "--thought-tokens", type=int, metavar="M", help="tokens of a thought (default: 5)"
+    )
+    thought.add_argument(
+        "--thoughts-per-token", type=int, metavar="N", help="thoughts to average (default: 1)"
+    )
     thought.add_argument("--thought-temperature", type=float, default=1.0)
     thought.add_argument("--thought-top-k", type=int, metavar="K")
     thought.add_argument("--thought-top-p", type=float, metavar="P")
@@ -51,7 +67,11 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load_thinker(args.model, args.thought_tokens)
     model.to(args.device)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(args.device)
-    options: dict[str, Any] = {"do_sample": args.temperature > 0, "top_k": args.top_k or 0, "top_p": args.top_p or 1.0}
+    options: dict[str, Any] = {
+        "do_sample": args.temperature > 0,
+        "top_k": args.top_k or 0,
+        "top_p": args.top_p or 1.0,
+    }
     if args.temperature > 0:
         options["temperature"] = args.temperature
     else:
@@ -88,7 +108,9 @@ def load_thinker(
         base, tokenizer = load(DEFAULT_MODEL)
         return QuietStarForCausalLM.from_base(base, tokenizer=tokenizer, **wrap), tokenizer
     if not os.path.isfile(os.path.join(path, "config.json")):
-        raise ValueError(f"--model {path}: no model folder (a folder with a config.json); give the path of one")
+        raise ValueError(
+            f"--model {path}: no model folder (a folder with a config.json); give the path of one"
+        )
     tokenizer = AutoTokenizer.from_pretrained(path)
     if AutoConfig.from_pretrained(path).model_type != "quiet_star":
         return QuietStarForCausalLM.from_base(path, tokenizer=tokenizer, **wrap).eval(), tokenizer

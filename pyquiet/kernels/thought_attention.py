@@ -78,14 +78,30 @@ def reference(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The slow, obvious twin of `thought_attention`: (output, lse). Differentiable; forms all T x Q x S scores."""
-    _check(query, text_key, text_value, path_key, path_value, text_limits, text_start, scale, window, softcap)
+    _check(
+        query,
+        text_key,
+        text_value,
+        path_key,
+        path_value,
+        text_limits,
+        text_start,
+        scale,
+        window,
+        softcap,
+    )
     H, Q, S, P = query.shape[1], query.shape[3], text_key.shape[2], path_key.shape[3]
     dtype = torch.promote_types(query.dtype, torch.float32)
     group = H // text_key.shape[1]
     q = query.to(dtype)
-    tk, tv, pk, pv = (x.to(dtype).repeat_interleave(group, 1) for x in (text_key, text_value, path_key, path_value))
+    tk, tv, pk, pv = (
+        x.to(dtype).repeat_interleave(group, 1)
+        for x in (text_key, text_value, path_key, path_value)
+    )
 
-    scores = torch.cat([torch.einsum("bhtqd,bhsd->bhtqs", q, tk), torch.einsum("bhtqd,bhtpd->bhtqp", q, pk)], -1)
+    scores = torch.cat(
+        [torch.einsum("bhtqd,bhsd->bhtqs", q, tk), torch.einsum("bhtqd,bhtpd->bhtqp", q, pk)], -1
+    )
     scores = scores * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -96,7 +112,9 @@ def reference(
     return out.to(query.dtype), scores.logsumexp(-1)
 
 
-def _seen(query: Tensor, limits: Tensor, start: Tensor | None, S: int, P: int, window: int | None) -> Tensor:
+def _seen(
+    query: Tensor, limits: Tensor, start: Tensor | None, S: int, P: int, window: int | None
+) -> Tensor:
     """bool [B, 1, T, Q, S + P]: which keys a query step sees."""
     Q, device = query.shape[3], query.device
     limit = limits[:, None, :, None, None]  # [B, 1, T, 1, 1]
@@ -120,7 +138,12 @@ def _forward(arguments: tuple[Any, ...], want_lse: bool) -> tuple[Tensor, Tensor
     *tensors, scale, window, softcap = arguments
     out = torch.empty_like(query)
     lse = query.new_empty(query.shape[:-1]) if want_lse else None
-    options = (scale, 0 if window is None else window, 0.0 if softcap is None else softcap, torch.get_num_threads())
+    options = (
+        scale,
+        0 if window is None else window,
+        0.0 if softcap is None else softcap,
+        torch.get_num_threads(),
+    )
     if (window is not None and window < 1) or (softcap is not None and softcap <= 0):
         _check(*arguments)
     if not cpu.thought_attention(*tensors, out, lse, *options):
@@ -161,7 +184,9 @@ def _thought_attention(
 ) -> tuple[Tensor, Tensor]:
     inputs = (query, text_key, text_value, path_key, path_value)
     out, lse = _forward((*inputs, text_limits, text_start, scale, window, softcap), want_lse=True)
-    return torch.empty_like(query).copy_(out), lse  # strides as `_fake` says, whichever path was taken
+    return torch.empty_like(query).copy_(
+        out
+    ), lse  # strides as `_fake` says, whichever path was taken
 
 
 def _check(
@@ -186,7 +211,9 @@ def _check(
     ):
         _check_tensor(name, tensor, shape, query.dtype, query.device)
         if tensor.numel() and tensor.stride(-1) != 1:
-            raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; call .contiguous() on it")
+            raise ValueError(
+                f"{name} has stride {tensor.stride(-1)} in its last dimension; call .contiguous() on it"
+            )
     _check_range("text_limits", text_limits, (B, T), query.device, S)
     if text_start is not None:
         _check_range("text_start", text_start, (B,), query.device, S)
@@ -209,9 +236,13 @@ def _sizes(query: Tensor, text_key: Tensor, path_key: Tensor) -> tuple[int, ...]
     if not query.is_floating_point():
         raise TypeError(f"query must be a floating-point tensor, got {query.dtype}")
     if D % 8 or not 8 <= D <= _MAX_HEAD_SIZE:
-        raise ValueError(f"query has head size D={D}; it must be a multiple of 8 from 8 to 256: pad it with zeros")
+        raise ValueError(
+            f"query has head size D={D}; it must be a multiple of 8 from 8 to 256: pad it with zeros"
+        )
     if G < 1 or H % G:
-        raise ValueError(f"query has H={H} heads, which is not a multiple of the G={G} heads of text_key")
+        raise ValueError(
+            f"query has H={H} heads, which is not a multiple of the G={G} heads of text_key"
+        )
     if not 1 <= Q <= P:
         raise ValueError(f"query has Q={Q} steps but path_key P={P}; 1 <= Q <= P must hold")
     if S > _MAX_TEXT:
@@ -223,17 +254,23 @@ def _check_tensor(
     name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
     if tensor.dtype != dtype:
-        raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}; convert it with .to({dtype})")
+        raise TypeError(
+            f"{name} must have dtype {dtype}, got {tensor.dtype}; convert it with .to({dtype})"
+        )
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device} but query on {device}; move it there")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
-def _check_range(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, S: int) -> None:
+def _check_range(
+    name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, S: int
+) -> None:
     _check_tensor(name, tensor, shape, torch.int64, device)
     if isinstance(tensor, torch._subclasses.FakeTensor) or not tensor.numel():
         return
     low, high = (int(x) for x in tensor.aminmax())
     if low < 0 or high > S:
-        raise ValueError(f"{name} must lie in 0..S={S}, the number of text keys; got values from {low} to {high}")
+        raise ValueError(
+            f"{name} must lie in 0..S={S}, the number of text keys; got values from {low} to {high}"
+        )

@@ -4,4 +4,10 @@ from pyquiet.quiet_star.configuration import QuietStarConfig
 from pyquiet.quiet_star.generation import GeneratedThoughts, QuietStarGenerateOutput
 from pyquiet.quiet_star.modeling import QuietStarForCausalLM, Thoughts
 
-__all__ = ["GeneratedThoughts", "QuietStarConfig", "QuietStarForCausalLM", "QuietStarGenerateOutput", "Thoughts"]
+__all__ = [
+    "GeneratedThoughts",
+    "QuietStarConfig",
+    "QuietStarForCausalLM",
+    "QuietStarGenerateOutput",
+    "Thoughts",
+]

@@ -60,7 +60,9 @@ class QuietStarConfig(PreTrainedConfig):
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The decoder's configuration, which transformers asks for vocabulary and layer sizes."""
-        return self if self.base_config is None else self.base_config.get_text_config(*args, **kwargs)
+        return (
+            self if self.base_config is None else self.base_config.get_text_config(*args, **kwargs)
+        )
 
     @property
     def reserved_ids(self) -> list[int]:

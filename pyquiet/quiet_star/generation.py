@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
 
@@ -91,14 +96,25 @@ class ThinkingGeneration(GenerationMixin):
                 raise ValueError('return_thoughts=True needs think="always"')
             return self._generate_with_base(inputs, generation_config, seed, kwargs)
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        if input_ids is None or kwargs.get("inputs_embeds") is not None or kwargs.get("past_key_values") is not None:
-            raise ValueError("generate needs input_ids; inputs_embeds and past_key_values are not supported")
+        if (
+            input_ids is None
+            or kwargs.get("inputs_embeds") is not None
+            or kwargs.get("past_key_values") is not None
+        ):
+            raise ValueError(
+                "generate needs input_ids; inputs_embeds and past_key_values are not supported"
+            )
         defaults = generation_config or self.generation_config
         mask = kwargs.pop("attention_mask", None)
         if mask is None:
             mask = self._prepare_mask(input_ids, kwargs, defaults)
         check_inputs(input_ids, mask, self.base.get_input_embeddings().weight.shape[0])
-        check_context(self.config, int(mask.sum(1).max()) + _new_tokens(defaults, kwargs, input_ids.shape[1]) - 1)
+        if mask is None:
+            mask = torch.ones_like(input_ids)
+        check_context(
+            self.config,
+            int(mask.sum(1).max()) + _new_tokens(defaults, kwargs, input_ids.shape[1]) - 1,
+        )
         options = ThoughtOptions.checked(
             self.config.thoughts_per_token,
             input_ids.shape[0],
@@ -139,13 +155,21 @@ class ThinkingGeneration(GenerationMixin):
             torch.manual_seed(seed)
             return self.base.generate(inputs, config, **others)
 
-    def _prepare_mask(self, input_ids: Tensor, kwargs: dict[str, Any], defaults: GenerationConfig) -> Tensor:
+    def _prepare_mask(
+        self, input_ids: Tensor, kwargs: dict[str, Any], defaults: GenerationConfig
+    ) -> Tensor | None:
         """Without a mask, pad tokens at the ends of a batch's rows are padding where they cannot also mean the end."""
         pad = kwargs.get("pad_token_id", defaults.pad_token_id)
         eos = kwargs.get("eos_token_id", defaults.eos_token_id)
         ends = eos if isinstance(eos, list) else [eos]
-        if pad is None or pad in ends or not isinstance(input_ids, Tensor) or len(input_ids) == 1:
-            return torch.ones_like(input_ids)
+        if (
+            pad is None
+            or pad in ends
+            or not isinstance(input_ids, Tensor)
+            or input_ids.ndim != 2
+            or len(input_ids) == 1
+        ):
+            return None  # all tokens
         token = (input_ids != pad).long()
         return (token.cumsum(1) * token.flip(1).cumsum(1).flip(1)).clamp_max(1)
 
@@ -166,7 +190,9 @@ class ThinkingGeneration(GenerationMixin):
         **model_kwargs: Any,
     ) -> QuietStarGenerateOutput | Tensor:
         request: _Request = model_kwargs["thinking"]
-        loop = _Loop(self, input_ids, model_kwargs.get("attention_mask"), request, generation_config)
+        loop = _Loop(
+            self, input_ids, model_kwargs.get("attention_mask"), request, generation_config
+        )
         pad = generation_config._pad_token_tensor
         may_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         done = False
@@ -220,7 +246,12 @@ class _Loop:
         generation_config: GenerationConfig,
     ) -> None:
         B, device = len(input_ids), input_ids.device
-        self.model, self.config, self.request, self.prompt_length = model, generation_config, request, input_ids.shape[1]
+        self.model, self.config, self.request, self.prompt_length = (
+            model,
+            generation_config,
+            request,
+            input_ids.shape[1],
+        )
         returns = B // request.prompts
         self.return_index = torch.arange(returns, device=device).repeat(request.prompts)
         ids = request.options.sequence_ids
@@ -229,8 +260,12 @@ class _Loop:
         self.thinker = Thinker(model, Text.of(input_ids, mask), request.options, self.return_index)
         self.running = torch.ones(B, dtype=torch.bool, device=device)
         keep = generation_config.return_dict_in_generate
-        self.scores: tuple[Tensor, ...] | None = () if keep and generation_config.output_scores else None
-        self.logits: tuple[Tensor, ...] | None = () if keep and generation_config.output_logits else None
+        self.scores: tuple[Tensor, ...] | None = (
+            () if keep and generation_config.output_scores else None
+        )
+        self.logits: tuple[Tensor, ...] | None = (
+            () if keep and generation_config.output_logits else None
+        )
         self.thoughts: list[tuple[Tensor, Tensor, Tensor]] = []
         self.calls = torch.zeros(B, dtype=torch.int64, device=device)
         self.token_passes = torch.zeros(B, dtype=torch.int64, device=device)
@@ -244,7 +279,9 @@ class _Loop:
             text.mask = torch.cat([text.mask, text.mask.new_ones(len(new), 1)], 1)
         text.length = input_ids.shape[1] - text.start
         calls, passes = thinker.calls, thinker.token_passes
-        round_ = thinker.think(torch.full((len(new), 1), input_ids.shape[1], device=new.device), new)
+        round_ = thinker.think(
+            torch.full((len(new), 1), input_ids.shape[1], device=new.device), new
+        )
         self.calls += self.running * (thinker.calls - calls)
         self.token_passes += self.running * (thinker.token_passes - passes)
         assert round_.text_hidden is not None
@@ -292,7 +329,9 @@ class _Loop:
             return sequences
         thoughts = None
         if self.thoughts:
-            tokens, log_probs, weight = (torch.stack(parts, 1) for parts in zip(*self.thoughts, strict=True))
+            tokens, log_probs, weight = (
+                torch.stack(parts, 1) for parts in zip(*self.thoughts, strict=True)
+            )
             thoughts = GeneratedThoughts(tokens, log_probs, weight)
         return QuietStarGenerateOutput(
             sequences=sequences,

@@ -24,8 +24,14 @@ def check_inputs(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: i
     if attention_mask is None:
         return
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
-        shape = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-        raise ValueError(f"attention_mask must have the shape {list(input_ids.shape)} of input_ids, got {shape}")
+        shape = (
+            list(attention_mask.shape)
+            if isinstance(attention_mask, Tensor)
+            else type(attention_mask).__name__
+        )
+        raise ValueError(
+            f"attention_mask must have the shape {list(input_ids.shape)} of input_ids, got {shape}"
+        )
     mask = attention_mask.to(torch.int8)
     if ((attention_mask != 0) & (attention_mask != 1)).any():
         raise ValueError("attention_mask must hold 0 (padding) and 1 (token) only")
@@ -33,7 +39,9 @@ def check_inputs(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: i
     for row, count in enumerate(runs.tolist()):
         if count != 1:
             what = "is all padding" if count == 0 else "has padding between tokens"
-            raise ValueError(f"attention_mask row {row} {what}; each row must be one unbroken run of tokens")
+            raise ValueError(
+                f"attention_mask row {row} {what}; each row must be one unbroken run of tokens"
+            )
 
 
 def check_context(config: QuietStarConfig, length: int) -> None:

@@ -14,8 +14,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pyquiet.quiet_star.configuration import QuietStarConfig
 from pyquiet.quiet_star.generation import ThinkingGeneration
@@ -100,7 +100,9 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
             ValueError, TypeError: an argument is out of range.
         """
         if not isinstance(model, PreTrainedModel | str | os.PathLike):
-            raise TypeError(f"model must be a transformers causal LM or the path of one, got {type(model).__name__}")
+            raise TypeError(
+                f"model must be a transformers causal LM or the path of one, got {type(model).__name__}"
+            )
         if not isinstance(model, PreTrainedModel):
             tokenizer = tokenizer or _tokenizer_at(model)
             kind = AutoConfig.from_pretrained(model)
@@ -116,7 +118,9 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
             start_init = tokenizer("---", add_special_tokens=False)["input_ids"][0]
         vocabulary = model.get_input_embeddings().weight.shape[0]
         if start_init is not None and not 0 <= start_init < vocabulary:
-            raise ValueError(f"start_init must be a token id in 0..{vocabulary - 1}, got {start_init}")
+            raise ValueError(
+                f"start_init must be a token id in 0..{vocabulary - 1}, got {start_init}"
+            )
         if official:
             model.resize_token_embeddings(vocabulary + 2)
         config = QuietStarConfig(
@@ -174,7 +178,9 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
         return self._meta_token(self.end_embedding)
 
     def _meta_token(self, parameter: Tensor) -> Tensor:
-        return (parameter * self.config.embedding_scale).to(self.base.get_input_embeddings().weight.dtype)
+        return (parameter * self.config.embedding_scale).to(
+            self.base.get_input_embeddings().weight.dtype
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -212,7 +218,9 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
         """The thoughts' weights w [..., N] from base states [..., d] and END states [..., N, d]."""
         head = self.mixing_head
         pair = torch.cat([hidden[..., None, :].expand_as(end_hidden), end_hidden], -1)
-        weight: Tensor = head(pair.to(device=head[0].weight.device, dtype=head[0].weight.dtype))[..., 0]
+        weight: Tensor = head(pair.to(device=head[0].weight.device, dtype=head[0].weight.dtype))[
+            ..., 0
+        ]
         return weight
 
     def mixed_logits(self, raw_base: Tensor, end_hidden: Tensor, weight: Tensor) -> Tensor:
@@ -262,7 +270,14 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
         text, options = self._prepare(
             input_ids,
             attention_mask,
-            (seed, thoughts_per_token, thought_temperature, thought_top_k, thought_top_p, sequence_ids),
+            (
+                seed,
+                thoughts_per_token,
+                thought_temperature,
+                thought_top_k,
+                thought_top_p,
+                sequence_ids,
+            ),
         )
         hidden, round_ = self._think_everywhere(input_ids, text, options)
         weight = self.mix(hidden, round_.end_hidden)
@@ -301,18 +316,36 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
         if think not in ("always", "never"):
             raise ValueError(f'think must be "always" or "never", got {think!r}')
         if think == "never":
-            return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-        if unknown := {name for name, value in kwargs.items() if value is not None} - {"return_dict", "use_cache"}:
-            raise TypeError(f'forward with think="always" does not take {", ".join(sorted(unknown))}')
-        options = (seed, thoughts_per_token, thought_temperature, thought_top_k, thought_top_p, sequence_ids)
+            return self.base(
+                input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs
+            )
+        if unknown := {name for name, value in kwargs.items() if value is not None} - {
+            "return_dict",
+            "use_cache",
+        }:
+            raise TypeError(
+                f'forward with think="always" does not take {", ".join(sorted(unknown))}'
+            )
+        options = (
+            seed,
+            thoughts_per_token,
+            thought_temperature,
+            thought_top_k,
+            thought_top_p,
+            sequence_ids,
+        )
         with torch.no_grad():
             text, checked = self._prepare(input_ids, attention_mask, options)
             hidden, round_ = self._think_everywhere(input_ids, text, checked)
             weight = self.mix(hidden, round_.end_hidden)
             raw = self.raw_logits(hidden)
             parts = [
-                average(self.mixed_logits(raw[:, part], round_.end_hidden[:, part], weight[:, part]))
-                for part in chunks(input_ids.shape[1], input_ids.shape[0] * checked.thoughts * self.vocab_size)
+                average(
+                    self.mixed_logits(raw[:, part], round_.end_hidden[:, part], weight[:, part])
+                )
+                for part in chunks(
+                    input_ids.shape[1], input_ids.shape[0] * checked.thoughts * self.vocab_size
+                )
             ]
             logits = torch.cat(parts, 1)
             loss = None
@@ -326,9 +359,13 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
         check_inputs(input_ids, attention_mask, self.base.get_input_embeddings().weight.shape[0])
         text = Text.of(input_ids, attention_mask)
         check_context(self.config, int(text.length.max()))
-        return text, ThoughtOptions.checked(self.config.thoughts_per_token, input_ids.shape[0], *options)
+        return text, ThoughtOptions.checked(
+            self.config.thoughts_per_token, input_ids.shape[0], *options
+        )
 
-    def _think_everywhere(self, input_ids: Tensor, text: Text, options: ThoughtOptions) -> tuple[Tensor, Round]:
+    def _think_everywhere(
+        self, input_ids: Tensor, text: Text, options: ThoughtOptions
+    ) -> tuple[Tensor, Round]:
         """Hidden states [B, T, d] of the text, read in one call as the base reads it, and the thoughts after it."""
         B, T = input_ids.shape
         with thinking(self.base):
@@ -353,6 +390,11 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
 
     # -- what transformers asks of a model
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's; what mixes stays in float32 beside a base in half precision."""
+        return self.base.dtype
+
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
 
@@ -372,7 +414,7 @@ class _Hidden(BaseModelOutputWithPast):
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
-        return None
+        return
 
 
 class _Given(nn.Module):

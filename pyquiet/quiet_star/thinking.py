@@ -45,10 +45,15 @@ class ThoughtOptions:
         check_count("thoughts_per_token", thoughts, least=1)
         try:
             process_logits(
-                torch.zeros(1, 1), temperature=thought_temperature, top_k=thought_top_k, top_p=thought_top_p
+                torch.zeros(1, 1),
+                temperature=thought_temperature,
+                top_k=thought_top_k,
+                top_p=thought_top_p,
             )
         except (TypeError, ValueError) as error:
-            raise type(error)(f"thought sampling (thought_temperature, thought_top_k, thought_top_p): {error}") from None
+            raise type(error)(
+                f"thought sampling (thought_temperature, thought_top_k, thought_top_p): {error}"
+            ) from None
         if sequence_ids is not None:
             if sequence_ids.dtype != torch.int64 or sequence_ids.shape != (batch,):
                 raise ValueError(
@@ -57,7 +62,14 @@ class ThoughtOptions:
                 )
             if (sequence_ids < 0).any() or (sequence_ids >= 2**32).any():
                 raise ValueError("sequence_ids must lie in 0 .. 2^32 - 1")
-        return cls(resolve_seed(seed), thoughts, thought_temperature, thought_top_k, thought_top_p, sequence_ids)
+        return cls(
+            resolve_seed(seed),
+            thoughts,
+            thought_temperature,
+            thought_top_k,
+            thought_top_p,
+            sequence_ids,
+        )
 
 
 @dataclass
@@ -92,7 +104,11 @@ class Thinker:
     """Reads text into a cache and thinks after any of its positions. Lives inside a `thinking` context."""
 
     def __init__(
-        self, model: "QuietStarForCausalLM", text: Text, options: ThoughtOptions, return_index: Tensor | None = None
+        self,
+        model: "QuietStarForCausalLM",
+        text: Text,
+        options: ThoughtOptions,
+        return_index: Tensor | None = None,
     ) -> None:
         self.model, self.text, self.options = model, text, options
         self.cache = ThoughtCache(model.base.config.get_text_config().num_hidden_layers)
@@ -108,7 +124,9 @@ class Thinker:
     def read(self, input_ids: Tensor) -> Tensor:
         """Hidden states [B, n, d] of further text [B, n]."""
         embeds = self.model.embed(input_ids)
-        return self._run(embeds, self._text_positions(input_ids.shape[1]), text_rows=input_ids.shape[1])
+        return self._run(
+            embeds, self._text_positions(input_ids.shape[1]), text_rows=input_ids.shape[1]
+        )
 
     def think(self, limits: Tensor, new_text: Tensor | None = None) -> Round:
         """Thinks where `limits` [B, T0] (text columns seen, new ones included) says, reading `new_text` [B, n] along."""
@@ -116,7 +134,9 @@ class Thinker:
         n = 0 if new_text is None else new_text.shape[1]
         text_positions = self._text_positions(n)
         opening = [self.model.start] if m else [self.model.start, self.model.end]
-        hidden = self._run_paths(limits, torch.stack(opening), 0, copies=N, text=new_text, text_positions=text_positions)
+        hidden = self._run_paths(
+            limits, torch.stack(opening), 0, copies=N, text=new_text, text_positions=text_positions
+        )
         text_hidden, hidden = hidden[:, :n], hidden[:, n:].unflatten(1, (limits.shape[1], 1, -1))
         limits = limits.repeat_interleave(N, 1)
         tokens, log_probs = [], []
@@ -134,22 +154,27 @@ class Thinker:
         if not m:
             empty = limits.new_empty(shape)
             return Round(text_hidden if n else None, end, empty, end.new_empty(shape))
-        return Round(text_hidden if n else None, end, torch.stack(tokens, -1), torch.stack(log_probs, -1))
+        return Round(
+            text_hidden if n else None, end, torch.stack(tokens, -1), torch.stack(log_probs, -1)
+        )
 
     def _draw(self, hidden: Tensor, limits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The thought token t_{k+1} from hidden [B, T0, N or 1, d]: tokens and log-probabilities [B, T0, N]."""
         B, T0, shared, _ = hidden.shape
         N = self.options.thoughts
-        index = (torch.arange(N, device=hidden.device) + torch.as_tensor(self.first_index).reshape(-1, 1, 1)).to(
-            hidden.device
-        )
+        index = (
+            torch.arange(N, device=hidden.device)
+            + torch.as_tensor(self.first_index).reshape(-1, 1, 1)
+        ).to(hidden.device)
         sequence = self.sequence[:, None, None].expand(B, T0, N).reshape(B * T0, N)
         position = (limits - self.text.start[:, None] - 1).clamp_min(0).view(B * T0, N)
         index = index.expand(B, T0, N).reshape(B * T0, N)
         rows = hidden.reshape(B * T0, shared, -1)
         drawn = []
         for part in chunks(B * T0, N * self.model.vocab_size):
-            logits = self.model.finish(self.model.raw_logits(rows[part])).expand(-1, N, -1).flatten(0, 1)
+            logits = (
+                self.model.finish(self.model.raw_logits(rows[part])).expand(-1, N, -1).flatten(0, 1)
+            )
             stream = Stream(
                 self.options.seed,
                 Purpose.THOUGHT,
@@ -186,8 +211,12 @@ class Thinker:
         rows = rows.expand(B, paths, -1, -1)
         steps = rows.shape[2]
         # Beyond a right-padded row's end no path is read; it only has to stay within the context.
-        seen = torch.minimum(limits - self.text.start[:, None], self.text.length[:, None]).clamp_min(0)
-        positions = seen[..., None] + torch.arange(first_step, first_step + steps, device=limits.device)
+        seen = torch.minimum(
+            limits - self.text.start[:, None], self.text.length[:, None]
+        ).clamp_min(0)
+        positions = seen[..., None] + torch.arange(
+            first_step, first_step + steps, device=limits.device
+        )
         embeds, positions = rows.flatten(1, 2), positions.flatten(1)
         if text is not None and text_positions is not None:
             embeds = torch.cat([self.model.embed(text), embeds], 1)
