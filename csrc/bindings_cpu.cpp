@@ -32,17 +32,15 @@ CounterField checked(const char* name, const Field& field, int64_t rows, int64_t
   for (int64_t r = 0; r < (words.rows ? rows : 1); ++r) {
     const int64_t x = words.at(r);
     if (x >= 0 && x < limit) continue;
-    throw std::invalid_argument("stream." + std::string(name) + " must be in [0, " +
-                                std::to_string(limit) + "), got " + std::to_string(x) + " at row " +
-                                std::to_string(r));
+    throw std::invalid_argument("stream." + std::string(name) + " must be in [0, " + std::to_string(limit) + "), got " +
+                                std::to_string(x) + " at row " + std::to_string(r));
   }
   return words;
 }
 
 // out: double [rows].
-void fill_uniforms(uintptr_t out, int64_t rows, uint64_t seed, uint32_t purpose,
-                   const Field& sequence, const Field& position, const Field& step,
-                   const Field& index) {
+void fill_uniforms(uintptr_t out, int64_t rows, uint64_t seed, uint32_t purpose, const Field& sequence,
+                   const Field& position, const Field& step, const Field& index) {
   py::gil_scoped_release release;
   constexpr int64_t kWords = int64_t{1} << 32, kIndices = int64_t{1} << 26;
   const Stream stream{seed,
@@ -72,8 +70,7 @@ int openmp_threads() {
 PYBIND11_MODULE(_cpu, m) {
   choose_isa(std::getenv("PYQUIET_ISA"));
 
-  m.doc() =
-      "CPU kernels of pyquiet. Import it through pyquiet.native, which loads torch's OpenMP first.";
+  m.doc() = "CPU kernels of pyquiet. Import it through pyquiet.native, which loads torch's OpenMP first.";
   m.def("isa", [] { return isa_name(isa()); });
   m.def("compiled_isas", &compiled_isas);
   m.def("supported_isas", &supported_isas);

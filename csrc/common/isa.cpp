@@ -21,13 +21,12 @@ bool runs_here(Isa level) {
     case Isa::sse4:
       return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
     case Isa::avx2:
-      return runs_here(Isa::sse4) && __builtin_cpu_supports("avx2") &&
-             __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-             __builtin_cpu_supports("bmi2");
+      return runs_here(Isa::sse4) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
     case Isa::avx512:
-      return runs_here(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
-             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+      return runs_here(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl");
     case Isa::avx512_bf16:
       return runs_here(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
   }
@@ -69,11 +68,9 @@ void choose_isa(const char* wanted) {
   }
   if (found) return;
   if (word.empty()) {
-    throw std::runtime_error("this processor runs none of the compiled instruction sets: " +
-                             joined(compiled_isas()));
+    throw std::runtime_error("this processor runs none of the compiled instruction sets: " + joined(compiled_isas()));
   }
-  throw std::runtime_error("PYQUIET_ISA=" + word +
-                           " is unknown or not supported by this processor; use one of " +
+  throw std::runtime_error("PYQUIET_ISA=" + word + " is unknown or not supported by this processor; use one of " +
                            joined(supported_isas()) + ", or unset it");
 }
 

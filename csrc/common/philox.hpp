@@ -55,8 +55,7 @@ struct Stream {
 
   PYQUIET_HD PhiloxBlock counter(int64_t row) const {
     return {{static_cast<uint32_t>(sequence.at(row)), static_cast<uint32_t>(position.at(row)),
-             static_cast<uint32_t>(step.at(row)),
-             purpose << 26 | static_cast<uint32_t>(index.at(row))}};
+             static_cast<uint32_t>(step.at(row)), purpose << 26 | static_cast<uint32_t>(index.at(row))}};
   }
 };
 

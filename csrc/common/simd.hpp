@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "numerics.hpp"
 
 namespace pyquiet {
@@ -57,19 +61,26 @@ inline I fill(int32_t x) { return x - I{}; }
 // not hidden.
 inline F max(F a, F b) { return a > b ? a : b; }
 
-// 2^x; exactly 0 for x below -126.5 (so for -inf), NaN for NaN. x must be below 127.
+// 2^x for x below 127; NaN for NaN; below -126, -inf included, at most 2^-126 (callers set what must be 0 to 0).
 inline F exp2(F x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+#if defined(__AVX512F__)
+  // Two instructions take the power of two apart and put it back; a result below 2^-126 would be denormal and slow.
+  const __m512 t = max(fill(-126.0f), x);
+  constexpr __mmask16 kAll = 0xffff;  // the masked forms leave nothing undefined for the compiler to warn about
+  const __m512 whole = _mm512_maskz_roundscale_ps(kAll, t, 0);
+  return _mm512_maskz_scalef_ps(kAll, exp2_fraction<F>(_mm512_maskz_reduce_ps(kAll, t, 0)), whole);
+#else
   x = max(fill(-127.0f), x);
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   F shifted = x + kRound;
   F fraction = x - (shifted - kRound);
   I bits;
   std::memcpy(&bits, &shifted, sizeof(I));
-  bits =
-      (bits + 127) << 23;  // the low bits of `shifted` hold the integer; -127 becomes the float 0
+  bits = (bits + 127) << 23;  // the low bits of `shifted` hold the integer; -127 becomes the float 0
   F power;
   std::memcpy(&power, &bits, sizeof(F));
   return exp2_fraction(fraction) * power;
+#endif
 }
 
 inline F tanh(F x) {
@@ -89,10 +100,8 @@ using F4 = Lanes<4>::F;
 #endif
 
 inline void transpose4(F4& r0, F4& r1, F4& r2, F4& r3) {
-  const F4 low01 = PYQUIET_SHUFFLE(r0, r1, 0, 4, 1, 5),
-           high01 = PYQUIET_SHUFFLE(r0, r1, 2, 6, 3, 7);
-  const F4 low23 = PYQUIET_SHUFFLE(r2, r3, 0, 4, 1, 5),
-           high23 = PYQUIET_SHUFFLE(r2, r3, 2, 6, 3, 7);
+  const F4 low01 = PYQUIET_SHUFFLE(r0, r1, 0, 4, 1, 5), high01 = PYQUIET_SHUFFLE(r0, r1, 2, 6, 3, 7);
+  const F4 low23 = PYQUIET_SHUFFLE(r2, r3, 0, 4, 1, 5), high23 = PYQUIET_SHUFFLE(r2, r3, 2, 6, 3, 7);
   r0 = PYQUIET_SHUFFLE(low01, low23, 0, 1, 4, 5);
   r1 = PYQUIET_SHUFFLE(low01, low23, 2, 3, 6, 7);
   r2 = PYQUIET_SHUFFLE(high01, high23, 0, 1, 4, 5);

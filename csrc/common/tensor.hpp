@@ -33,11 +33,10 @@ struct DLExchange {
 
 inline const DLExchange* exchange_table(pybind11::handle tensor) {
   static const DLExchange* table = [&]() -> const DLExchange* {
-    pybind11::object capsule = pybind11::getattr(pybind11::type::of(tensor),
-                                                 "__dlpack_c_exchange_api__", pybind11::none());
+    pybind11::object capsule =
+        pybind11::getattr(pybind11::type::of(tensor), "__dlpack_c_exchange_api__", pybind11::none());
     if (capsule.is_none()) return nullptr;
-    auto* found =
-        static_cast<const DLExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    auto* found = static_cast<const DLExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (!found) throw pybind11::error_already_set();
     return found->major == 1 ? found : nullptr;
   }();
@@ -51,8 +50,7 @@ bool read_tensor(pybind11::handle tensor, View<T, N>& view) {
   if (const DLExchange* table = exchange_table(tensor)) {
     DLTensor t;
     if (table->borrow(tensor.ptr(), &t) != 0) throw pybind11::error_already_set();
-    if (t.device_type != 1 || t.code != kCode || t.bits != 8 * sizeof(T) || t.ndim != N)
-      return false;
+    if (t.device_type != 1 || t.code != kCode || t.bits != 8 * sizeof(T) || t.ndim != N) return false;
     view.data = reinterpret_cast<T*>(static_cast<char*>(t.data) + t.byte_offset);
     for (int d = 0; d < N; ++d) {
       view.shape[d] = t.shape[d];

@@ -16,12 +16,12 @@ namespace pyquiet {
 struct ThoughtAttention {
   View<const float, 5> query;  // [B, H, T, Q, D]   last dimension contiguous, as in all of them
   View<const float, 4> text_key,
-      text_value;  // [B, G, S, D]      H % G == 0, head h reads h / (H / G)
+      text_value;                             // [B, G, S, D]      H % G == 0, head h reads h / (H / G)
   View<const float, 5> path_key, path_value;  // [B, G, T, P, D]   P >= Q
   View<const int64_t, 2> text_limits;         // [B, T]            each in 0 .. S
   View<const int64_t, 1> text_start;          // [B]               none: 0
   View<float, 5> out;                         // [B, H, T, Q, D]
-  View<float, 4> lse;  // [B, H, T, Q]      natural logarithm; none: not wanted
+  View<float, 4> lse;                         // [B, H, T, Q]      natural logarithm; none: not wanted
   float scale = 1.0f;
   int64_t window = 0;    // 0: none
   float softcap = 0.0f;  // 0: none

@@ -14,71 +14,30 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../common/simd.hpp"
-#include "contract.hpp"
+#include "cpu_tile.hpp"
 
 namespace pyquiet {
 namespace PYQUIET_ISA {
 namespace {
 
-constexpr int kRows = 48;      // rows of a tile: a multiple of 3 vectors, of 6 rows and of 4
-constexpr int kKeyBlock = 64;  // keys between two rescalings
-constexpr int kKeysAtOnce = kRegisters == 32 ? 8 : 4;
 constexpr int kValueRows = 6;
 constexpr int kValueVectors = kRegisters == 32 ? 4 : 2;
-constexpr int kMaxD = 256;
-
-struct Row {
-  const float* query;
-  int64_t head, position, step;
-};
-
-// What one thread keeps for the tile it works on.
-struct Tile {
-  int64_t D;
-  int rows = 0, vectors = 0;
-  alignas(64) float query_t[kMaxD * kRows];      // [D][kRows]
-  alignas(64) float out[kRows * kMaxD];          // [kRows][D]
-  alignas(64) float score[kKeyBlock * kRows];    // [key][row]
-  alignas(64) float spare[kKeysAtOnce * kMaxD];  // the last few keys, padded to a whole group
-  alignas(64) float max[kRows], sum[kRows], rescale[kRows];
-  alignas(64) int32_t first[kRows], limit[kRows];  // row sees the text keys first <= s < limit
-  Row row[kRows];
-};
-
-struct Problem {
-  const ThoughtAttention& a;
-  int64_t B = a.query.shape[0], H = a.query.shape[1], T = a.query.shape[2], Q = a.query.shape[3];
-  int64_t D = a.query.shape[4], G = a.text_key.shape[1], S = a.text_key.shape[2],
-          P = a.path_key.shape[3];
-  int64_t group = H / G, rows = T * group * Q, tiles = (rows + kRows - 1) / kRows;
-  // Scores are kept in base 2; with a softcap the factor before tanh and the one after it are
-  // apart.
-  float factor = a.softcap > 0 ? a.scale / a.softcap : a.scale * kLog2E;
-  float cap = a.softcap > 0 ? a.softcap * kLog2E : 0.0f;
-};
 
 void describe_rows(const Problem& p, int64_t b, int64_t g, int64_t begin, Tile& tile) {
   const ThoughtAttention& a = p.a;
   const int64_t start = a.text_start ? *a.text_start.at(b) : 0;
   tile.rows = static_cast<int>(std::min<int64_t>(kRows, p.rows - begin));
   tile.vectors = (tile.rows + kLanes - 1) / kLanes;
-  for (int i = 0; i < kRows; ++i) {
-    if (i >=
-        tile.rows) {  // lanes nobody reads: as the last row, so that they ask for no further keys
-      tile.first[i] = tile.first[tile.rows - 1];
-      tile.limit[i] = tile.limit[tile.rows - 1];
-      continue;
-    }
-    const int64_t flat = begin + i, position = flat / (p.group * p.Q), step = flat % p.Q;
-    const int64_t head = g * p.group + flat / p.Q % p.group;
-    const int64_t limit = *a.text_limits.at(b, position);
+  RowCursor cursor(p, b, g, begin);
+  for (int i = 0; i < tile.rows; ++i, cursor.next()) {
+    const int64_t limit = *a.text_limits.at(b, cursor.position);
     int64_t first = start;
-    if (a.window > 0) first = std::max(first, limit + p.P - p.Q + step - a.window + 1);
-    tile.row[i] = {a.query.at(b, head, position, step), head, position, step};
+    if (a.window > 0) first = std::max(first, limit + p.P - p.Q + cursor.step - a.window + 1);
+    tile.row[i] = cursor.row();
     tile.first[i] = static_cast<int32_t>(std::min(first, limit));
     tile.limit[i] = static_cast<int32_t>(limit);
   }
+  tile.close_rows();
   std::fill_n(tile.max, kRows, kNegInf);
   std::fill_n(tile.sum, kRows, 0.0f);
   std::fill_n(tile.out, kRows * p.D, 0.0f);
@@ -89,8 +48,7 @@ void transpose_query(const Problem& p, Tile& tile) {
     const float* row[4];
     for (int j = 0; j < 4; ++j) row[j] = tile.row[std::min(i + j, tile.rows - 1)].query;
     for (int64_t d = 0; d < p.D; d += 4) {
-      F4 r0 = load<F4>(row[0] + d), r1 = load<F4>(row[1] + d), r2 = load<F4>(row[2] + d),
-         r3 = load<F4>(row[3] + d);
+      F4 r0 = load<F4>(row[0] + d), r1 = load<F4>(row[1] + d), r2 = load<F4>(row[2] + d), r3 = load<F4>(row[3] + d);
       transpose4(r0, r1, r2, r3);
       float* to = tile.query_t + d * kRows + i;
       store(to, r0 * p.factor);
@@ -129,11 +87,11 @@ void score_keys(const float* key, int64_t stride, int64_t D, const float* query_
 // ends before it.
 void score_block(const float* key, int64_t stride, int n, bool text_ends, Tile& tile) {
   for (int j = 0; j < n; j += kKeysAtOnce) {
+    tile.prefetch.some(tile.D);
     const float* group = key + j * stride;
     int64_t step = stride;
     if (text_ends && j + kKeysAtOnce > n) {
-      for (int i = 0; i < n - j; ++i)
-        std::copy_n(group + i * stride, tile.D, tile.spare + i * tile.D);
+      for (int i = 0; i < n - j; ++i) std::copy_n(group + i * stride, tile.D, tile.spare + i * tile.D);
       group = tile.spare;
       step = tile.D;
     }
@@ -175,7 +133,9 @@ void softmax_block(int32_t key0, int n, float cap, Tile& tile) {
     const F rescale = exp2(old_max - base);
     F sum = load(tile.sum + r) * rescale;
     for (int j = 0; j < n; ++j) {
-      const F weight = exp2(load(score + j * kRows) - base);
+      const F s = load(score + j * kRows);
+      F weight = exp2(s - base);
+      if (Masked) weight = s == kNegInf ? F{} : weight;
       store(score + j * kRows, weight);
       sum += weight;
     }
@@ -188,8 +148,8 @@ void softmax_block(int32_t key0, int n, float cap, Tile& tile) {
 // out[row][0 .. Vectors) = out * rescale[row] + sum_j score[j][row] * value[j], for kValueRows
 // rows.
 template <int Vectors, class V>
-void add_values(const float* score, const float* rescale, const float* value, int64_t stride, int n,
-                float* out, int64_t D) {
+void add_values(const float* score, const float* rescale, const float* value, int64_t stride, int n, float* out,
+                int64_t D) {
   constexpr int kWidth = sizeof(V) / sizeof(float);
   V acc[kValueRows][Vectors];
 #pragma GCC unroll 8
@@ -227,54 +187,45 @@ using HalfF = Lanes<(kLanes > 8 ? 8 : kLanes)>::F;
 
 void value_block(const float* value, int64_t stride, int n, Tile& tile) {
   for (int r = 0; r < tile.rows; r += kValueRows) {
+    tile.prefetch.some(tile.D);
     const float *score = tile.score + r, *rescale = tile.rescale + r;
     float* out = tile.out + r * tile.D;
     over_channels(
-        tile.D,
-        [&](int64_t d) {
-          add_values<kValueVectors, F>(score, rescale, value + d, stride, n, out + d, tile.D);
-        },
+        tile.D, [&](int64_t d) { add_values<kValueVectors, F>(score, rescale, value + d, stride, n, out + d, tile.D); },
         [&](int64_t d) { add_values<1, F>(score, rescale, value + d, stride, n, out + d, tile.D); },
-        [&](int64_t d) {
-          add_values<1, HalfF>(score, rescale, value + d, stride, n, out + d, tile.D);
-        });
+        [&](int64_t d) { add_values<1, HalfF>(score, rescale, value + d, stride, n, out + d, tile.D); });
   }
 }
 
-// Memory that the tile touches only once and late is asked for while there is arithmetic to hide it
-// behind.
-void prefetch(const float* p, int64_t D, bool to_write) {
-  for (int64_t d = 0; d < D; d += 16) {
-    if (to_write)
-      __builtin_prefetch(p + d, 1, 2);
-    else
-      __builtin_prefetch(p + d, 0, 2);
+// Queues what this tile reads and writes at its end, and the queries of the tile that this thread probably does next.
+void plan_prefetch(const Problem& p, int64_t b, int64_t g, int64_t next_b, int64_t next_g, int64_t next_begin,
+                   Tile& tile) {
+  Prefetch& queue = tile.prefetch;
+  queue.count = queue.done = 0;
+  for (int r = 0; r < tile.rows; ++r)
+    queue.add(p.a.out.at(b, tile.row[r].head, tile.row[r].position, tile.row[r].step));
+  queue.to_write = queue.count;
+  if (next_begin >= 0) {
+    RowCursor cursor(p, next_b, next_g, next_begin);
+    for (int64_t r = 0; r < std::min<int64_t>(kRows, p.rows - next_begin); ++r, cursor.next())
+      queue.add(cursor.row().query);
   }
-}
-
-void prefetch_own(const Problem& p, int64_t b, int64_t g, const Tile& tile, int begin, int end) {
-  for (int r = begin; r < end; ++r) {
-    const Row& row = tile.row[r];
-    prefetch(p.a.out.at(b, row.head, row.position, row.step), p.D, true);
-    if (row.head != g * p.group) continue;
-    for (int64_t j = row.step; j < p.P; j += p.Q) {
-      prefetch(p.a.path_key.at(b, g, row.position, j), p.D, false);
-      prefetch(p.a.path_value.at(b, g, row.position, j), p.D, false);
+  for (int64_t t = tile.row[0].position; t <= tile.row[tile.rows - 1].position; ++t)
+    for (int64_t j = 0; j < p.P; ++j) {
+      queue.add(p.a.path_key.at(b, g, t, j));
+      queue.add(p.a.path_value.at(b, g, t, j));
     }
-  }
+  const int span = tile.end - tile.begin, blocks = (span + kKeyBlock - 1) / kKeyBlock;
+  const int calls = span / kKeysAtOnce + blocks * (tile.rows + kValueRows - 1) / kValueRows + 1;
+  queue.quota = (queue.count + calls - 1) / calls;
 }
 
 void attend_text(const Problem& p, int64_t b, int64_t g, Tile& tile) {
-  const auto [begin, first_all] = std::minmax_element(tile.first, tile.first + tile.rows);
-  const auto [limit_all, end] = std::minmax_element(tile.limit, tile.limit + tile.rows);
   const int64_t key_stride = p.a.text_key.stride[2], value_stride = p.a.text_value.stride[2];
-  for (int32_t key0 = *begin; key0 < *end; key0 += kKeyBlock) {
-    const int n = std::min<int32_t>(kKeyBlock, *end - key0);
-    const int64_t done = key0 - *begin, all = *end - *begin;
-    prefetch_own(p, b, g, tile, done * tile.rows / all,
-                 std::min(done + kKeyBlock, all) * tile.rows / all);
+  for (int32_t key0 = tile.begin; key0 < tile.end; key0 += kKeyBlock) {
+    const int n = std::min<int32_t>(kKeyBlock, tile.end - key0);
     score_block(p.a.text_key.at(b, g, key0), key_stride, n, key0 + kKeyBlock > p.S, tile);
-    const bool masked = key0 < *first_all || key0 + n > *limit_all;
+    const bool masked = key0 < tile.all_from || key0 + n > tile.all_to;
     (masked ? softmax_block<true> : softmax_block<false>)(key0, n, p.cap, tile);
     value_block(p.a.text_value.at(b, g, key0), value_stride, n, tile);
   }
@@ -301,16 +252,15 @@ F4 dot4(const float* query, const float* const key[4], int64_t D) {
 }
 
 template <int Vectors, class V>
-void add_row_values(const float* score, float rescale, const float* value, int64_t stride,
-                    int begin, int end, float* out) {
+void add_row_values(const float* score, float rescale, const float* value, int64_t stride, int begin, int end,
+                    float* out) {
   constexpr int kWidth = sizeof(V) / sizeof(float);
   V acc[Vectors];
 #pragma GCC unroll 4
   for (int v = 0; v < Vectors; ++v) acc[v] = load<V>(out + v * kWidth) * rescale;
   for (int j = begin; j < end; ++j)
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v)
-      acc[v] += score[j * kRows] * load<V>(value + j * stride + v * kWidth);
+    for (int v = 0; v < Vectors; ++v) acc[v] += score[j * kRows] * load<V>(value + j * stride + v * kWidth);
 #pragma GCC unroll 4
   for (int v = 0; v < Vectors; ++v) store(out + v * kWidth, acc[v]);
 }
@@ -318,12 +268,10 @@ void add_row_values(const float* score, float rescale, const float* value, int64
 // Keys begin .. end of an array of a row's own (key_of(r), value_of(r)), row by row, lanes =
 // channels; row r sees first[r] <= j < limit[r]. Only the softmax goes over the rows together.
 template <class KeyOf, class ValueOf>
-void attend_by_row(const Problem& p, KeyOf key_of, int64_t key_stride, ValueOf value_of,
-                   int64_t value_stride, Tile& tile) {
-  const int32_t first = *std::min_element(tile.first, tile.first + tile.rows);
-  const int32_t end = *std::max_element(tile.limit, tile.limit + tile.rows);
-  for (int32_t key0 = first; key0 < end; key0 += kKeyBlock) {
-    const int n = std::min(kKeyBlock, end - key0);
+void attend_by_row(const Problem& p, KeyOf key_of, int64_t key_stride, ValueOf value_of, int64_t value_stride,
+                   Tile& tile) {
+  for (int32_t key0 = tile.begin; key0 < tile.end; key0 += kKeyBlock) {
+    const int n = std::min(kKeyBlock, tile.end - key0);
     for (int r = 0; r < tile.rows; ++r) {
       const int begin = std::max(tile.first[r] - key0, 0), stop = std::min(tile.limit[r] - key0, n);
       const float* key = key_of(r) + key0 * key_stride;
@@ -343,15 +291,10 @@ void attend_by_row(const Problem& p, KeyOf key_of, int64_t key_stride, ValueOf v
       over_channels(
           p.D,
           [&](int64_t d) {
-            add_row_values<kValueVectors, F>(score, rescale, value + d, value_stride, begin, stop,
-                                             out + d);
+            add_row_values<kValueVectors, F>(score, rescale, value + d, value_stride, begin, stop, out + d);
           },
-          [&](int64_t d) {
-            add_row_values<1, F>(score, rescale, value + d, value_stride, begin, stop, out + d);
-          },
-          [&](int64_t d) {
-            add_row_values<1, HalfF>(score, rescale, value + d, value_stride, begin, stop, out + d);
-          });
+          [&](int64_t d) { add_row_values<1, F>(score, rescale, value + d, value_stride, begin, stop, out + d); },
+          [&](int64_t d) { add_row_values<1, HalfF>(score, rescale, value + d, value_stride, begin, stop, out + d); });
     }
   }
 }
@@ -363,16 +306,15 @@ void attend_text_by_row(const Problem& p, int64_t b, int64_t g, Tile& tile) {
 }
 
 void attend_own_path(const Problem& p, int64_t b, int64_t g, Tile& tile) {
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t end = p.P - p.Q + tile.row[std::min(r, tile.rows - 1)].step + 1;
+  for (int r = 0; r < tile.rows; ++r) {
+    const int64_t end = p.P - p.Q + tile.row[r].step + 1;
     tile.limit[r] = static_cast<int32_t>(end);
-    tile.first[r] =
-        static_cast<int32_t>(p.a.window > 0 ? std::max<int64_t>(0, end - p.a.window) : 0);
+    tile.first[r] = static_cast<int32_t>(p.a.window > 0 ? std::max<int64_t>(0, end - p.a.window) : 0);
   }
+  tile.close_rows();
   attend_by_row(
       p, [&](int r) { return p.a.path_key.at(b, g, tile.row[r].position); }, p.a.path_key.stride[3],
-      [&](int r) { return p.a.path_value.at(b, g, tile.row[r].position); },
-      p.a.path_value.stride[3], tile);
+      [&](int r) { return p.a.path_value.at(b, g, tile.row[r].position); }, p.a.path_value.stride[3], tile);
 }
 
 void write_row(const Problem& p, int64_t b, int r, const Tile& tile) {
@@ -381,14 +323,16 @@ void write_row(const Problem& p, int64_t b, int r, const Tile& tile) {
   const float* from = tile.out + r * p.D;
   float* to = p.a.out.at(b, row.head, row.position, row.step);
   for (int64_t d = 0; d < p.D; ++d) to[d] = from[d] * inverse;
-  if (p.a.lse)
-    *p.a.lse.at(b, row.head, row.position, row.step) =
-        kLn2 * (tile.max[r] + std::log2(tile.sum[r]));
+  if (p.a.lse) *p.a.lse.at(b, row.head, row.position, row.step) = kLn2 * (tile.max[r] + std::log2(tile.sum[r]));
 }
 
-void attend_tile(const Problem& p, int64_t b, int64_t g, int64_t begin, Tile& tile) {
-  describe_rows(p, b, g, begin, tile);
+// Items go through the heads one by one, in each from the longest prefix to the shortest.
+void attend_item(const Problem& p, int64_t item, int64_t items, Tile& tile) {
+  const int64_t head = item / p.tiles, b = head / p.G, g = head % p.G;
+  describe_rows(p, b, g, p.first_row(item), tile);
   if (tile.rows * 2 >= kLanes) {
+    const int64_t next = item + p.a.threads, next_head = next / p.tiles;
+    plan_prefetch(p, b, g, next_head / p.G, next_head % p.G, next < items ? p.first_row(next) : -1, tile);
     transpose_query(p, tile);
     attend_text(p, b, g, tile);
   } else {
@@ -405,15 +349,10 @@ void thought_attention_forward(const ThoughtAttention& a) {
   const int64_t items = p.B * p.G * p.tiles;
 #pragma omp parallel num_threads(a.threads) if (items > 1)
   {
-    static thread_local Tile
-        tile;  // too large for a stack that others share, and kept for the next call
+    static thread_local Tile tile;  // large, and kept for the next call
     tile.D = p.D;
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < items; ++item) {
-      const int64_t head = item / p.tiles,
-                    from_end = item % p.tiles;  // the longest prefixes of a head come first
-      attend_tile(p, head / p.G, head % p.G, (p.tiles - 1 - from_end) * kRows, tile);
-    }
+    for (int64_t item = 0; item < items; ++item) attend_item(p, item, items, tile);
   }
 }
 
