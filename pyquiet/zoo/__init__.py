@@ -1,0 +1,43 @@
+"""The embedded tiny models: small enough to ship, trained by the recipes of this repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+__all__ = ["available", "load"]
+
+_FOLDER = Path(__file__).parent
+
+
+def available() -> list[str]:
+    """The names that `load` takes, sorted."""
+    return sorted(config.parent.name for config in _FOLDER.glob("*/config.json"))
+
+
+def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The embedded model called `name`, in float32 and evaluation mode, and its tokenizer.
+
+    Reads the files that came with the package: no network, no cache folder. Each call gives new
+    objects. `tiny-causal` is a Llama of 1.9 million parameters for English prose in the manner
+    of its training books; its limits are in the README.md of its folder.
+
+    Raises ValueError for an unknown name.
+
+    >>> model, tokenizer = load("tiny-causal")
+    >>> inputs = tokenizer("Once upon a time", return_tensors="pt")
+    >>> text = tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0])
+    """
+    if name not in available():
+        raise ValueError(f"name={name!r} is no embedded model; available: {', '.join(available())}")
+    folder = _FOLDER / name
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.eval(), tokenizer
