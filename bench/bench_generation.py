@@ -36,9 +36,7 @@ SLOWDOWN_GOAL = 1.5 * (THOUGHT_TOKENS + 3)
 @pytest.fixture(scope="module")
 def thinker() -> Any:
     """A thinking model on random weights; its mixing weight and its END are not a fresh one's."""
-    model = pyquiet.QuietStarForCausalLM.from_base(
-        random_model(MODEL), thought_tokens=THOUGHT_TOKENS, start_init=7
-    )
+    model = pyquiet.QuietStarForCausalLM.from_base(random_model(MODEL), thought_tokens=THOUGHT_TOKENS, start_init=7)
     generator = torch.Generator().manual_seed(1)
     last = [layer for layer in model.mixing_head.modules() if isinstance(layer, nn.Linear)][-1]
     with torch.no_grad():
@@ -89,23 +87,17 @@ def test_release_recompute(
     )
 
 
-def test_base_cached(
-    benchmark: BenchmarkFixture, machine: Machine, thinker: Any, measured: dict[str, float]
-) -> None:
+def test_base_cached(benchmark: BenchmarkFixture, machine: Machine, thinker: Any, measured: dict[str, float]) -> None:
     ids = text(PROMPT)
 
     def generate(new: int) -> Tensor:
-        out = thinker.base.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False
-        )
+        out = thinker.base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
         assert out.shape[1] == PROMPT + new
         return out
 
     seconds = seconds_per_token(benchmark, generate)
     measured["base"] = seconds
-    benchmark.extra_info.update(
-        table=TABLE, method="base, cached", milliseconds=seconds * 1e3, token_passes=1
-    )
+    benchmark.extra_info.update(table=TABLE, method="base, cached", milliseconds=seconds * 1e3, token_passes=1)
 
 
 def test_thinking_cached(

@@ -71,9 +71,7 @@ def measure_ceilings(isa: str | None, threads: int) -> tuple[float | None, float
     source = Path(__file__).with_name("fma_peak.cpp")
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder) / "fma_peak")
-        compiled = subprocess.run(
-            [compiler, *flags, str(source), "-o", program], capture_output=True, text=True
-        )
+        compiled = subprocess.run([compiler, *flags, str(source), "-o", program], capture_output=True, text=True)
         if compiled.returncode:
             return None, None, f"g++ could not compile fma_peak.cpp: {compiled.stderr[:200]}"
         command = [program, str(threads), str(READ_MEGABYTES)]

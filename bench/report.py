@@ -58,9 +58,7 @@ def comparison(row: Row) -> str:
 def figures(row: Row) -> str:
     """Return every figure of a row that has no baselines, by name."""
     kept = {k: v for k, v in row.items() if k != "table"}
-    return ", ".join(
-        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in kept.items()
-    )
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in kept.items())
 
 
 def save(path: Path, record: dict[str, Any]) -> None:

@@ -96,9 +96,7 @@ def uniforms(stream: Stream, rows: int, device: torch.device | str | None = None
     out of range.
     """
     if stream.purpose is None:
-        raise ValueError(
-            "stream.purpose is None: say what the numbers are for, e.g. Purpose.ANSWER"
-        )
+        raise ValueError("stream.purpose is None: say what the numbers are for, e.g. Purpose.ANSWER")
     device = torch.device("cpu" if device is None else device)
     words = [_counter_word(stream, name, rows, device) for name in _LIMITS]
     if device.type != "cpu" or native.cpu is None:
@@ -265,8 +263,7 @@ def _check_arguments(
         raise ValueError(f"top_p must be in (0, 1], or None to keep all ids, got {top_p}")
     if banned is not None and (banned.dtype != torch.bool or banned.shape != logits.shape[1:]):
         raise ValueError(
-            f"banned must be bool of shape [V] = [{logits.shape[1]}], "
-            f"got {banned.dtype} of shape {list(banned.shape)}"
+            f"banned must be bool of shape [V] = [{logits.shape[1]}], got {banned.dtype} of shape {list(banned.shape)}"
         )
 
 
@@ -296,14 +293,9 @@ def _counter_word(stream: Stream, name: str, rows: int, device: torch.device) ->
     return value.to(device, torch.int64).expand(rows).contiguous()
 
 
-def _reference_uniforms(
-    seed: int, purpose: int, words: list[Tensor | int], rows: int, device: torch.device
-) -> Tensor:
+def _reference_uniforms(seed: int, purpose: int, words: list[Tensor | int], rows: int, device: torch.device) -> Tensor:
     counter = torch.stack(
-        [
-            w if isinstance(w, Tensor) else torch.full((rows,), w, dtype=torch.int64, device=device)
-            for w in words
-        ]
+        [w if isinstance(w, Tensor) else torch.full((rows,), w, dtype=torch.int64, device=device) for w in words]
     )  # [4, R]
     limits = torch.tensor(list(_LIMITS.values()), device=device).unsqueeze(-1)
     wrong = (counter < 0) | (counter >= limits)

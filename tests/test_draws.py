@@ -49,12 +49,8 @@ def test_order_is_banned_temperature_top_k_top_p():
     # Top-p counts the mass after temperature and top-k: 0.81 for the first two. Before it would be
     # 0.88, and without top-k 0.73.
     p = law.softmax(-1)[0, 1:3].sum().item()
-    assert kept(
-        process_logits(logits, temperature=2.0, top_k=3, top_p=p - 1e-9, banned=banned)
-    ) == [[1, 2]]
-    assert kept(
-        process_logits(logits, temperature=2.0, top_k=3, top_p=p + 1e-9, banned=banned)
-    ) == [[1, 2, 3]]
+    assert kept(process_logits(logits, temperature=2.0, top_k=3, top_p=p - 1e-9, banned=banned)) == [[1, 2]]
+    assert kept(process_logits(logits, temperature=2.0, top_k=3, top_p=p + 1e-9, banned=banned)) == [[1, 2, 3]]
 
 
 def test_removed_ids_stay_removed_and_values_of_the_others_stay():
@@ -125,9 +121,7 @@ def test_draws_do_not_depend_on_batch_or_chunks(monkeypatch, options):
     assert torch.equal(chunked.tokens, whole.tokens)
     torch.testing.assert_close(chunked.log_probs, whole.log_probs, rtol=0, atol=1e-6)
     for row in range(rows):
-        alone = draw(
-            logits[row : row + 1], stream=answers(sequence=ids[row], position=2), **options
-        )
+        alone = draw(logits[row : row + 1], stream=answers(sequence=ids[row], position=2), **options)
         assert alone.tokens.item() == whole.tokens[row]
 
 
@@ -162,9 +156,7 @@ def test_low_precision_logits_follow_their_float32_law():
 @pytest.mark.parametrize("u", [2.0**-53, 0.5, 1 - 2.0**-53])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_token_of_probability_zero_is_never_drawn(monkeypatch, u, dtype):
-    monkeypatch.setattr(
-        randomness, "uniforms", lambda *a: torch.full((a[1],), u, dtype=torch.float64)
-    )
+    monkeypatch.setattr(randomness, "uniforms", lambda *a: torch.full((a[1],), u, dtype=torch.float64))
     logits = torch.full((3, 50), -math.inf, dtype=dtype)
     logits[0, 7] = 3.0
     logits[1, [5, 9]] = 0.0
@@ -195,9 +187,7 @@ def test_no_rows_draw_no_tokens():
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-@pytest.mark.parametrize(
-    ("value", "message"), [(math.nan, "row 2 holds nan"), (math.inf, "row 2 holds inf")]
-)
+@pytest.mark.parametrize(("value", "message"), [(math.nan, "row 2 holds nan"), (math.inf, "row 2 holds inf")])
 def test_logits_that_are_not_finite_name_their_row(monkeypatch, temperature, value, message):
     monkeypatch.setattr(randomness, "_CHUNK", 8)
     logits = torch.zeros(4, 4)

@@ -46,9 +46,7 @@ print(native.isa(), uniforms(Stream(5, Purpose.DRAFT), 3).tolist())"""
 
 
 @needs_native
-@pytest.mark.parametrize(
-    "word", ["avx1024", "AVX2", "neon" if os.uname().machine == "x86_64" else "avx2"]
-)
+@pytest.mark.parametrize("word", ["avx1024", "AVX2", "neon" if os.uname().machine == "x86_64" else "avx2"])
 def test_a_wrong_level_is_an_error_that_names_the_allowed_ones(word):
     done = python("from pyquiet import native", PYQUIET_ISA=word)
     assert done.returncode == 1

@@ -19,9 +19,7 @@ pytestmark = pytest.mark.slow
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """An sdist of the checkout, and a wheel that was built from that sdist."""
     out = tmp_path_factory.mktemp("dist")
-    done = subprocess.run(
-        [sys.executable, "-m", "build", "--outdir", out, ROOT], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "build", "--outdir", out, ROOT], capture_output=True, text=True)
     log = done.stdout + done.stderr
     if "No matching distribution found" in log or "Could not find a version" in log:
         pytest.skip("no package index to take the build requirements from")

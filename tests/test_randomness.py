@@ -120,9 +120,7 @@ def test_negative_seeds_are_their_unsigned_twins(route):
     assert torch.equal(uniforms(a, 3), uniforms(b, 3))
 
 
-@pytest.mark.parametrize(
-    ("block", "expected"), [(0, 2.0**-53), (MASK, 1 - 2.0**-53)], ids=["lowest", "highest"]
-)
+@pytest.mark.parametrize(("block", "expected"), [(0, 2.0**-53), (MASK, 1 - 2.0**-53)], ids=["lowest", "highest"])
 def test_uniforms_never_reach_zero_or_one(monkeypatch, block, expected):
     monkeypatch.setattr(native, "cpu", None)
     monkeypatch.setattr(randomness, "_philox", lambda _, counter: torch.full_like(counter, block))

@@ -12,9 +12,7 @@ COMMANDS = (think, doctor)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. Bad input is one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="pyquiet", description="Language models that think before they speak."
-    )
+    parser = argparse.ArgumentParser(prog="pyquiet", description="Language models that think before they speak.")
     parser.add_argument("--version", action="version", version=f"pyquiet {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:

@@ -19,8 +19,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "doctor",
         help="report what this installation has and what is missing",
-        description="Report versions, native code, threads and GPU. "
-        "Exit code 1 if the native module is missing.",
+        description="Report versions, native code, threads and GPU. Exit code 1 if the native module is missing.",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=run)

@@ -22,36 +22,20 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "answer as it comes. A plain causal LM is wrapped; until it has learned to mix its "
         "thoughts in, its answer is that of the plain model.",
     )
-    parser.add_argument(
-        "--model", metavar="DIR", help="a causal or thinking model (default: the embedded one)"
-    )
-    parser.add_argument(
-        "--prompt", metavar="TEXT", help="what to continue (default: standard input)"
-    )
-    parser.add_argument(
-        "--show-thoughts", action="store_true", help="print each token with the thought before it"
-    )
-    parser.add_argument(
-        "--think", choices=["always", "never"], default="always", help="never: the plain model"
-    )
+    parser.add_argument("--model", metavar="DIR", help="a causal or thinking model (default: the embedded one)")
+    parser.add_argument("--prompt", metavar="TEXT", help="what to continue (default: standard input)")
+    parser.add_argument("--show-thoughts", action="store_true", help="print each token with the thought before it")
+    parser.add_argument("--think", choices=["always", "never"], default="always", help="never: the plain model")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same answer (default: 0)")
-    parser.add_argument(
-        "--device", default="cpu", help="where to run, as torch names it (default: cpu)"
-    )
+    parser.add_argument("--device", default="cpu", help="where to run, as torch names it (default: cpu)")
     answer = parser.add_argument_group("the answer")
-    answer.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)"
-    )
+    answer.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     answer.add_argument("--top-k", type=int, metavar="K")
     answer.add_argument("--top-p", type=float, metavar="P")
     thought = parser.add_argument_group("the thoughts")
-    thought.add_argument(
-        "--thought-tokens", type=int, metavar="M", help="tokens of a thought (default: 5)"
-    )
-    thought.add_argument(
-        "--thoughts-per-token", type=int, metavar="N", help="thoughts to average (default: 1)"
-    )
+    thought.add_argument("--thought-tokens", type=int, metavar="M", help="tokens of a thought (default: 5)")
+    thought.add_argument("--thoughts-per-token", type=int, metavar="N", help="thoughts to average (default: 1)")
     thought.add_argument("--thought-temperature", type=float, default=1.0)
     thought.add_argument("--thought-top-k", type=int, metavar="K")
     thought.add_argument("--thought-top-p", type=float, metavar="P")
@@ -89,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.think == "always" and not any(p.any() for p in model.mixing_head[-1].parameters()):
         print(
-            "note: this model has not learned to use its thoughts yet (their weight is 0): the answer is the plain model's",
+            "note: this model has not learned to use its thoughts yet (their weight is 0), "
+            "so the answer is the plain model's",
             file=sys.stderr,
         )
     return 0
@@ -103,14 +88,12 @@ def load_thinker(
 
     from pyquiet import QuietStarForCausalLM, load
 
-    wrap = {} if thought_tokens is None else {"thought_tokens": thought_tokens}
+    wrap: dict[str, Any] = {} if thought_tokens is None else {"thought_tokens": thought_tokens}
     if path is None:
         base, tokenizer = load(DEFAULT_MODEL)
         return QuietStarForCausalLM.from_base(base, tokenizer=tokenizer, **wrap), tokenizer
     if not os.path.isfile(os.path.join(path, "config.json")):
-        raise ValueError(
-            f"--model {path}: no model folder (a folder with a config.json); give the path of one"
-        )
+        raise ValueError(f"--model {path}: no model folder (a folder with a config.json); give the path of one")
     tokenizer = AutoTokenizer.from_pretrained(path)
     if AutoConfig.from_pretrained(path).model_type != "quiet_star":
         return QuietStarForCausalLM.from_base(path, tokenizer=tokenizer, **wrap).eval(), tokenizer

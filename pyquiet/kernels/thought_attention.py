@@ -4,6 +4,7 @@ Letters: B batch, H query heads, G KV heads, T positions, S text keys, P path st
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def thought_attention(
     """Attention output [B, H, T, Q, D] of every thought step (arXiv 2403.09629, section 4.2).
 
     Query step q of position i sees, in one softmax, the text keys `text_start[b] <= s < text_limits[b, i]` and the keys
-    0 .. P-Q+q of its own path; it never sees another position's path. It stands at position `text_limits[b, i] + P-Q+q`.
+    0 .. P-Q+q of its own path, never another position's path. It stands at position `text_limits[b, i] + P-Q+q`.
 
     Args:
         query: [B, H, T, Q, D]; D a multiple of 8 up to 256. Every tensor needs a contiguous last dimension, no more.
@@ -55,7 +56,7 @@ def thought_attention(
     """
     inputs = (query, text_key, text_value, path_key, path_value)
     arguments = (*inputs, text_limits, text_start, scale, window, softcap)
-    if torch.is_grad_enabled() and any([t.requires_grad for t in inputs]):
+    if torch.is_grad_enabled() and _needs_grad(*inputs):
         out, lse = reference(*arguments)
         return (out, lse.detach()) if return_lse else out
     if is_plain(arguments[:7]):
@@ -90,18 +91,13 @@ def reference(
         window,
         softcap,
     )
-    H, Q, S, P = query.shape[1], query.shape[3], text_key.shape[2], path_key.shape[3]
+    H, S, P = query.shape[1], text_key.shape[2], path_key.shape[3]
     dtype = torch.promote_types(query.dtype, torch.float32)
     group = H // text_key.shape[1]
     q = query.to(dtype)
-    tk, tv, pk, pv = (
-        x.to(dtype).repeat_interleave(group, 1)
-        for x in (text_key, text_value, path_key, path_value)
-    )
+    tk, tv, pk, pv = (x.to(dtype).repeat_interleave(group, 1) for x in (text_key, text_value, path_key, path_value))
 
-    scores = torch.cat(
-        [torch.einsum("bhtqd,bhsd->bhtqs", q, tk), torch.einsum("bhtqd,bhtpd->bhtqp", q, pk)], -1
-    )
+    scores = torch.cat([torch.einsum("bhtqd,bhsd->bhtqs", q, tk), torch.einsum("bhtqd,bhtpd->bhtqp", q, pk)], -1)
     scores = scores * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -112,9 +108,11 @@ def reference(
     return out.to(query.dtype), scores.logsumexp(-1)
 
 
-def _seen(
-    query: Tensor, limits: Tensor, start: Tensor | None, S: int, P: int, window: int | None
-) -> Tensor:
+def _needs_grad(q: Tensor, tk: Tensor, tv: Tensor, pk: Tensor, pv: Tensor) -> bool:
+    return q.requires_grad or tk.requires_grad or tv.requires_grad or pk.requires_grad or pv.requires_grad
+
+
+def _seen(query: Tensor, limits: Tensor, start: Tensor | None, S: int, P: int, window: int | None) -> Tensor:
     """bool [B, 1, T, Q, S + P]: which keys a query step sees."""
     Q, device = query.shape[3], query.device
     limit = limits[:, None, :, None, None]  # [B, 1, T, 1, 1]
@@ -135,18 +133,13 @@ def _forward(arguments: tuple[Any, ...], want_lse: bool) -> tuple[Tensor, Tensor
     query: Tensor = arguments[0]
     if cpu is None or query.dtype is not torch.float32 or not query.is_cpu or not query.numel():
         return reference(*arguments)
-    *tensors, scale, window, softcap = arguments
+    scale, window, softcap = arguments[7:]
     out = torch.empty_like(query)
     lse = query.new_empty(query.shape[:-1]) if want_lse else None
-    options = (
-        scale,
-        0 if window is None else window,
-        0.0 if softcap is None else softcap,
-        torch.get_num_threads(),
-    )
     if (window is not None and window < 1) or (softcap is not None and softcap <= 0):
         _check(*arguments)
-    if not cpu.thought_attention(*tensors, out, lse, *options):
+    native_call: Callable[..., bool] = cpu.thought_attention
+    if not native_call(*arguments[:7], out, lse, scale, window or 0, softcap or 0.0, torch.get_num_threads()):
         _check(*arguments)
         raise AssertionError("the native kernel refused arguments that fit the contract")
     return out, lse  # type: ignore[return-value]  # lse is None only where nobody asked for it
@@ -184,9 +177,7 @@ def _thought_attention(
 ) -> tuple[Tensor, Tensor]:
     inputs = (query, text_key, text_value, path_key, path_value)
     out, lse = _forward((*inputs, text_limits, text_start, scale, window, softcap), want_lse=True)
-    return torch.empty_like(query).copy_(
-        out
-    ), lse  # strides as `_fake` says, whichever path was taken
+    return torch.empty_like(query).copy_(out), lse  # strides as `_fake` says, whichever path was taken
 
 
 def _check(
@@ -211,9 +202,7 @@ def _check(
     ):
         _check_tensor(name, tensor, shape, query.dtype, query.device)
         if tensor.numel() and tensor.stride(-1) != 1:
-            raise ValueError(
-                f"{name} has stride {tensor.stride(-1)} in its last dimension; call .contiguous() on it"
-            )
+            raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; call .contiguous() on it")
     _check_range("text_limits", text_limits, (B, T), query.device, S)
     if text_start is not None:
         _check_range("text_start", text_start, (B,), query.device, S)
@@ -236,13 +225,9 @@ def _sizes(query: Tensor, text_key: Tensor, path_key: Tensor) -> tuple[int, ...]
     if not query.is_floating_point():
         raise TypeError(f"query must be a floating-point tensor, got {query.dtype}")
     if D % 8 or not 8 <= D <= _MAX_HEAD_SIZE:
-        raise ValueError(
-            f"query has head size D={D}; it must be a multiple of 8 from 8 to 256: pad it with zeros"
-        )
+        raise ValueError(f"query has head size D={D}; it must be a multiple of 8 from 8 to 256: pad it with zeros")
     if G < 1 or H % G:
-        raise ValueError(
-            f"query has H={H} heads, which is not a multiple of the G={G} heads of text_key"
-        )
+        raise ValueError(f"query has H={H} heads, which is not a multiple of the G={G} heads of text_key")
     if not 1 <= Q <= P:
         raise ValueError(f"query has Q={Q} steps but path_key P={P}; 1 <= Q <= P must hold")
     if S > _MAX_TEXT:
@@ -250,27 +235,19 @@ def _sizes(query: Tensor, text_key: Tensor, path_key: Tensor) -> tuple[int, ...]
     return B, H, T, Q, D, G, S, P
 
 
-def _check_tensor(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> None:
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     if tensor.dtype != dtype:
-        raise TypeError(
-            f"{name} must have dtype {dtype}, got {tensor.dtype}; convert it with .to({dtype})"
-        )
+        raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}; convert it with .to({dtype})")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device} but query on {device}; move it there")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
-def _check_range(
-    name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, S: int
-) -> None:
+def _check_range(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, S: int) -> None:
     _check_tensor(name, tensor, shape, torch.int64, device)
     if isinstance(tensor, torch._subclasses.FakeTensor) or not tensor.numel():
         return
     low, high = (int(x) for x in tensor.aminmax())
     if low < 0 or high > S:
-        raise ValueError(
-            f"{name} must lie in 0..S={S}, the number of text keys; got values from {low} to {high}"
-        )
+        raise ValueError(f"{name} must lie in 0..S={S}, the number of text keys; got values from {low} to {high}")

@@ -1,6 +1,6 @@
 """The configuration of a thinking model: its base's own configuration and how it thinks."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -12,16 +12,16 @@ class QuietStarConfig(PreTrainedConfig):
         base_config: the wrapped causal LM's configuration, or the dict of it.
         thought_tokens: m, sampled tokens between START and END.
         thoughts_per_token: N, thoughts after each token, averaged in probability.
-        embedding_scale: START and END are stored divided by this, so that a small learning rate moves them (official: 100).
-        official: parity with the released code: the vocabulary has two more rows, START and END, which take part in every
-            softmax but are never sampled.
+        embedding_scale: START and END are stored divided by this, so that a small learning rate moves them.
+        official: parity with the released code: the vocabulary has two more rows, START and END, which take part in
+            every softmax but are never sampled.
 
     Raises:
         ValueError: thought_tokens < 0, thoughts_per_token < 1 or embedding_scale <= 0.
     """
 
     model_type = "quiet_star"
-    sub_configs = {"base_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"base_config": AutoConfig}
 
     def __init__(
         self,
@@ -32,27 +32,26 @@ class QuietStarConfig(PreTrainedConfig):
         official: bool = False,
         **kwargs: Any,
     ) -> None:
-        if isinstance(base_config, dict):
-            base_config = AutoConfig.for_model(**base_config)
-        self.base_config = base_config
+        base = AutoConfig.for_model(**base_config) if isinstance(base_config, dict) else base_config
+        self.base_config: PreTrainedConfig | None = base
         self.thought_tokens = check_count("thought_tokens", thought_tokens, least=0)
         self.thoughts_per_token = check_count("thoughts_per_token", thoughts_per_token, least=1)
         if embedding_scale <= 0:
             raise ValueError(f"embedding_scale must be positive, got {embedding_scale}")
         self.embedding_scale = embedding_scale
         self.official = official
-        if base_config is not None:
-            text = base_config.get_text_config()
+        if base is not None:
+            text = base.get_text_config()
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 kwargs.setdefault(name, getattr(text, name, None))
-            kwargs.setdefault("tie_word_embeddings", base_config.tie_word_embeddings)
+            kwargs.setdefault("tie_word_embeddings", base.tie_word_embeddings)
         super().__init__(**kwargs)
 
     @classmethod
     def from_official(cls, n_ahead: int, n_ahead_talk: int = 1, **kwargs: Any) -> "QuietStarConfig":
-        """The configuration that the released code calls `n_ahead`: START + (n_ahead - 3) tokens + END after the base pass.
+        """What the released code calls `n_ahead`: the base pass, START, n_ahead - 3 tokens, END.
 
-        `n_ahead_talk`, the number of true tokens predicted after a thought, matters to training alone and is only checked.
+        `n_ahead_talk`, the true tokens predicted after a thought, matters to training alone and is only checked.
         """
         check_count("n_ahead", n_ahead, least=3)
         check_count("n_ahead_talk", n_ahead_talk, least=1)
@@ -60,9 +59,7 @@ class QuietStarConfig(PreTrainedConfig):
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The decoder's configuration, which transformers asks for vocabulary and layer sizes."""
-        return (
-            self if self.base_config is None else self.base_config.get_text_config(*args, **kwargs)
-        )
+        return self if self.base_config is None else self.base_config.get_text_config(*args, **kwargs)
 
     @property
     def reserved_ids(self) -> list[int]:

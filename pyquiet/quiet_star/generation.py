@@ -1,8 +1,8 @@
-"""Cached thinking generation through `model.generate`: m + 1 forwards of the base a token (arXiv 2403.09629, section 5)."""
+"""Cached thinking generation through `model.generate`: m + 1 forwards of the base a token (arXiv 2403.09629)."""
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class GeneratedThoughts:
 class QuietStarGenerateOutput(GenerateDecoderOnlyOutput):
     """What `generate` returns with `return_dict_in_generate=True`: transformers' fields and these.
 
-    `calls` holds forwards of the base by kind ("think"), `token_passes` the rows that went through them; both int64 [B].
+    `calls` holds forwards of the base by kind ("think"), `token_passes` the rows that went through them, int64 [B].
     """
 
     thoughts: GeneratedThoughts | None = None
@@ -48,7 +48,7 @@ class QuietStarGenerateOutput(GenerateDecoderOnlyOutput):
 class ThinkingGeneration(GenerationMixin):
     """`generate` for thinking models; every draw comes from a `Stream`, none from torch's generator."""
 
-    _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE]
+    _supported_generation_modes: ClassVar[list[GenerationMode]] = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE]
 
     @torch.no_grad()
     def generate(
@@ -76,8 +76,8 @@ class ThinkingGeneration(GenerationMixin):
             sequence_ids: int64 [B], ids the draws are counted by; None numbers the prompts. Return r of
                 `num_return_sequences` draws its own numbers; return 0 is what a single return would be.
             thoughts_per_token: N thoughts a token, averaged in probability; None is the configuration's.
-            thought_temperature, thought_top_k, thought_top_p: sampling of thoughts; temperature, top_k and top_p stay the
-                answer's, which is greedy unless do_sample.
+            thought_temperature, thought_top_k, thought_top_p: sampling of thoughts; temperature, top_k and top_p stay
+                the answer's, which is greedy unless do_sample.
             return_thoughts: also return the thoughts; implies return_dict_in_generate.
 
         A streamer with a method `put_thoughts(tokens[B, N, m], weight[B, N])` gets each thought before its token.
@@ -94,16 +94,11 @@ class ThinkingGeneration(GenerationMixin):
         if think == "never":
             if return_thoughts:
                 raise ValueError('return_thoughts=True needs think="always"')
-            return self._generate_with_base(inputs, generation_config, seed, kwargs)
+            result = self._generate_with_base(inputs, generation_config, seed, kwargs)
+            return cast(QuietStarGenerateOutput | Tensor, result)
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        if (
-            input_ids is None
-            or kwargs.get("inputs_embeds") is not None
-            or kwargs.get("past_key_values") is not None
-        ):
-            raise ValueError(
-                "generate needs input_ids; inputs_embeds and past_key_values are not supported"
-            )
+        if input_ids is None or kwargs.get("inputs_embeds") is not None or kwargs.get("past_key_values") is not None:
+            raise ValueError("generate needs input_ids; inputs_embeds and past_key_values are not supported")
         defaults = generation_config or self.generation_config
         mask = kwargs.pop("attention_mask", None)
         if mask is None:
@@ -138,7 +133,7 @@ class ThinkingGeneration(GenerationMixin):
         sequences = result if isinstance(result, Tensor) else result.sequences
         returns = len(sequences) // len(input_ids)
         sequences[:, : input_ids.shape[1]] = input_ids.repeat_interleave(returns, 0)
-        return result
+        return cast(QuietStarGenerateOutput | Tensor, result)
 
     def _generate_with_base(
         self: "QuietStarForCausalLM",
@@ -149,15 +144,15 @@ class ThinkingGeneration(GenerationMixin):
     ) -> Any:
         config = copy.deepcopy(generation_config or self.generation_config)
         others = config.update(**kwargs)
+        if self.config.reserved_ids:
+            config.suppress_tokens = [*(config.suppress_tokens or []), *self.config.reserved_ids]
         if seed is None:
             return self.base.generate(inputs, config, **others)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return self.base.generate(inputs, config, **others)
 
-    def _prepare_mask(
-        self, input_ids: Tensor, kwargs: dict[str, Any], defaults: GenerationConfig
-    ) -> Tensor | None:
+    def _prepare_mask(self, input_ids: Tensor, kwargs: dict[str, Any], defaults: GenerationConfig) -> Tensor | None:
         """Without a mask, pad tokens at the ends of a batch's rows are padding where they cannot also mean the end."""
         pad = kwargs.get("pad_token_id", defaults.pad_token_id)
         eos = kwargs.get("eos_token_id", defaults.eos_token_id)
@@ -170,7 +165,7 @@ class ThinkingGeneration(GenerationMixin):
             or len(input_ids) == 1
         ):
             return None  # all tokens
-        token = (input_ids != pad).long()
+        token: Tensor = (input_ids != pad).long()
         return (token.cumsum(1) * token.flip(1).cumsum(1).flip(1)).clamp_max(1)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
@@ -190,9 +185,7 @@ class ThinkingGeneration(GenerationMixin):
         **model_kwargs: Any,
     ) -> QuietStarGenerateOutput | Tensor:
         request: _Request = model_kwargs["thinking"]
-        loop = _Loop(
-            self, input_ids, model_kwargs.get("attention_mask"), request, generation_config
-        )
+        loop = _Loop(self, input_ids, model_kwargs.get("attention_mask"), request, generation_config)
         pad = generation_config._pad_token_tensor
         may_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         done = False
@@ -260,12 +253,8 @@ class _Loop:
         self.thinker = Thinker(model, Text.of(input_ids, mask), request.options, self.return_index)
         self.running = torch.ones(B, dtype=torch.bool, device=device)
         keep = generation_config.return_dict_in_generate
-        self.scores: tuple[Tensor, ...] | None = (
-            () if keep and generation_config.output_scores else None
-        )
-        self.logits: tuple[Tensor, ...] | None = (
-            () if keep and generation_config.output_logits else None
-        )
+        self.scores: tuple[Tensor, ...] | None = () if keep and generation_config.output_scores else None
+        self.logits: tuple[Tensor, ...] | None = () if keep and generation_config.output_logits else None
         self.thoughts: list[tuple[Tensor, Tensor, Tensor]] = []
         self.calls = torch.zeros(B, dtype=torch.int64, device=device)
         self.token_passes = torch.zeros(B, dtype=torch.int64, device=device)
@@ -279,9 +268,7 @@ class _Loop:
             text.mask = torch.cat([text.mask, text.mask.new_ones(len(new), 1)], 1)
         text.length = input_ids.shape[1] - text.start
         calls, passes = thinker.calls, thinker.token_passes
-        round_ = thinker.think(
-            torch.full((len(new), 1), input_ids.shape[1], device=new.device), new
-        )
+        round_ = thinker.think(torch.full((len(new), 1), input_ids.shape[1], device=new.device), new)
         self.calls += self.running * (thinker.calls - calls)
         self.token_passes += self.running * (thinker.token_passes - passes)
         assert round_.text_hidden is not None
@@ -329,9 +316,7 @@ class _Loop:
             return sequences
         thoughts = None
         if self.thoughts:
-            tokens, log_probs, weight = (
-                torch.stack(parts, 1) for parts in zip(*self.thoughts, strict=True)
-            )
+            tokens, log_probs, weight = (torch.stack(parts, 1) for parts in zip(*self.thoughts, strict=True))
             thoughts = GeneratedThoughts(tokens, log_probs, weight)
         return QuietStarGenerateOutput(
             sequences=sequences,

@@ -7,10 +7,10 @@ from pyquiet.quiet_star.configuration import QuietStarConfig
 
 
 def check_inputs(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> None:
-    """Raises TypeError or ValueError unless ids are int64 [B, T] in range and the mask marks one run of tokens a row."""
+    """Raises TypeError or ValueError unless ids are int64 [B, T] in range and each row of the mask is one run."""
     if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-        what = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        raise TypeError(f"input_ids must be an int64 tensor of token ids, got {what}")
+        kind = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise TypeError(f"input_ids must be an int64 tensor of token ids, got {kind}")
     if input_ids.ndim != 2 or input_ids.numel() == 0:
         raise ValueError(
             f"input_ids must be [B, T] with at least one token, got shape {list(input_ids.shape)}; an empty prompt has "
@@ -24,14 +24,8 @@ def check_inputs(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: i
     if attention_mask is None:
         return
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
-        shape = (
-            list(attention_mask.shape)
-            if isinstance(attention_mask, Tensor)
-            else type(attention_mask).__name__
-        )
-        raise ValueError(
-            f"attention_mask must have the shape {list(input_ids.shape)} of input_ids, got {shape}"
-        )
+        got = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(f"attention_mask must have the shape {list(input_ids.shape)} of input_ids, got {got}")
     mask = attention_mask.to(torch.int8)
     if ((attention_mask != 0) & (attention_mask != 1)).any():
         raise ValueError("attention_mask must hold 0 (padding) and 1 (token) only")
@@ -39,9 +33,7 @@ def check_inputs(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: i
     for row, count in enumerate(runs.tolist()):
         if count != 1:
             what = "is all padding" if count == 0 else "has padding between tokens"
-            raise ValueError(
-                f"attention_mask row {row} {what}; each row must be one unbroken run of tokens"
-            )
+            raise ValueError(f"attention_mask row {row} {what}; each row must be one unbroken run of tokens")
 
 
 def check_context(config: QuietStarConfig, length: int) -> None:
@@ -50,9 +42,9 @@ def check_context(config: QuietStarConfig, length: int) -> None:
     needed = length + config.thought_tokens + 2
     if context is not None and needed > context:
         raise ValueError(
-            f"input_ids too long: {length} tokens and a thought of {config.thought_tokens} tokens with START and END need "
-            f"{needed} positions, but the model's context (max_position_embeddings) is {context}; shorten the text or "
-            "thought_tokens"
+            f"input_ids too long: {length} tokens and a thought of {config.thought_tokens} tokens with START and END "
+            f"need {needed} positions, but the model's context (max_position_embeddings) is {context}; shorten the "
+            "text or thought_tokens"
         )
 
 

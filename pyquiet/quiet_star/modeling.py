@@ -1,9 +1,9 @@
-"""`QuietStarForCausalLM`: any decoder, with a thought after every token mixed into its prediction (arXiv 2403.09629)."""
+"""`QuietStarForCausalLM`: any decoder, a thought after every token mixed into its prediction (arXiv 2403.09629)."""
 
 import copy
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutput
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pyquiet.quiet_star.configuration import QuietStarConfig
 from pyquiet.quiet_star.generation import ThinkingGeneration
+from pyquiet.quiet_star.head import finish_logits
 from pyquiet.quiet_star.inputs import check_context, check_inputs
 from pyquiet.quiet_star.thinking import Round, Text, Thinker, ThoughtOptions, average, chunks
 from pyquiet.quiet_star.thoughts import check_supported, thinking
@@ -42,8 +43,8 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
 
     The prediction is (1 - w) * base + w * thought on the logits, in float32 at least; w is an unbounded scalar that the
     mixing head, an MLP 2d -> d -> d -> 1 whose last layer starts at zero, computes from the final-norm hidden states
-    before and after the thought (arXiv 2403.09629, section 4.3; the paper's w is 1 - w here). The wrapped model, `base`,
-    is left as it is. Build one with `from_base`; `save_pretrained`, `from_pretrained` and the Auto classes work.
+    before and after the thought (arXiv 2403.09629, section 4.3; the paper's w is 1 - w here). The wrapped model,
+    `base`, is left as it is. Build one with `from_base`; save and load it as any transformers model.
     """
 
     config: QuietStarConfig
@@ -51,7 +52,7 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     # A step of 1e-6 is lost in bfloat16, and so is a mix with a small weight.
-    _keep_in_fp32_modules_strict = {"mixing_head", "start_embedding", "end_embedding"}
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"mixing_head", "start_embedding", "end_embedding"}
 
     def __init__(self, config: QuietStarConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -89,10 +90,10 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
     ) -> "QuietStarForCausalLM":
         """A thinking model around a causal LM, which shares the given model's weights and leaves them as they are.
 
-        START and END start from the embedding of the first token of "---" (through `tokenizer`), of the id `start_init`,
-        or, with neither, from the mean embedding. With a path, a tokenizer lying there is used. The head's last layer is
-        zero, so a fresh model predicts what its base predicts. `official=True` works with two more vocabulary rows, as
-        the released code does, on a copy of the given model.
+        START and END start from the embedding of the first token of "---" (through `tokenizer`), of the id
+        `start_init`, or, with neither, from the mean embedding. With a path, a tokenizer lying there is used. The
+        head's last layer is zero, so a fresh model predicts what its base predicts. `official=True` works with two more
+        vocabulary rows, as the released code does, on a copy of the given model.
 
         Raises:
             NotImplementedError: the architecture cannot think (no attention interface, ALiBi, sinks, latent or
@@ -100,9 +101,7 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
             ValueError, TypeError: an argument is out of range.
         """
         if not isinstance(model, PreTrainedModel | str | os.PathLike):
-            raise TypeError(
-                f"model must be a transformers causal LM or the path of one, got {type(model).__name__}"
-            )
+            raise TypeError(f"model must be a transformers causal LM or the path of one, got {type(model).__name__}")
         if not isinstance(model, PreTrainedModel):
             tokenizer = tokenizer or _tokenizer_at(model)
             kind = AutoConfig.from_pretrained(model)
@@ -118,9 +117,7 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
             start_init = tokenizer("---", add_special_tokens=False)["input_ids"][0]
         vocabulary = model.get_input_embeddings().weight.shape[0]
         if start_init is not None and not 0 <= start_init < vocabulary:
-            raise ValueError(
-                f"start_init must be a token id in 0..{vocabulary - 1}, got {start_init}"
-            )
+            raise ValueError(f"start_init must be a token id in 0..{vocabulary - 1}, got {start_init}")
         if official:
             model.resize_token_embeddings(vocabulary + 2)
         config = QuietStarConfig(
@@ -133,7 +130,8 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
         thinker = cls(config, model)
         thinker._init_thoughts(start_init)
         thinker._probe()
-        return thinker.train(model.training)
+        thinker.train(model.training)
+        return thinker
 
     @torch.no_grad()
     def _init_thoughts(self, token_id: int | None) -> None:
@@ -161,7 +159,7 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is self.mixing_head[-1]:
-            nn.init.zeros_(module.weight)
+            nn.init.zeros_(cast(nn.Linear, module).weight)
         elif module is self:
             self._init_thoughts(None)
 
@@ -178,9 +176,7 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
         return self._meta_token(self.end_embedding)
 
     def _meta_token(self, parameter: Tensor) -> Tensor:
-        return (parameter * self.config.embedding_scale).to(
-            self.base.get_input_embeddings().weight.dtype
-        )
+        return (parameter * self.config.embedding_scale).to(self.base.get_input_embeddings().weight.dtype)
 
     @property
     def vocab_size(self) -> int:
@@ -196,31 +192,18 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
     def raw_logits(self, hidden: Tensor) -> Tensor:
         """What the LM head alone makes of hidden states [..., d]: [..., V], in float32 at least."""
         head = self.base.get_output_embeddings()
-        logits = head(hidden.to(head.weight.dtype))
+        logits: Tensor = head(hidden.to(head.weight.dtype))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def finish(self, raw: Tensor) -> Tensor:
         """Logits [..., V] from raw ones: the scales and softcaps of the base's own forward, run around them."""
-        flat = raw.reshape(1, -1, raw.shape[-1])
-        head = self.base.get_output_embeddings()
-        shell = object.__new__(type(self.base))
-        shell.__dict__.update(self.base.__dict__)
-        shell.__dict__["_modules"] = {
-            name: _Given(_Hidden(last_hidden_state=flat[..., :1]))
-            if name == self.base.base_model_prefix
-            else (_Given(flat) if module is head else module)
-            for name, module in self.base._modules.items()
-        }
-        logits: Tensor = type(self.base).forward(shell, inputs_embeds=flat, use_cache=False).logits
-        return logits.view(raw.shape)
+        return finish_logits(self.base, raw)
 
     def mix(self, hidden: Tensor, end_hidden: Tensor) -> Tensor:
         """The thoughts' weights w [..., N] from base states [..., d] and END states [..., N, d]."""
-        head = self.mixing_head
+        first = cast(nn.Linear, self.mixing_head[0])
         pair = torch.cat([hidden[..., None, :].expand_as(end_hidden), end_hidden], -1)
-        weight: Tensor = head(pair.to(device=head[0].weight.device, dtype=head[0].weight.dtype))[
-            ..., 0
-        ]
+        weight: Tensor = self.mixing_head(pair.to(first.weight.device, first.weight.dtype))[..., 0]
         return weight
 
     def mixed_logits(self, raw_base: Tensor, end_hidden: Tensor, weight: Tensor) -> Tensor:
@@ -264,8 +247,8 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
             `Thoughts`. Memory grows linearly with T.
 
         Raises:
-            ValueError, TypeError: ids out of range, an empty row, a mask with holes, a text that with its thoughts passes
-                the model's context, NaN logits (the row is named), an option out of range.
+            ValueError, TypeError: ids out of range, an empty row, a mask with holes, a text that with its thoughts
+                passes the model's context, NaN logits (the row is named), an option out of range.
         """
         text, options = self._prepare(
             input_ids,
@@ -316,16 +299,12 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
         if think not in ("always", "never"):
             raise ValueError(f'think must be "always" or "never", got {think!r}')
         if think == "never":
-            return self.base(
-                input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs
-            )
+            return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
         if unknown := {name for name, value in kwargs.items() if value is not None} - {
             "return_dict",
             "use_cache",
         }:
-            raise TypeError(
-                f'forward with think="always" does not take {", ".join(sorted(unknown))}'
-            )
+            raise TypeError(f'forward with think="always" does not take {", ".join(sorted(unknown))}')
         options = (
             seed,
             thoughts_per_token,
@@ -340,12 +319,8 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
             weight = self.mix(hidden, round_.end_hidden)
             raw = self.raw_logits(hidden)
             parts = [
-                average(
-                    self.mixed_logits(raw[:, part], round_.end_hidden[:, part], weight[:, part])
-                )
-                for part in chunks(
-                    input_ids.shape[1], input_ids.shape[0] * checked.thoughts * self.vocab_size
-                )
+                average(self.mixed_logits(raw[:, part], round_.end_hidden[:, part], weight[:, part]))
+                for part in chunks(input_ids.shape[1], input_ids.shape[0] * checked.thoughts * self.vocab_size)
             ]
             logits = torch.cat(parts, 1)
             loss = None
@@ -359,13 +334,9 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
         check_inputs(input_ids, attention_mask, self.base.get_input_embeddings().weight.shape[0])
         text = Text.of(input_ids, attention_mask)
         check_context(self.config, int(text.length.max()))
-        return text, ThoughtOptions.checked(
-            self.config.thoughts_per_token, input_ids.shape[0], *options
-        )
+        return text, ThoughtOptions.checked(self.config.thoughts_per_token, input_ids.shape[0], *options)
 
-    def _think_everywhere(
-        self, input_ids: Tensor, text: Text, options: ThoughtOptions
-    ) -> tuple[Tensor, Round]:
+    def _think_everywhere(self, input_ids: Tensor, text: Text, options: ThoughtOptions) -> tuple[Tensor, Round]:
         """Hidden states [B, T, d] of the text, read in one call as the base reads it, and the thoughts after it."""
         B, T = input_ids.shape
         with thinking(self.base):
@@ -393,44 +364,19 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
     @property
     def dtype(self) -> torch.dtype:
         """The base's; what mixes stays in float32 beside a base in half precision."""
-        return self.base.dtype
+        return cast(torch.dtype, self.base.dtype)
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.base.get_input_embeddings()
+        return cast(nn.Module, self.base.get_input_embeddings())
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.base.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.base.get_output_embeddings()
+        return cast(nn.Module, self.base.get_output_embeddings())
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.base.set_output_embeddings(value)
-
-
-class _Hidden(BaseModelOutputWithPast):
-    """A decoder's output of which only the last hidden state is known."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return
-
-
-class _Given(nn.Module):
-    """Stands in for a module and returns what it was given."""
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.output = output
-
-    @property
-    def decoder(self) -> "_Given":
-        """Some models (OPT) call their decoder past the base model."""
-        return self
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.output
 
 
 def _gather(logits: Tensor, target: Tensor) -> Tensor:

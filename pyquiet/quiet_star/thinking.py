@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -124,12 +124,10 @@ class Thinker:
     def read(self, input_ids: Tensor) -> Tensor:
         """Hidden states [B, n, d] of further text [B, n]."""
         embeds = self.model.embed(input_ids)
-        return self._run(
-            embeds, self._text_positions(input_ids.shape[1]), text_rows=input_ids.shape[1]
-        )
+        return self._run(embeds, self._text_positions(input_ids.shape[1]), text_rows=input_ids.shape[1])
 
     def think(self, limits: Tensor, new_text: Tensor | None = None) -> Round:
-        """Thinks where `limits` [B, T0] (text columns seen, new ones included) says, reading `new_text` [B, n] along."""
+        """Thinks where `limits` [B, T0] (text columns seen, new ones included) says; reads `new_text` [B, n] along."""
         m, N = self.model.config.thought_tokens, self.options.thoughts
         n = 0 if new_text is None else new_text.shape[1]
         text_positions = self._text_positions(n)
@@ -154,27 +152,21 @@ class Thinker:
         if not m:
             empty = limits.new_empty(shape)
             return Round(text_hidden if n else None, end, empty, end.new_empty(shape))
-        return Round(
-            text_hidden if n else None, end, torch.stack(tokens, -1), torch.stack(log_probs, -1)
-        )
+        return Round(text_hidden if n else None, end, torch.stack(tokens, -1), torch.stack(log_probs, -1))
 
     def _draw(self, hidden: Tensor, limits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The thought token t_{k+1} from hidden [B, T0, N or 1, d]: tokens and log-probabilities [B, T0, N]."""
         B, T0, shared, _ = hidden.shape
         N = self.options.thoughts
-        index = (
-            torch.arange(N, device=hidden.device)
-            + torch.as_tensor(self.first_index).reshape(-1, 1, 1)
-        ).to(hidden.device)
+        first = torch.as_tensor(self.first_index, device=hidden.device).reshape(-1, 1, 1)
+        index = first + torch.arange(N, device=hidden.device)
         sequence = self.sequence[:, None, None].expand(B, T0, N).reshape(B * T0, N)
         position = (limits - self.text.start[:, None] - 1).clamp_min(0).view(B * T0, N)
         index = index.expand(B, T0, N).reshape(B * T0, N)
         rows = hidden.reshape(B * T0, shared, -1)
         drawn = []
         for part in chunks(B * T0, N * self.model.vocab_size):
-            logits = (
-                self.model.finish(self.model.raw_logits(rows[part])).expand(-1, N, -1).flatten(0, 1)
-            )
+            logits = self.model.finish(self.model.raw_logits(rows[part])).expand(-1, N, -1).flatten(0, 1)
             stream = Stream(
                 self.options.seed,
                 Purpose.THOUGHT,
@@ -211,12 +203,8 @@ class Thinker:
         rows = rows.expand(B, paths, -1, -1)
         steps = rows.shape[2]
         # Beyond a right-padded row's end no path is read; it only has to stay within the context.
-        seen = torch.minimum(
-            limits - self.text.start[:, None], self.text.length[:, None]
-        ).clamp_min(0)
-        positions = seen[..., None] + torch.arange(
-            first_step, first_step + steps, device=limits.device
-        )
+        seen = torch.minimum(limits - self.text.start[:, None], self.text.length[:, None]).clamp_min(0)
+        positions = seen[..., None] + torch.arange(first_step, first_step + steps, device=limits.device)
         embeds, positions = rows.flatten(1, 2), positions.flatten(1)
         if text is not None and text_positions is not None:
             embeds = torch.cat([self.model.embed(text), embeds], 1)
@@ -234,10 +222,10 @@ class Thinker:
             text_start=None if self.text.mask is None else self.text.start,
         )
 
-    def _run(self, embeds: Tensor, positions: Tensor, **layout: int | Tensor | None) -> Tensor:
+    def _run(self, embeds: Tensor, positions: Tensor, **rows: Any) -> Tensor:
         self.calls += 1
         self.token_passes += embeds.shape[1]
-        layout = ThoughtLayout(self.cache, **layout)
+        layout = ThoughtLayout(self.cache, **rows)
         columns = self.cache.get_seq_length() + layout.text_rows
         mask = None if self.text.mask is None else self.text.mask[:, :columns]
         return run_rows(self.model.base, embeds, positions, mask, layout)

@@ -43,9 +43,7 @@ class ThoughtLayer(CacheLayerMixin):
         self.values = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[3]))
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Stores the rows of a forward, [B, G, rows, D], and returns the keys and values of the text, [B, G, S, D]."""
         assert self.layout is not None
         if not self.is_initialized:
@@ -84,13 +82,9 @@ class ThoughtLayer(CacheLayerMixin):
         layout = self.layout
         assert layout is not None
         if self.path_keys is None or self.path_values is None:
-            raise NotImplementedError(
-                "a layer attends without storing keys of its own (shared K/V layers)"
-            )
+            raise NotImplementedError("a layer attends without storing keys of its own (shared K/V layers)")
         end = layout.first_step + layout.steps
-        return self.path_keys[:, :, :: layout.copies, :end], self.path_values[
-            :, :, :: layout.copies, :end
-        ]
+        return self.path_keys[:, :, :: layout.copies, :end], self.path_values[:, :, :: layout.copies, :end]
 
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         rows = self.layout.text_rows if self.layout is not None else 0
@@ -145,9 +139,7 @@ _base_name: ContextVar[str] = ContextVar("pyquiet_base_attention")
 @contextmanager
 def thinking(base: PreTrainedModel) -> Iterator[None]:
     """Lends the base our attention function; on leaving, its configuration is as it was."""
-    configs = list(
-        {id(m.config): m.config for m in base.modules() if hasattr(m, "config")}.values()
-    )
+    configs = list({id(m.config): m.config for m in base.modules() if hasattr(m, "config")}.values())
     names = [config._attn_implementation for config in configs]
     token = _base_name.set(base.config.get_text_config()._attn_implementation)
     try:
@@ -189,8 +181,8 @@ def run_rows(
         _layout.reset(token)
     if layout.layers_seen != len(layout.cache.layers):
         raise NotImplementedError(
-            f"{type(base).__name__} cannot think: only {layout.layers_seen} of its {len(layout.cache.layers)} layers passed "
-            "the thoughts' layout through the transformers attention interface, so its output would be wrong"
+            f"{type(base).__name__} cannot think: only {layout.layers_seen} of its {len(layout.cache.layers)} layers "
+            "passed the thoughts' layout through the transformers attention interface, so its output would be wrong"
         )
     hidden: Tensor = output.last_hidden_state
     return hidden
@@ -251,9 +243,7 @@ def _attend_paths(
     return out[..., :D].flatten(2, 3).transpose(1, 2)
 
 
-def _refuse_unsupported(
-    module: nn.Module, query: Tensor, value: Tensor, kwargs: dict[str, Any]
-) -> None:
+def _refuse_unsupported(module: nn.Module, query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> None:
     reason = None
     if kwargs.get("s_aux") is not None:
         reason = "attention sinks"

@@ -70,9 +70,7 @@ def by_loops(tensors, options):
 @pytest.mark.parametrize("shape", SHAPES[:9])
 def test_reference_equals_loops(shape):
     tensors, options = make(*shape, dtype=torch.float64)
-    for actual, expected in zip(
-        reference(*tensors, **options), by_loops(tensors, options), strict=True
-    ):
+    for actual, expected in zip(reference(*tensors, **options), by_loops(tensors, options), strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
 
 
@@ -134,9 +132,7 @@ def test_rows_do_not_depend_on_their_neighbours():
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
     q, tk, tv, pk, pv = tensors
     options["text_limits"] = options["text_limits"][:, order]
-    shuffled = thought_attention(
-        q[:, :, order], tk, tv, pk[:, :, order], pv[:, :, order], **options
-    )
+    shuffled = thought_attention(q[:, :, order], tk, tv, pk[:, :, order], pv[:, :, order], **options)
     torch.testing.assert_close(shuffled, whole[:, :, order], rtol=0, atol=2e-6)
 
 
@@ -154,12 +150,8 @@ def test_strided_views_need_no_copy():
     out = thought_attention(q_view, wide[:, :, 4:13, :16], tv, pk, pv, **options)
     assert torch.equal(out, expected)
     one = options | {"text_start": None, "text_limits": options["text_limits"][:1].expand(2, 5)}
-    shared = thought_attention(
-        q, tk[:1].expand(2, -1, -1, -1), tv[:1].expand(2, -1, -1, -1), pk, pv, **one
-    )
-    copied = thought_attention(
-        q, tk[:1].repeat(2, 1, 1, 1), tv[:1].repeat(2, 1, 1, 1), pk, pv, **one
-    )
+    shared = thought_attention(q, tk[:1].expand(2, -1, -1, -1), tv[:1].expand(2, -1, -1, -1), pk, pv, **one)
+    copied = thought_attention(q, tk[:1].repeat(2, 1, 1, 1), tv[:1].repeat(2, 1, 1, 1), pk, pv, **one)
     assert torch.equal(shared, copied)
 
 
@@ -189,9 +181,7 @@ def test_large_scores_do_not_overflow():
     tensors[0] *= 1e4
     out, lse = thought_attention(*tensors, **options, return_lse=True)
     expected, expected_lse = reference(*[x.double() for x in tensors], **options)
-    torch.testing.assert_close(
-        out.double(), expected, rtol=0, atol=2e-2
-    )  # scores of 1e5 carry errors of 1e-2
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-2)  # scores of 1e5 carry errors of 1e-2
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=0)
 
 

@@ -81,9 +81,7 @@ def mixing_weight(model: nn.Module, base_state: Tensor, thought_state: Tensor) -
     return model.mixing_head(pair[None, None]).reshape(())
 
 
-def think(
-    model: nn.Module, text: Tensor, m: int, index: int, noise: dict[str, Any], law: Law
-) -> Thought:
+def think(model: nn.Module, text: Tensor, m: int, index: int, noise: dict[str, Any], law: Law) -> Thought:
     """Thought number `index` after `text` [S]; noise holds the seed and the sequence id."""
     base = model.base
     embed = base.get_input_embeddings()
@@ -182,10 +180,7 @@ def answer(
     out, text = Answer(), prompt
     for _ in range(new):
         noise = {"seed": seed, "sequence": sequence}
-        made = [
-            think(model, text, m, copy * thoughts + n, noise, thought_law or Law())
-            for n in range(thoughts)
-        ]
+        made = [think(model, text, m, copy * thoughts + n, noise, thought_law or Law()) for n in range(thoughts)]
         score = mean_log_probs(torch.stack([t.logits for t in made]))
         stream = Stream(
             seed,

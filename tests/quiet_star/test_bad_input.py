@@ -36,9 +36,7 @@ def ways(model, ids, mask=None, **options):
     return {
         "think_at_every_token": lambda: model.think_at_every_token(ids, mask, seed=0, **options),
         "forward": lambda: model(ids, attention_mask=mask, think="always", seed=0, **options),
-        "generate": lambda: model.generate(
-            ids, attention_mask=mask, max_new_tokens=3, seed=0, **options
-        ),
+        "generate": lambda: model.generate(ids, attention_mask=mask, max_new_tokens=3, seed=0, **options),
     }
 
 
@@ -136,9 +134,7 @@ def test_nan_logits(model, layer):
     weight[5, 3] = float("nan")
     try:
         calls = ways(model, IDS)
-        calls["sampled answer"] = lambda: model.generate(
-            IDS, max_new_tokens=2, do_sample=True, seed=0
-        )
+        calls["sampled answer"] = lambda: model.generate(IDS, max_new_tokens=2, do_sample=True, seed=0)
         assert_refused(calls, "(?i)nan")
     finally:
         weight[5, 3] = kept

@@ -155,9 +155,7 @@ def test_every_return_is_its_own_run(thoughts):
     assert torch.equal(out.thoughts.tokens[::3], single.thoughts.tokens)
     for row in range(6):
         b, copy = divmod(row, 3)
-        expected = reference.answer(
-            model, ids[b], 4, m=2, thoughts=thoughts, seed=6, sequence=b, copy=copy
-        )
+        expected = reference.answer(model, ids[b], 4, m=2, thoughts=thoughts, seed=6, sequence=b, copy=copy)
         assert_same_answer(out, row, 4, expected, 1e-12)
 
 

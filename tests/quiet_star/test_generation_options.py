@@ -87,9 +87,7 @@ def test_generation_ends_when_every_row_has_stopped():
     free = model.generate(ids, do_sample=True, seed=3, max_new_tokens=8)[0, 4:].tolist()
     stop = next(t for t in range(1, 8) if free[t] not in free[:t])
     with CallCounter(model) as counter:
-        out = model.generate(
-            ids, do_sample=True, seed=3, max_new_tokens=8, eos_token_id=[98, free[stop]]
-        )
+        out = model.generate(ids, do_sample=True, seed=3, max_new_tokens=8, eos_token_id=[98, free[stop]])
     assert out[0, 4:].tolist() == free[: stop + 1]
     assert counter.calls == 2 * (stop + 1)
 
@@ -170,9 +168,7 @@ def test_scores_and_logits(thoughts):
     assert len(out.scores) == len(out.logits) == 4
     assert all((score > -torch.inf).sum() == 3 for score in out.scores)
     tokens = tokens_of(out, 4)[0]
-    assert all(
-        score[0, token] > -torch.inf for score, token in zip(out.scores, tokens, strict=True)
-    )
+    assert all(score[0, token] > -torch.inf for score, token in zip(out.scores, tokens, strict=True))
     assert_close(out.logits[0].log_softmax(-1)[0], expected.scores[0], 1e-12)
 
 
@@ -180,9 +176,7 @@ def test_the_forms_of_the_result():
     model, ids = thinker(), random_ids(2, 4)
     plain = model.generate(ids, max_new_tokens=3, seed=1)
     assert isinstance(plain, torch.Tensor)
-    out = model.generate(
-        ids, max_new_tokens=3, seed=1, return_dict_in_generate=True, return_thoughts=False
-    )
+    out = model.generate(ids, max_new_tokens=3, seed=1, return_dict_in_generate=True, return_thoughts=False)
     assert torch.equal(out.sequences, plain)
     assert getattr(out, "thoughts", None) is None
     shown = model.generate(ids, max_new_tokens=3, seed=1, **DICT)
@@ -198,9 +192,7 @@ def test_defaults_of_the_generation_config():
     given = {"do_sample": True, "temperature": 0.7, "top_k": 5, "max_new_tokens": 6}
     expected = model.generate(ids, seed=4, **given)
     greedy = model.generate(ids, seed=4, max_new_tokens=6)
-    assert torch.equal(
-        model.generate(ids, seed=4, generation_config=GenerationConfig(**given)), expected
-    )
+    assert torch.equal(model.generate(ids, seed=4, generation_config=GenerationConfig(**given)), expected)
     model.generation_config.update(**given)
     assert torch.equal(model.generate(ids, seed=4), expected)
     assert torch.equal(model.generate(ids, seed=4, do_sample=False), greedy)
@@ -209,9 +201,7 @@ def test_defaults_of_the_generation_config():
 
 def test_think_always_is_the_default():
     model, ids = thinker(), random_ids(1, 4)
-    out = model.generate(
-        ids, max_new_tokens=5, seed=1, return_thoughts=True, return_dict_in_generate=True
-    )
+    out = model.generate(ids, max_new_tokens=5, seed=1, return_thoughts=True, return_dict_in_generate=True)
     always = model.generate(ids, max_new_tokens=5, seed=1, think="always")
     assert torch.equal(out.sequences, always)
     assert (out.thoughts.tokens >= 0).all()

@@ -21,9 +21,7 @@ def fresh(name="llama", m=2, **options):
 
 def force_weight(model, value):
     """Makes the mixing head answer `value` whatever it sees."""
-    return model.mixing_head.register_forward_hook(
-        lambda _module, _inputs, out: torch.full_like(out, value)
-    )
+    return model.mixing_head.register_forward_hook(lambda _module, _inputs, out: torch.full_like(out, value))
 
 
 def test_the_fresh_head_has_a_zero_last_layer_without_bias():

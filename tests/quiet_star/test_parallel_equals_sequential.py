@@ -22,9 +22,7 @@ ALL = [*ARCHITECTURES, *ODD_HEADS]
 def check_text(model, ids, mask=None, *, m, thoughts, tolerance, seed=11, **laws):
     """Thoughts and mixed logits of one batch equal those of the explicit sequences."""
     law = reference.Law(**laws)
-    expected = reference.think_everywhere(
-        model, ids, mask, m=m, thoughts=thoughts, seed=seed, law=law
-    )
+    expected = reference.think_everywhere(model, ids, mask, m=m, thoughts=thoughts, seed=seed, law=law)
     options = {"seed": seed, "thoughts_per_token": thoughts}
     options |= {f"thought_{name}": value for name, value in laws.items()}
     with torch.no_grad():
@@ -87,9 +85,7 @@ def test_padding_beside_a_window(side, m, dtype):
     check_text(model, ids, mask, m=m, thoughts=2, tolerance=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize(
-    "law", [{"temperature": 0.0}, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.6}], ids=str
-)
+@pytest.mark.parametrize("law", [{"temperature": 0.0}, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.6}], ids=str)
 def test_the_law_of_the_thoughts(law):
     check_text(thinker(m=3), random_ids(2, 5), m=3, thoughts=2, tolerance=1e-12, **law)
 
@@ -101,9 +97,7 @@ def test_a_text_of_one_token():
 def test_a_mask_of_ones_and_a_boolean_mask_change_nothing():
     model, ids = thinker(), random_ids(2, 5)
     plain = model.think_at_every_token(ids, seed=4)
-    assert_same_thoughts(
-        model.think_at_every_token(ids, torch.ones_like(ids), seed=4), plain, 1e-12
-    )
+    assert_same_thoughts(model.think_at_every_token(ids, torch.ones_like(ids), seed=4), plain, 1e-12)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     number = model.think_at_every_token(ids, mask, seed=4)
     assert_same_thoughts(model.think_at_every_token(ids, mask.bool(), seed=4), number, 0)

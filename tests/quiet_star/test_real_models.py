@@ -94,6 +94,4 @@ def test_never_is_the_trained_model(real):
     model, tokenizer = real
     ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
     options = {"max_new_tokens": 12, "do_sample": False}
-    assert torch.equal(
-        model.generate(ids, think="never", **options), model.base.generate(ids, **options)
-    )
+    assert torch.equal(model.generate(ids, think="never", **options), model.base.generate(ids, **options))

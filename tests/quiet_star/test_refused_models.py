@@ -66,9 +66,7 @@ REFUSED = {
 
 
 def build(model_type, **fields):
-    config = AutoConfig.for_model(
-        model_type, vocab_size=99, pad_token_id=0, bos_token_id=1, eos_token_id=2, **fields
-    )
+    config = AutoConfig.for_model(model_type, vocab_size=99, pad_token_id=0, bos_token_id=1, eos_token_id=2, **fields)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomise(model)
     return model.eval()

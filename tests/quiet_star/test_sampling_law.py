@@ -121,9 +121,7 @@ def test_the_answer_follows_the_mixed_logits(processing):
     thought_law = reference.Law(temperature=0.0)
     score = reference.answer(model, prompt[0], 1, m=2, thought_law=thought_law).scores[0]
     options = {"top_k": 0, **processing, "thought_temperature": 0.0}
-    out = model.generate(
-        prompt.expand(ROWS, -1), max_new_tokens=1, do_sample=True, seed=5, **options
-    )
+    out = model.generate(prompt.expand(ROWS, -1), max_new_tokens=1, do_sample=True, seed=5, **options)
     assert_follows(out[:, 3], processed(score, **processing))
 
 

@@ -39,9 +39,7 @@ def thinker(
 ) -> Any:
     """A thinking model around a tiny random base, with w > 0 and START different from END."""
     base = build(name, dtype=dtype, attention=attention, **changes)
-    model = pyquiet.QuietStarForCausalLM.from_base(
-        base, thought_tokens=m, start_init=7, official=official
-    )
+    model = pyquiet.QuietStarForCausalLM.from_base(base, thought_tokens=m, start_init=7, official=official)
     return awake(model)
 
 
@@ -89,9 +87,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     """Same shape, and no element further apart than the tolerance (absolute)."""
     assert actual.shape == expected.shape
     assert not actual.isnan().any()
-    torch.testing.assert_close(
-        actual.detach().double(), expected.detach().double(), rtol=0, atol=tolerance
-    )
+    torch.testing.assert_close(actual.detach().double(), expected.detach().double(), rtol=0, atol=tolerance)
 
 
 def assert_same_thoughts(actual: Any, expected: Text | Any, tolerance: float) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from pytest import MonkeyPatch
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -139,7 +138,7 @@ def test_context_helps_up_to_its_full_length(loaded: Loaded, books: list) -> Non
 
 
 @pytest.fixture
-def books(shared: Path, monkeypatch: MonkeyPatch) -> list:
+def books(shared: Path, monkeypatch: pytest.MonkeyPatch) -> list:
     if not RECIPE.is_dir():
         pytest.skip(f"no recipe folder {RECIPE}")
     folder = shared / "data" / "text" / "gutenberg"
