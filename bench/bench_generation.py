@@ -19,7 +19,7 @@ import pyquiet
 from .machine import Machine
 from .models import random_model
 from .release_recompute import next_token
-from .timing import best_seconds
+from .timing import best_seconds, watched
 
 MODEL = "llama-15m"
 THOUGHT_TOKENS = 5
@@ -60,11 +60,12 @@ def seconds_per_token(benchmark: BenchmarkFixture, generate: Callable[[int], Any
     """Return the seconds of one more token, given `generate(number of new tokens)`."""
     generate(LONG)
     short = []
-    for _ in range(ROUNDS):
-        begin = time.perf_counter()
-        generate(SHORT)
-        short.append(time.perf_counter() - begin)
-    benchmark.pedantic(generate, args=(LONG,), rounds=ROUNDS)
+    with watched(benchmark):
+        for _ in range(ROUNDS):
+            begin = time.perf_counter()
+            generate(SHORT)
+            short.append(time.perf_counter() - begin)
+        benchmark.pedantic(generate, args=(LONG,), rounds=ROUNDS)
     return float(benchmark.stats.stats.min - min(short)) / (LONG - SHORT)
 
 

@@ -34,6 +34,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
         return
     terminalreporter.section("pyquiet benches")
     terminalreporter.write_line(this_machine().sentence())
+    terminalreporter.write_line(report.disturbance(rows))
     for line in report.lines(rows):
         terminalreporter.write_line(line)
     name = config.getoption("--bench-record")

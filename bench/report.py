@@ -12,6 +12,9 @@ from typing import Any
 
 Row = dict[str, Any]
 
+# A row during which other programs took more of the processors than this is called disturbed.
+QUIET = 0.05
+
 
 def add_ratios(rows: Iterable[Row]) -> None:
     """Give each of pyquiet's rows `best_baseline` and `ratios`: baseline's seconds over its own."""
@@ -27,19 +30,32 @@ def add_ratios(rows: Iterable[Row]) -> None:
 
 
 def lines(rows: list[Row]) -> list[str]:
-    """Return the printed tables: one line for each shape, or each row without a shape."""
+    """Return the printed tables: a line for each of pyquiet's rows, and for those beside none."""
     add_ratios(rows)
+    compared = {(row["table"], row["shape"]) for row in rows if row.get("method") == "pyquiet"}
     printed: list[str] = []
     for table in dict.fromkeys(row["table"] for row in rows):
         printed += ["", table]
         for row in rows:
             if row["table"] != table:
                 continue
-            if "shape" not in row:
-                printed.append("  " + figures(row))
-            elif row["method"] == "pyquiet":
+            if row.get("method") == "pyquiet":
                 printed.append(f"  {row['shape']:<14}" + comparison(row))
+            elif (table, row.get("shape")) not in compared:
+                printed.append("  " + figures(row))
     return printed
+
+
+def disturbance(rows: list[Row]) -> str:
+    """Return how much of the run other programs had a part in."""
+    shares = [row["others"] for row in rows if "others" in row]
+    disturbed = sum(share > QUIET for share in shares)
+    if not disturbed:
+        return f"quiet: other programs took under {QUIET:.0%} of the processors in every row"
+    return (
+        f"DISTURBED: in {disturbed} of {len(shares)} rows other programs took over {QUIET:.0%} of "
+        f"the processors, up to {max(shares):.0%}; run again on a quiet machine"
+    )
 
 
 def comparison(row: Row) -> str:
@@ -51,12 +67,14 @@ def comparison(row: Row) -> str:
         text += f" {row['of_peak']:5.1%} of peak"
     if row.get("read_gbs"):
         text += f" {row['read_gbs']:6.1f} GB/s"
+    if row.get("others", 0) > QUIET:
+        text += " (disturbed)"
     ratios = sorted(row.get("ratios", {}).items(), key=lambda item: item[1])
     return text + " | " + ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios)
 
 
 def figures(row: Row) -> str:
-    """Return every figure of a row that has no baselines, by name."""
+    """Return every figure of a row that is compared with nothing, by name."""
     kept = {k: v for k, v in row.items() if k != "table"}
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in kept.items())
 
