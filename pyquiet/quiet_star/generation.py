@@ -15,6 +15,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
 
+from pyquiet.quiet_star.head import embedding_table
 from pyquiet.quiet_star.inputs import check_context, check_inputs, to_left_padding
 from pyquiet.quiet_star.thinking import Text, Thinker, ThoughtOptions, average
 from pyquiet.quiet_star.thoughts import thinking
@@ -103,7 +104,7 @@ class ThinkingGeneration(GenerationMixin):
         mask = kwargs.pop("attention_mask", None)
         if mask is None:
             mask = self._prepare_mask(input_ids, kwargs, defaults)
-        check_inputs(input_ids, mask, self.base.get_input_embeddings().weight.shape[0])
+        check_inputs(input_ids, mask, embedding_table(self.base).shape[0])
         if mask is None:
             mask = torch.ones_like(input_ids)
         check_context(

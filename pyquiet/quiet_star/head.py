@@ -1,10 +1,20 @@
-"""What a base does to logits after its LM head (scales, softcaps), whatever the architecture."""
+"""A base's two ends, whatever the architecture: its tables, and what it does to logits after its LM head."""
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+
+
+def embedding_table(base: PreTrainedModel) -> Tensor:
+    """The rows [V, d] that token ids look up."""
+    return cast(Tensor, base.get_input_embeddings().weight)
+
+
+def head_weight(base: PreTrainedModel) -> Tensor:
+    """The LM head's weight [V, d]."""
+    return cast(Tensor, base.get_output_embeddings().weight)
 
 
 def finish_logits(base: PreTrainedModel, raw: Tensor) -> Tensor:

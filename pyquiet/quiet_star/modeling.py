@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pyquiet.quiet_star.configuration import QuietStarConfig
 from pyquiet.quiet_star.generation import ThinkingGeneration
-from pyquiet.quiet_star.head import finish_logits
+from pyquiet.quiet_star.head import embedding_table, finish_logits, head_weight
 from pyquiet.quiet_star.inputs import check_context, check_inputs
 from pyquiet.quiet_star.thinking import Round, Text, Thinker, ThoughtOptions, average, chunks
 from pyquiet.quiet_star.thoughts import check_supported, thinking
@@ -62,7 +62,7 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
             for module in base.modules():
                 module._is_hf_initialized = True  # so that post_init leaves its weights alone
         self.base = base
-        table = base.get_input_embeddings().weight
+        table = embedding_table(base)
         width = table.shape[1]
         dtype = torch.promote_types(table.dtype, torch.float32)
         self.mixing_head = nn.Sequential(
@@ -71,7 +71,7 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
             nn.Linear(width, width, dtype=dtype),
             nn.ReLU(),
             nn.Linear(width, 1, bias=False, dtype=dtype),
-        ).to(base.get_output_embeddings().weight.device)
+        ).to(head_weight(base).device)
         self.start_embedding = nn.Parameter(torch.zeros(width, dtype=dtype, device=table.device))
         self.end_embedding = nn.Parameter(torch.zeros(width, dtype=dtype, device=table.device))
         self.generation_config = copy.deepcopy(base.generation_config)
@@ -115,7 +115,7 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
         check_supported(model)
         if start_init is None and tokenizer is not None:
             start_init = tokenizer("---", add_special_tokens=False)["input_ids"][0]
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        vocabulary = embedding_table(model).shape[0]
         if start_init is not None and not 0 <= start_init < vocabulary:
             raise ValueError(f"start_init must be a token id in 0..{vocabulary - 1}, got {start_init}")
         if official:
@@ -176,13 +176,12 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
         return self._meta_token(self.end_embedding)
 
     def _meta_token(self, parameter: Tensor) -> Tensor:
-        return (parameter * self.config.embedding_scale).to(self.base.get_input_embeddings().weight.dtype)
+        return (parameter * self.config.embedding_scale).to(embedding_table(self.base).dtype)
 
     @property
     def vocab_size(self) -> int:
         """V, the rows of the LM head."""
-        size: int = self.base.get_output_embeddings().weight.shape[0]
-        return size
+        return head_weight(self.base).shape[0]
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embeddings [..., d] of token ids [...]."""
@@ -191,8 +190,7 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
         """What the LM head alone makes of hidden states [..., d]: [..., V], in float32 at least."""
-        head = self.base.get_output_embeddings()
-        logits: Tensor = head(hidden.to(head.weight.dtype))
+        logits: Tensor = self.base.get_output_embeddings()(hidden.to(head_weight(self.base).dtype))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def finish(self, raw: Tensor) -> Tensor:
@@ -331,7 +329,7 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
     def _prepare(
         self, input_ids: Tensor, attention_mask: Tensor | None, options: tuple[Any, ...]
     ) -> tuple[Text, ThoughtOptions]:
-        check_inputs(input_ids, attention_mask, self.base.get_input_embeddings().weight.shape[0])
+        check_inputs(input_ids, attention_mask, embedding_table(self.base).shape[0])
         text = Text.of(input_ids, attention_mask)
         check_context(self.config, int(text.length.max()))
         return text, ThoughtOptions.checked(self.config.thoughts_per_token, input_ids.shape[0], *options)
