@@ -269,7 +269,7 @@ def _check_arguments(
 
 def _integer(name: str, value: object) -> int:
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        return operator.index(value)  # type: ignore[arg-type]  # asks for __index__ at run time
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
 
