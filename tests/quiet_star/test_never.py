@@ -83,3 +83,16 @@ def test_the_base_can_speak_between_two_thoughts():
     again = model.think_at_every_token(ids, seed=1)
     assert torch.equal(again.tokens, expected.tokens)
     assert torch.equal(again.weight, expected.weight)
+
+
+@torch.no_grad()
+def test_an_official_model_never_says_start_or_end():
+    """The one exception to bit identity: rows that mean nothing as text stay unsaid, however likely."""
+    model, ids = thinker(official=True), random_ids(1, 4)
+    model.base.get_output_embeddings().weight[-2:] = 100 * model.base.get_output_embeddings().weight[:1]
+    reserved = set(model.config.reserved_ids)
+    torch.manual_seed(1)
+    assert reserved & set(model.base.generate(ids, max_new_tokens=12, do_sample=True).flatten().tolist())
+    for think in ("never", "always"):
+        out = model.generate(ids, max_new_tokens=12, do_sample=True, seed=1, think=think)
+        assert not reserved & set(out.flatten().tolist())
