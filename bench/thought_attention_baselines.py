@@ -220,12 +220,8 @@ def blocked(inputs: Inputs) -> Method:
 
 
 def compiled_blocked(inputs: Inputs) -> Method:
-    """torch.compile of the blocked form, written without in-place steps so that it fuses.
-
-    Every block is compiled anew, so there are no more than 16 of them.
-    """
-    s = inputs.shape
-    block = max(positions_a_block(s.steps), s.positions // 16)
+    """torch.compile of the blocked form, written without in-place steps so that it fuses."""
+    s, block = inputs.shape, positions_a_block(inputs.shape.steps)
     n, t, p, r, d = s.batch * s.kv_heads, s.positions, s.steps, s.rows, s.head_size
     scale = inputs.scale
 

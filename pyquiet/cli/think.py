@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -45,12 +46,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(args: argparse.Namespace) -> int:
     if args.show_thoughts and args.think == "never":
         raise ValueError("--show-thoughts needs --think always")
-    if args.temperature < 0:
-        raise ValueError(f"--temperature must be 0 or more, got {args.temperature}")
+    check_answer_options(args)
+    device = usable_device(args.device)
     prompt = args.prompt if args.prompt is not None else sys.stdin.read().rstrip("\n")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python hands on bytes it cannot decode
+        raise ValueError("the prompt is not UTF-8 text")
     model, tokenizer = load_thinker(args.model, args.thought_tokens)
-    model.to(args.device)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(args.device)
+    model.to(device)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     options: dict[str, Any] = {
         "do_sample": args.temperature > 0,
         "top_k": args.top_k or 0,
@@ -80,11 +83,31 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_answer_options(args: argparse.Namespace) -> None:
+    """Raises ValueError for sampling options of the answer that are out of range."""
+    if args.temperature < 0:
+        raise ValueError(f"--temperature must be 0 or more, got {args.temperature}")
+    if args.top_k is not None and args.top_k < 1:
+        raise ValueError(f"--top-k must be 1 or more, got {args.top_k}")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
+
+
+def usable_device(name: str) -> "torch.device":
+    """The device of that name, once something could be put on it; else ValueError."""
+    import torch
+
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
 def load_thinker(
     path: str | None, thought_tokens: int | None
 ) -> "tuple[QuietStarForCausalLM, PreTrainedTokenizerBase]":
     """The thinking model at `path` (None: the embedded one), wrapped if it is a plain causal LM, and its tokenizer."""
-    from transformers import AutoConfig, AutoTokenizer
+    from safetensors import SafetensorError
 
     from pyquiet import QuietStarForCausalLM, load
 
@@ -94,13 +117,25 @@ def load_thinker(
         return QuietStarForCausalLM.from_base(base, tokenizer=tokenizer, **wrap), tokenizer
     if not os.path.isfile(os.path.join(path, "config.json")):
         raise ValueError(f"--model {path}: no model folder (a folder with a config.json); give the path of one")
+    try:
+        return load_folder(path, wrap)
+    except SafetensorError as error:
+        raise ValueError(f"--model {path}: its weights cannot be read ({error}); copy the model anew") from None
+
+
+def load_folder(path: str, wrap: dict[str, Any]) -> "tuple[QuietStarForCausalLM, PreTrainedTokenizerBase]":
+    """The thinking model in a folder, wrapped with the options `wrap` if it is a plain one, and its tokenizer."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from pyquiet import QuietStarForCausalLM
+
     tokenizer = AutoTokenizer.from_pretrained(path)
     if AutoConfig.from_pretrained(path).model_type != "quiet_star":
         return QuietStarForCausalLM.from_base(path, tokenizer=tokenizer, **wrap).eval(), tokenizer
     model = QuietStarForCausalLM.from_pretrained(path).eval()
-    if thought_tokens not in (None, model.config.thought_tokens):
+    if wrap.get("thought_tokens", model.config.thought_tokens) != model.config.thought_tokens:
         raise ValueError(
-            f"--thought-tokens {thought_tokens}: this model learned thoughts of {model.config.thought_tokens} tokens; "
+            f"--thought-tokens {wrap['thought_tokens']}: this model learned thoughts of {model.config.thought_tokens} tokens; "
             "leave the option out"
         )
     return model, tokenizer
@@ -119,14 +154,15 @@ class Printer:
         prompt = not self.ids
         self.ids += value.flatten().tolist()
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # the middle of a character
-            return
-        new, self.printed = text[len(self.printed) :], text
-        if not self.show_thoughts:
+        new = text[len(self.printed) :]
+        whole = not text.endswith("\N{REPLACEMENT CHARACTER}")  # else the middle of a character
+        if whole:
+            self.printed = text
+        if not self.show_thoughts and whole:
             print(new, end="", flush=True)
-        elif prompt:
+        elif self.show_thoughts and prompt:
             print(text)
-        else:
+        elif self.show_thoughts:
             token = repr(new)
             print("\n".join(f"{token:16s} {line}" for line in self.lines), flush=True)
 
@@ -138,4 +174,5 @@ class Printer:
         ]
 
     def end(self) -> None:
-        print(flush=True)
+        rest = self.tokenizer.decode(self.ids, skip_special_tokens=True)[len(self.printed) :]
+        print("" if self.show_thoughts else rest, flush=True)

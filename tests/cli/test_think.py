@@ -1,5 +1,7 @@
 """`pyquiet think` on a tiny random model saved to disk: what it prints, and its errors."""
 
+import shutil
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -82,6 +84,10 @@ def test_a_plain_model_answers_as_it_would_alone_and_says_so(folders, capsys):
         (["--model", "/no/such/folder"], "/no/such/folder"),
         (["--max-new-tokens", "500"], "max_position_embeddings"),
         (["--temperature", "-1"], "--temperature"),
+        (["--top-p", "0"], "--top-p"),
+        (["--top-k", "0"], "--top-k"),
+        (["--device", "nonsense"], "--device"),
+        (["--prompt", "\udce4"], "UTF-8"),
         (["--thought-temperature", "-1"], "thought_temperature"),
         (["--thought-tokens", "4"], "--thought-tokens"),
         (["--prompt", ""], "empty prompt"),
@@ -95,3 +101,10 @@ def test_errors_are_one_line_that_names_the_cause(folders, capsys, arguments, na
     assert last.startswith("pyquiet: error: ")
     assert named in last
     assert captured.out == ""
+
+
+def test_broken_weights_are_named(folders, tmp_path, capsys):
+    shutil.copytree(folders[1], tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"not weights")
+    assert think(str(tmp_path / "model")) == 2
+    assert "weights cannot be read" in capsys.readouterr().err
