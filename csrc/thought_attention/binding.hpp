@@ -48,7 +48,8 @@ inline bool thought_attention(pybind11::handle query, pybind11::handle text_key,
       !read_tensor(text_limits, a.text_limits) || !read_tensor(out, a.out) ||
       (!text_start.is_none() && !read_tensor(text_start, a.text_start)) || (!lse.is_none() && !read_tensor(lse, a.lse)))
     return false;
-  if (!fits_contract(a) || !std::isfinite(scale)) return false;
+  if (!fits_contract(a) || !(std::fabs(scale) <= 1e30) || (softcap != 0 && !(softcap >= 1e-30 && softcap <= 1e30)))
+    return false;
   a.scale = static_cast<float>(scale);
   a.window = window;
   a.softcap = static_cast<float>(softcap);

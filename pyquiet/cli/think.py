@@ -135,8 +135,8 @@ def load_folder(path: str, wrap: dict[str, Any]) -> "tuple[QuietStarForCausalLM,
     model = QuietStarForCausalLM.from_pretrained(path).eval()
     if wrap.get("thought_tokens", model.config.thought_tokens) != model.config.thought_tokens:
         raise ValueError(
-            f"--thought-tokens {wrap['thought_tokens']}: this model learned thoughts of {model.config.thought_tokens} tokens; "
-            "leave the option out"
+            f"--thought-tokens {wrap['thought_tokens']}: this model learned thoughts of "
+            f"{model.config.thought_tokens} tokens; leave the option out"
         )
     return model, tokenizer
 

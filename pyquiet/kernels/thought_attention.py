@@ -15,6 +15,7 @@ from pyquiet.native import cpu
 
 _MAX_HEAD_SIZE = 256
 _MAX_TEXT = 2**31 - 1 - 4096
+_MAX_FACTOR = 1e30  # float32 holds it and its inverse
 
 
 def thought_attention(
@@ -134,15 +135,23 @@ def _forward(arguments: tuple[Any, ...], want_lse: bool) -> tuple[Tensor, Tensor
     if cpu is None or query.dtype is not torch.float32 or not query.is_cpu or not query.numel():
         return reference(*arguments)
     scale, window, softcap = arguments[7:]
-    out = torch.empty_like(query)
+    out = _empty_output(query)
     lse = query.new_empty(query.shape[:-1]) if want_lse else None
-    if (window is not None and window < 1) or (softcap is not None and softcap <= 0):
+    if (window is not None and window < 1) or (softcap is not None and not softcap > 0):
         _check(*arguments)
     native_call: Callable[..., bool] = cpu.thought_attention
-    if not native_call(*arguments[:7], out, lse, scale, window or 0, softcap or 0.0, torch.get_num_threads()):
+    if not native_call(
+        *arguments[:7], out, lse, scale, min(window or 0, _MAX_TEXT), softcap or 0.0, torch.get_num_threads()
+    ):
         _check(*arguments)
         raise AssertionError("the native kernel refused arguments that fit the contract")
     return out, lse  # type: ignore[return-value]  # lse is None only where nobody asked for it
+
+
+def _empty_output(query: Tensor) -> Tensor:
+    """An output laid out as the query, so that a model's transposed view comes back as one; its rows contiguous."""
+    out = torch.empty_like(query)
+    return out if out.stride(-1) == 1 else query.new_empty(query.shape)
 
 
 def _fake(
@@ -157,7 +166,7 @@ def _fake(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(
+    return _empty_output(query), query.new_empty(
         query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32)
     )
 
@@ -177,7 +186,7 @@ def _thought_attention(
 ) -> tuple[Tensor, Tensor]:
     inputs = (query, text_key, text_value, path_key, path_value)
     out, lse = _forward((*inputs, text_limits, text_start, scale, window, softcap), want_lse=True)
-    return torch.empty_like(query).copy_(out), lse  # strides as `_fake` says, whichever path was taken
+    return _empty_output(query).copy_(out), lse  # strides as `_fake` says, whichever path was taken
 
 
 def _check(
@@ -206,12 +215,12 @@ def _check(
     _check_range("text_limits", text_limits, (B, T), query.device, S)
     if text_start is not None:
         _check_range("text_start", text_start, (B,), query.device, S)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    if not abs(scale) <= _MAX_FACTOR:
+        raise ValueError(f"scale must be finite and at most {_MAX_FACTOR:g} in size, got {scale}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, or None for no window, got {window}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be positive, or None for no cap, got {softcap}")
+    if softcap is not None and not 1 / _MAX_FACTOR <= softcap <= _MAX_FACTOR:
+        raise ValueError(f"softcap must be positive (1e-30 to 1e30), or None for no cap, got {softcap}")
 
 
 def _sizes(query: Tensor, text_key: Tensor, path_key: Tensor) -> tuple[int, ...]:
@@ -246,7 +255,7 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torc
 
 def _check_range(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, S: int) -> None:
     _check_tensor(name, tensor, shape, torch.int64, device)
-    if isinstance(tensor, torch._subclasses.FakeTensor) or not tensor.numel():
+    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor) or not tensor.numel():
         return
     low, high = (int(x) for x in tensor.aminmax())
     if low < 0 or high > S:

@@ -18,7 +18,6 @@ from transformers.generation.configuration_utils import GenerationMode
 from pyquiet.quiet_star.head import embedding_table
 from pyquiet.quiet_star.inputs import check_context, check_inputs, to_left_padding
 from pyquiet.quiet_star.thinking import Text, Thinker, ThoughtOptions, average
-from pyquiet.quiet_star.thoughts import thinking
 from pyquiet.randomness import Purpose, Stream, draw
 
 if TYPE_CHECKING:
@@ -100,16 +99,19 @@ class ThinkingGeneration(GenerationMixin):
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         if input_ids is None or kwargs.get("inputs_embeds") is not None or kwargs.get("past_key_values") is not None:
             raise ValueError("generate needs input_ids; inputs_embeds and past_key_values are not supported")
-        defaults = generation_config or self.generation_config
+        for name in ("position_ids", "cache_implementation"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"generate with thoughts does not take {name}: leave it out")
+        merged, _ = self._prepare_generation_config(generation_config, **kwargs)  # as transformers will
         mask = kwargs.pop("attention_mask", None)
         if mask is None:
-            mask = self._prepare_mask(input_ids, kwargs, defaults)
+            mask = self._prepare_mask(input_ids, merged)
         check_inputs(input_ids, mask, embedding_table(self.base).shape[0])
         if mask is None:
             mask = torch.ones_like(input_ids)
         check_context(
             self.config,
-            int(mask.sum(1).max()) + _new_tokens(defaults, kwargs, input_ids.shape[1]) - 1,
+            int(mask.sum(1).max()) + _new_tokens(merged, input_ids.shape[1]) - 1,
         )
         options = ThoughtOptions.checked(
             self.config.thoughts_per_token,
@@ -153,18 +155,11 @@ class ThinkingGeneration(GenerationMixin):
             torch.manual_seed(seed)
             return self.base.generate(inputs, config, **others)
 
-    def _prepare_mask(self, input_ids: Tensor, kwargs: dict[str, Any], defaults: GenerationConfig) -> Tensor | None:
-        """Without a mask, pad tokens at the ends of a batch's rows are padding where they cannot also mean the end."""
-        pad = kwargs.get("pad_token_id", defaults.pad_token_id)
-        eos = kwargs.get("eos_token_id", defaults.eos_token_id)
+    def _prepare_mask(self, input_ids: Tensor, config: GenerationConfig) -> Tensor | None:
+        """Without a mask, pad tokens at a row's ends are padding where they cannot also mean the end."""
+        pad, eos = config.pad_token_id, config.eos_token_id
         ends = eos if isinstance(eos, list) else [eos]
-        if (
-            pad is None
-            or pad in ends
-            or not isinstance(input_ids, Tensor)
-            or input_ids.ndim != 2
-            or len(input_ids) == 1
-        ):
+        if pad is None or pad in ends or not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
             return None  # all tokens
         token: Tensor = (input_ids != pad).long()
         return (token.cumsum(1) * token.flip(1).cumsum(1).flip(1)).clamp_max(1)
@@ -190,33 +185,32 @@ class ThinkingGeneration(GenerationMixin):
         pad = generation_config._pad_token_tensor
         may_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         done = False
-        with thinking(self.base):
-            while self._has_unfinished_sequences(done, synced_gpus, device=input_ids.device):
-                logits = loop.think(input_ids, streamer)
-                if done:  # another rank still works
-                    continue
-                scores = logits_processor(input_ids, logits)
-                tokens = loop.choose(scores)
-                if may_end:
-                    tokens = torch.where(loop.running, tokens, pad)
-                loop.record(logits, scores)
-                input_ids = torch.cat([input_ids, tokens[:, None]], 1)
-                if streamer is not None:
-                    streamer.put(tokens.cpu())
-                loop.running &= ~stopping_criteria(input_ids, loop.scores)
-                done = not bool(loop.running.any())
+        while self._has_unfinished_sequences(done, synced_gpus, device=input_ids.device):
+            logits = loop.think(input_ids, streamer)
+            if done:  # another rank still works
+                continue
+            scores = logits_processor(input_ids, logits)
+            tokens = loop.choose(scores)
+            if may_end:
+                tokens = torch.where(loop.running, tokens, pad)
+            loop.record(logits, scores)
+            input_ids = torch.cat([input_ids, tokens[:, None]], 1)
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+            loop.running &= ~stopping_criteria(input_ids, loop.scores)
+            done = not bool(loop.running.any())
         if streamer is not None:
             streamer.end()
         return loop.result(input_ids)
 
 
-def _new_tokens(defaults: GenerationConfig, kwargs: dict[str, Any], prompt_length: int) -> int:
+def _new_tokens(config: GenerationConfig, prompt_length: int) -> int:
     """How many tokens transformers' `generate` will add at most to a prompt of that many columns."""
-    new = kwargs.get("max_new_tokens", defaults.max_new_tokens)
-    length = kwargs.get("max_length", defaults.max_length)
-    if new is None and length is None:
+    if config.max_new_tokens is not None:
+        return int(config.max_new_tokens)
+    if config.max_length is None:
         return 20  # transformers' default
-    return int(new if new is not None else length - prompt_length)
+    return int(config.max_length) - prompt_length
 
 
 @dataclass
@@ -294,7 +288,8 @@ class _Loop:
             position=position,
             index=self.return_index,
         )
-        return draw(scores, stream=stream, temperature=1.0 if self.config.do_sample else 0.0).tokens
+        temperature = 1.0 if self.config.do_sample else 0.0
+        return draw(scores, stream=stream, temperature=temperature, banned=self.thinker.banned).tokens
 
     def record(self, logits: Tensor, scores: Tensor) -> None:
         if self.scores is not None:

@@ -55,3 +55,11 @@ def to_left_padding(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, 
     end = T - mask.flip(1).long().argmax(1)  # column after each row's last token
     source = (torch.arange(T, device=input_ids.device) + end[:, None]) % T
     return input_ids.gather(1, source), attention_mask.gather(1, source)
+
+
+def check_no_nan(base: Tensor, mixed: Tensor) -> None:
+    """Raises ValueError, naming the row, if log-probabilities [B, T-1] or [B, T-1, N] hold NaN."""
+    bad = base.isnan().any(-1) | mixed.isnan().flatten(1).any(-1)
+    if bad.any():
+        row = int(bad.nonzero()[0, 0])
+        raise ValueError(f"the model's logits for row {row} hold NaN; its weights or its dtype's range are broken")

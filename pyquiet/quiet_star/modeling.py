@@ -20,9 +20,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from pyquiet.quiet_star.configuration import QuietStarConfig
 from pyquiet.quiet_star.generation import ThinkingGeneration
 from pyquiet.quiet_star.head import embedding_table, finish_logits, head_weight
-from pyquiet.quiet_star.inputs import check_context, check_inputs
+from pyquiet.quiet_star.inputs import check_context, check_inputs, check_no_nan
 from pyquiet.quiet_star.thinking import Round, Text, Thinker, ThoughtOptions, average, chunks
-from pyquiet.quiet_star.thoughts import check_supported, thinking
+from pyquiet.quiet_star.thoughts import check_supported
 
 Think = Literal["always", "never"]
 
@@ -147,14 +147,18 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
     @torch.no_grad()
     def _probe(self) -> None:
         """One token's thought, so that an architecture that cannot think is found out before anybody relies on it."""
-        if self.start_embedding.device.type != "meta":
-            ids = torch.zeros(1, 1, dtype=torch.int64, device=self.start_embedding.device)
-            with thinking(self.base):
-                thinker = Thinker(self, Text.of(ids, None), ThoughtOptions(seed=0, thoughts=1))
-                hidden = thinker.read(ids)
-                layout = torch.ones(1, 1, dtype=torch.int64, device=ids.device)
-                thinker._run_paths(layout, self.start[None], 0)
-                self.finish(self.raw_logits(hidden))
+        if self.start_embedding.device.type == "meta":
+            return
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=self.start_embedding.device)
+        try:
+            thinker = Thinker(self, Text.of(ids, None), ThoughtOptions(seed=0, thoughts=1))
+            hidden = thinker.read(ids)
+            thinker._run_paths(torch.ones_like(ids), self.start[None], 0)
+            self.finish(self.raw_logits(hidden))
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            raise NotImplementedError(f"{type(self.base).__name__} cannot think: {error}") from error
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -179,7 +183,7 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
         return (parameter * self.config.embedding_scale).to(embedding_table(self.base).dtype)
 
     @property
-    def vocab_size(self) -> int:
+    def logits_size(self) -> int:
         """V, the rows of the LM head."""
         return head_weight(self.base).shape[0]
 
@@ -213,7 +217,7 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
         """bool [V], True at ids that must never be sampled; None if there are none."""
         if not self.config.reserved_ids:
             return None
-        banned = torch.zeros(self.vocab_size, dtype=torch.bool, device=device)
+        banned = torch.zeros(self.logits_size, dtype=torch.bool, device=device)
         banned[self.config.reserved_ids] = True
         return banned
 
@@ -263,6 +267,7 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
         hidden, round_ = self._think_everywhere(input_ids, text, options)
         weight = self.mix(hidden, round_.end_hidden)
         base, mixed = self._next_log_probs(input_ids, hidden, round_.end_hidden, weight)
+        check_no_nan(base, mixed)
         real = torch.ones_like(input_ids, dtype=torch.bool) if text.mask is None else text.mask
         both = real[:, 1:] & real[:, :-1]
         return Thoughts(
@@ -318,12 +323,12 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
             raw = self.raw_logits(hidden)
             parts = [
                 average(self.mixed_logits(raw[:, part], round_.end_hidden[:, part], weight[:, part]))
-                for part in chunks(input_ids.shape[1], input_ids.shape[0] * checked.thoughts * self.vocab_size)
+                for part in chunks(input_ids.shape[1], input_ids.shape[0] * checked.thoughts * self.logits_size)
             ]
             logits = torch.cat(parts, 1)
             loss = None
             if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size)
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.logits_size)
         return CausalLMOutput(loss=loss, logits=logits)
 
     def _prepare(
@@ -337,11 +342,10 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
     def _think_everywhere(self, input_ids: Tensor, text: Text, options: ThoughtOptions) -> tuple[Tensor, Round]:
         """Hidden states [B, T, d] of the text, read in one call as the base reads it, and the thoughts after it."""
         B, T = input_ids.shape
-        with thinking(self.base):
-            thinker = Thinker(self, text, options)
-            hidden = thinker.read(input_ids)
-            limits = torch.arange(1, T + 1, device=input_ids.device).expand(B, T)
-            return hidden, thinker.think(limits)
+        thinker = Thinker(self, text, options)
+        hidden = thinker.read(input_ids)
+        limits = torch.arange(1, T + 1, device=input_ids.device).expand(B, T)
+        return hidden, thinker.think(limits)
 
     def _next_log_probs(
         self, input_ids: Tensor, hidden: Tensor, end_hidden: Tensor, weight: Tensor
@@ -349,7 +353,7 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
         """Log-probabilities of the next tokens: base [B, T-1] and mixed [B, T-1, N], a chunk of positions at a time."""
         B, T, N = weight.shape
         base, mixed = [hidden.new_empty(B, 0, dtype=weight.dtype)], [weight[:, :0]]
-        for part in chunks(T - 1, B * (N + 1) * self.vocab_size):
+        for part in chunks(T - 1, B * (N + 1) * self.logits_size):
             target = input_ids[:, 1:][:, part]
             raw = self.raw_logits(hidden[:, part])
             base.append(_gather(self.finish(raw), target))
@@ -363,6 +367,12 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
     def dtype(self) -> torch.dtype:
         """The base's; what mixes stays in float32 beside a base in half precision."""
         return cast(torch.dtype, self.base.dtype)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base's own; refused for an official model, whose last two rows are START and END."""
+        if self.config.official:
+            raise ValueError("an official model's vocabulary is fixed: resize the base before from_base(official=True)")
+        return cast(nn.Module, self.base.resize_token_embeddings(*args, **kwargs))
 
     def get_input_embeddings(self) -> nn.Module:
         return cast(nn.Module, self.base.get_input_embeddings())

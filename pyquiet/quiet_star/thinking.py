@@ -55,6 +55,8 @@ class ThoughtOptions:
                 f"thought sampling (thought_temperature, thought_top_k, thought_top_p): {error}"
             ) from None
         if sequence_ids is not None:
+            if not isinstance(sequence_ids, Tensor):
+                raise TypeError(f"sequence_ids must be an int64 tensor, got {type(sequence_ids).__name__}")
             if sequence_ids.dtype != torch.int64 or sequence_ids.shape != (batch,):
                 raise ValueError(
                     f"sequence_ids must be int64 of shape [{batch}], one id a sequence, got {sequence_ids.dtype} "
@@ -101,7 +103,7 @@ class Round:
 
 
 class Thinker:
-    """Reads text into a cache and thinks after any of its positions. Lives inside a `thinking` context."""
+    """Reads text into a cache and thinks after any of its positions."""
 
     def __init__(
         self,
@@ -165,7 +167,7 @@ class Thinker:
         index = index.expand(B, T0, N).reshape(B * T0, N)
         rows = hidden.reshape(B * T0, shared, -1)
         drawn = []
-        for part in chunks(B * T0, N * self.model.vocab_size):
+        for part in chunks(B * T0, N * self.model.logits_size):
             logits = self.model.finish(self.model.raw_logits(rows[part])).expand(-1, N, -1).flatten(0, 1)
             stream = Stream(
                 self.options.seed,

@@ -138,17 +138,25 @@ _base_name: ContextVar[str] = ContextVar("pyquiet_base_attention")
 
 @contextmanager
 def thinking(base: PreTrainedModel) -> Iterator[None]:
-    """Lends the base our attention function; on leaving, its configuration is as it was."""
+    """Lends the base our attention function; on leaving, it is as it was.
+
+    Activation checkpointing is off meanwhile: it would take the cache away.
+    """
+    checkpointed = [m for m in base.modules() if getattr(m, "gradient_checkpointing", False)]
     configs = list({id(m.config): m.config for m in base.modules() if hasattr(m, "config")}.values())
     names = [config._attn_implementation for config in configs]
     token = _base_name.set(base.config.get_text_config()._attn_implementation)
     try:
         for config in configs:
             config._attn_implementation = ATTENTION_NAME
+        for module in checkpointed:
+            module.gradient_checkpointing = False
         yield
     finally:
         for config, name in zip(configs, names, strict=True):
             config._attn_implementation = name
+        for module in checkpointed:
+            module.gradient_checkpointing = True
         _base_name.reset(token)
 
 
@@ -159,7 +167,7 @@ def run_rows(
     mask: Tensor | None,
     layout: ThoughtLayout,
 ) -> Tensor:
-    """Final-norm hidden states [B, rows, d] of the rows `embeds` [B, rows, d], inside a `thinking` context.
+    """Final-norm hidden states [B, rows, d] of the rows `embeds` [B, rows, d].
 
     position_ids is int64 [B, rows]; mask, bool or int [B, S], is the padding mask of the text including its new rows.
 
@@ -169,14 +177,15 @@ def run_rows(
     layout.cache.expect(layout)
     token = _layout.set(layout)
     try:
-        output = base.base_model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=layout.cache,
-            use_cache=True,
-            thought_layout=layout,
-        )
+        with thinking(base):
+            output = base.base_model(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=layout.cache,
+                use_cache=True,
+                thought_layout=layout,
+            )
     finally:
         _layout.reset(token)
     if layout.layers_seen != len(layout.cache.layers):

@@ -272,6 +272,9 @@ def broken(change):
         (ValueError, "text_start", lambda a: a.update(text_start=a["text_start"] - 9)),
         (ValueError, "window", lambda a: a.update(window=0)),
         (ValueError, "softcap", lambda a: a.update(softcap=-1.0)),
+        (ValueError, "softcap", lambda a: a.update(softcap=math.nan)),
+        (ValueError, "softcap", lambda a: a.update(softcap=1e-50)),
+        (ValueError, "scale", lambda a: a.update(scale=1e300)),
         (ValueError, "scale", lambda a: a.update(scale=math.nan)),
     ],
 )
@@ -283,3 +286,21 @@ def test_bad_arguments_are_named(dtype, error, named, change):
 
     with pytest.raises(error, match=named):
         thought_attention(**broken(change_after_cast))
+
+
+def test_an_overlapping_query_gives_a_dense_output():
+    query = torch.randn(2, 4, 200).unfold(2, 16, 1)[:, :, :120].unflatten(2, (60, 2))
+    tensors, options = make(2, 4, 2, 60, 2, 2, 16, 20, None, None, False)
+    out = thought_attention(query, *tensors[1:], **options)
+    assert torch.equal(out, thought_attention(query.contiguous(), *tensors[1:], **options))
+
+
+def test_compiles_with_gradients():
+    tensors, options = make(1, 2, 1, 3, 2, 2, 8, 4, None, None, False)
+    tensors[0].requires_grad_()
+
+    def total(*x):
+        return thought_attention(*x, **options).sum()
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*tensors), total(*tensors))
