@@ -4,9 +4,13 @@
 // with nearly equal text limits. Inside a tile the SIMD lanes are rows: Q is transposed once,
 // scores stand as [key][row], so row maxima and sums need no horizontal step, and a key is masked
 // lane by lane (the ragged end costs single keys, not key blocks).
-//   scores   S[key][row] = K[key][:] . Q^T[:][row]     8 keys x 3 vectors of rows in registers (4 x
-//   3 with 16 registers) softmax  online, base 2, per block of 64 keys values   O[row][:] +=
-//   P[key][row] * V[key][:]      6 rows x 4 vectors of channels (6 x 2)
+//
+// scores: S[key][row] = K[key][:] . Q^T[:][row], 8 keys x 3 vectors of rows in registers (4 x 3 with 16 registers)
+//
+// softmax: online, base 2, per block of 64 keys
+//
+// values: O[row][:] += P[key][row] * V[key][:], 6 rows x 4 vectors of channels (6 x 2)
+//
 // K and V are read in their own layout, whatever the strides. The own path follows as further keys
 // of the same online softmax (which is the log-sum-exp merge), row by row with lanes = channels; so
 // do the text keys when a (b, g) has too few rows to fill a vector, as in decoding. No atomics: a

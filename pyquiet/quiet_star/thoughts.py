@@ -142,8 +142,10 @@ def thinking(base: PreTrainedModel) -> Iterator[None]:
 
     Activation checkpointing is off meanwhile: it would take the cache away.
     """
-    checkpointed = [m for m in base.modules() if getattr(m, "gradient_checkpointing", False)]
-    configs = list({id(m.config): m.config for m in base.modules() if hasattr(m, "config")}.values())
+    # This runs at every forward: one walk, and no lookup that nn.Module answers slowly for what is not there.
+    attributes = [(module, vars(module)) for module in base.modules()]
+    checkpointed = [module for module, own in attributes if own.get("gradient_checkpointing")]
+    configs = list({id(own["config"]): own["config"] for _, own in attributes if "config" in own}.values())
     names = [config._attn_implementation for config in configs]
     token = _base_name.set(base.config.get_text_config()._attn_implementation)
     try:
