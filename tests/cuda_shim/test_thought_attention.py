@@ -1,0 +1,187 @@
+"""The CUDA kernels of thought attention, executed on the CPU (shim.hpp), against float64.
+
+Every problem runs in two orders of the threads, which must give the same bits, under AddressSanitizer and UBSan, with
+NaN wherever nothing may be read and in all that is to be written.
+"""
+
+import math
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyquiet.kernels.thought_attention import _seen, reference
+
+ROOT = Path(__file__).parents[2]
+INPUTS = ["query", "text_key", "text_value", "path_key", "path_value"]
+GRADIENTS = ["d_" + name for name in INPUTS]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory) -> Path:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    if os.uname().machine != "x86_64":
+        pytest.skip("the shim's fibers are written for x86-64")
+    program = tmp_path_factory.mktemp("shim") / "thought_attention"
+    source = Path(__file__).with_name("thought_attention.cpp")
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unknown-pragmas",
+        "-Werror",
+        "-DPYQUIET_CUDA_SHIM",
+        "-fno-strict-aliasing",
+    ]
+    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{source.parent}"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(program)], check=True)
+    return program
+
+
+def make(B, H, G, T, P, Q, D, S, window=None, softcap=None, padded=False, dtype=torch.float32, seed=0):
+    """Tensors and options of a call, limits in any order."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(B, H, T, Q, D), (B, G, S, D), (B, G, S, D), (B, G, T, P, D), (B, G, T, P, D)]
+    tensors = [torch.randn(*shape, generator=g).to(dtype) for shape in shapes]
+    options = {
+        "text_limits": torch.randint(0, S + 1, (B, T), generator=g),
+        "text_start": torch.randint(0, S // 2 + 1, (B,), generator=g) if padded else None,
+        "scale": D**-0.5,
+        "window": window,
+        "softcap": softcap,
+    }
+    return tensors, options
+
+
+def lay_out(x, layout):
+    """x as a view of a storage of NaN: its dimensions 1 and 2 swapped, rows padded, its start moved."""
+    if layout == "dense":
+        return x.clone()
+    padding, start = {"strided": (8, 16), "unaligned": (1, 3)}[layout]
+    order = (0, 2, 1, *range(3, x.ndim))
+    shape = [x.shape[i] for i in order]
+    shape[-1] += padding
+    storage = x.new_full((start + math.prod(shape),), math.nan)
+    view = storage[start:].view(shape)[..., : x.shape[-1]].permute(order)
+    return view.copy_(x)
+
+
+def storage_of(x):
+    return x.new_empty(0).set_(x.untyped_storage())
+
+
+def run(driver, tensors, options, d_out=None, layout="dense"):
+    """{name: tensor} of what the kernels write: out and lse, and with `d_out` the gradients."""
+    nan = lambda x, dtype: torch.full_like(x, math.nan, dtype=dtype, memory_format=torch.contiguous_format)  # noqa: E731
+    query = tensors[0]
+    written = {"out": nan(query, query.dtype), "lse": nan(query[..., 0], torch.float32)}
+    if d_out is not None:
+        written |= {name: nan(x, x.dtype) for name, x in zip(GRADIENTS, tensors, strict=True)}
+    given = dict(zip(INPUTS, tensors, strict=True)) | written
+    given = {name: lay_out(x, layout) for name, x in given.items()}
+    given |= {"d_out": lay_out(d_out, layout)} if d_out is not None else {}
+    given |= {name: options[name] for name in ("text_limits", "text_start") if options[name] is not None}
+    problem, result = driver.with_suffix(".problem"), driver.with_suffix(".result")
+    with problem.open("wb") as f:
+        f.write(struct.pack("<qqq", DTYPES.index(query.dtype), d_out is not None, options["window"] or 0))
+        f.write(struct.pack("<ddq", options["scale"], options["softcap"] or 0, len(given)))
+        for name, x in given.items():
+            storage = storage_of(x).view(torch.uint8).numpy().tobytes()
+            f.write(struct.pack("<q", len(name)) + name.encode())
+            f.write(struct.pack(f"<q{2 * x.ndim}q", x.ndim, *x.shape, *x.stride()))
+            f.write(struct.pack("<qq", x.storage_offset(), len(storage)) + storage)
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+    done = subprocess.run([driver, problem, result], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    data, outputs = bytearray(result.read_bytes()), {}
+    for name in sorted(written):
+        x, size = given[name], storage_of(given[name]).numel() * given[name].element_size()
+        storage = torch.frombuffer(data[:size], dtype=x.dtype) if size else storage_of(x)
+        data = data[size:]
+        outputs[name] = storage.as_strided(x.shape, x.stride(), x.storage_offset())
+        outside = torch.ones(storage.shape, dtype=torch.bool)
+        outside.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(False)
+        assert storage[outside].isnan().all(), f"{name} is written outside of its elements"
+    return outputs
+
+
+def eager(query, text_key, text_value, path_key, path_value, *, text_limits, text_start, scale, window, softcap):
+    """What one would write in torch, in the tensors' own dtype."""
+    S, group = text_key.shape[2], query.shape[1] // text_key.shape[1]
+    tk, tv, pk, pv = (x.repeat_interleave(group, 1) for x in (text_key, text_value, path_key, path_value))
+    scores = torch.cat(
+        [torch.einsum("bhtqd,bhsd->bhtqs", query, tk), torch.einsum("bhtqd,bhtpd->bhtqp", query, pk)], -1
+    )
+    scores = scores * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = _seen(query, text_limits, text_start, S, path_key.shape[3], window)
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    out = torch.einsum("bhtqs,bhsd->bhtqd", weights[..., :S], tv)
+    return out + torch.einsum("bhtqp,bhtpd->bhtqd", weights[..., S:], pv)
+
+
+def with_gradients(attention, tensors, options, d_out):
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    out = attention(*tensors, **options)
+    gradients = torch.autograd.grad(out, tensors, d_out, allow_unused=True)
+    gradients = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, tensors, strict=True)]
+    return {"out": out.detach()} | dict(zip(GRADIENTS, gradients, strict=True))
+
+
+def check(driver, shape, dtype, layout="dense", change=lambda tensors, options: None):
+    tensors, options = make(*shape, dtype=dtype)
+    change(tensors, options)
+    d_out = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    actual = run(driver, tensors, options, d_out, layout)
+    doubles = [x.double() for x in tensors]
+    expected = with_gradients(lambda *x, **o: reference(*x, **o)[0], doubles, options, d_out.double())
+    lse = reference(*doubles, **options)[1]
+    torch.testing.assert_close(actual["lse"].double(), lse, rtol=1e-6, atol=5e-6)
+    rough = None if dtype is torch.float32 else with_gradients(eager, tensors, options, d_out)
+    for name, e in expected.items():
+        if not e.numel():
+            continue
+        size = max(1.0, e.abs().max().item())
+        # FlashAttention's rule for 16 bits: at most twice the error of the same arithmetic in plain torch.
+        limit = 5e-6 * size
+        if rough is not None:
+            limit = 2 * (rough[name].double() - e).abs().max().item() + torch.finfo(dtype).eps / 2 * size
+        error = (actual[name].double() - e).abs().max().item()
+        assert error <= limit, f"{name}: error {error:.2g}, allowed {limit:.2g}"
+
+
+# B, H, G, T, P, Q, D, S, window, softcap, left padding
+SHAPES = [
+    (2, 2, 2, 5, 3, 3, 8, 7),
+    (1, 4, 2, 5, 3, 1, 24, 9, 4, 2.0, True),
+    (1, 4, 2, 5, 3, 3, 64, 5, None, None, True),
+    (1, 2, 1, 5, 3, 3, 72, 6, None, 3.0),
+    (1, 2, 1, 5, 3, 1, 136, 6, 3),
+    (1, 1, 1, 3, 3, 3, 256, 4),
+    (1, 2, 1, 5, 3, 3, 24, 0),
+    (1, 6, 2, 31, 3, 3, 16, 150, None, None, True),  # several tiles of rows, several blocks of keys
+    (1, 2, 2, 40, 4, 4, 40, 90, 33, 4.0),
+    (1, 2, 1, 2, 150, 70, 16, 5, 100),  # a position larger than a tile, a path larger than a block
+    (1, 1, 1, 3, 70, 2, 128, 70),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernels_equal_float64(driver, shape, dtype):
+    check(driver, shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["strided", "unaligned"])
+def test_any_strides(driver, layout, dtype):
+    check(driver, (2, 4, 2, 7, 3, 2, 24, 70, 50, None, True), dtype, layout)
