@@ -115,6 +115,13 @@ PYQUIET_DEVICE float exp2_approximate(float x) {
   return y;
 }
 
+// 1 / x to 1 ulp, for normal results; infinity for 0.
+PYQUIET_DEVICE float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Starts `blocks` blocks on a stream; returns a cudaError_t, 0 for success.
 template <class Argument>
 int launch(void (*kernel)(Argument), int64_t blocks, int threads, int shared_bytes, void* stream,

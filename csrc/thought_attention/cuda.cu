@@ -108,9 +108,9 @@ int thought_attention_forward_cuda(const ThoughtAttention<E>& a, void* stream) {
   Forward<E> f{inputs(a), array(a.out), array(a.lse), 0};
   f.in.vectors = f.in.vectors && aligned(a.out);
   constexpr bool kHalf = sizeof(E) == 2;
-  if (f.in.D <= 64) return forward<Shape<E, 64, 4, kHalf ? 2 : 1, kHalf ? 64 : 32>>(f, stream);
-  if (f.in.D <= 128) return forward<Shape<E, 128, 4, kHalf ? 2 : 1, kHalf ? 64 : 32>>(f, stream);
-  return forward<Shape<E, 256, 4, 1, kHalf ? 32 : 16>>(f, stream);
+  if (f.in.D <= 64) return forward<Shape<E, 64, 4, kHalf ? 2 : 1, kHalf ? 64 : 32, kHalf ? 3 : 4>>(f, stream);
+  if (f.in.D <= 128) return forward<Shape<E, 128, 4, kHalf ? 2 : 1, kHalf ? 64 : 32, kHalf ? 2 : 3>>(f, stream);
+  return forward<Shape<E, 256, 4, 1, kHalf ? 32 : 16, 2>>(f, stream);
 }
 
 int64_t thought_attention_backward_workspace(int64_t B, int64_t H, int64_t T, int64_t Q, int64_t G, int64_t, int64_t) {
@@ -137,16 +137,12 @@ int thought_attention_backward_cuda(const ThoughtAttentionBackward<E>& a, float*
   f.range_tiles = range_tiles(f.in.rows);
   f.scale = a.scale;
   constexpr bool kHalf = sizeof(E) == 2;
-  if (f.in.D <= 64) {
-    using Both = Shape<E, 64, 4, 1, kHalf ? 64 : 32>;
-    return backward<Both, Both>(f, stream);
-  }
-  if (f.in.D <= 128) {
-    using Both = Shape<E, 128, 4, 1, 32>;
-    return backward<Both, Both>(f, stream);
-  }
-  using Both = Shape<E, 256, kHalf ? 4 : 2, 1, kHalf ? 32 : 16>;
-  return backward<Both, Both>(f, stream);
+  constexpr int kN = kHalf ? 64 : 32;
+  if (f.in.D <= 64) return backward<Shape<E, 64, 4, 1, kN, 3>, Shape<E, 64, 4, 1, kN, 2>>(f, stream);
+  using Upto128 = Shape<E, 128, 4, 1, 32, 2>;
+  if (f.in.D <= 128) return backward<Upto128, Upto128>(f, stream);
+  using Upto256 = Shape<E, 256, kHalf ? 4 : 2, 1, kN / 2, 2>;
+  return backward<Upto256, Upto256>(f, stream);
 }
 
 template int thought_attention_forward_cuda(const ThoughtAttention<float>&, void*);

@@ -130,7 +130,7 @@ struct QueryGradientShared {
 };
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads)
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     query_gradient_kernel(const __grid_constant__ Backward<typename C::E> a) {
   using E = typename C::E;
   const Inputs<E>& p = a.in;
@@ -277,7 +277,8 @@ struct KeyGradientShared {
 
 // Both gradients, or at D > 128, where the accumulators of both do not fit the registers, the one of the block.
 template <class C>
-__global__ void __launch_bounds__(C::kThreads) key_gradient_kernel(const __grid_constant__ Backward<typename C::E> a) {
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
+    key_gradient_kernel(const __grid_constant__ Backward<typename C::E> a) {
   using E = typename C::E;
   constexpr int kParts = C::kD > 128 ? 2 : 1;
   const Inputs<E>& p = a.in;

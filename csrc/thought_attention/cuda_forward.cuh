@@ -62,7 +62,7 @@ struct SoftmaxState {
     for (int i = 0; i < 2 * C::kTilesM; ++i) {
       sum[i] += __shfl_xor_sync(0xffffffff, sum[i], 1);
       sum[i] += __shfl_xor_sync(0xffffffff, sum[i], 2);
-      const float inverse = 1.0f / sum[i];
+      const float inverse = reciprocal_approximate(sum[i]);
 #pragma unroll
       for (int n = 0; n < C::kTilesD; ++n) {
         out[i / 2][n][i % 2 * 2] *= inverse;
@@ -79,12 +79,11 @@ struct ForwardShared {
   Interval text[C::kM], own[C::kM];
 };
 
-// Brings the products of a block to base 2, capped, and hides what a row (rows: intervals of the warp) does not see.
+// Brings the products of a block to base 2, capped, and hides what the warp's rows do not see.
 template <class C>
 PYQUIET_DEVICE void finish_scores(float (&score)[C::kTilesM][C::kTilesN][4], const Inputs<typename C::E>& p,
-                                  const Interval (&rows)[2 * C::kTilesM], int32_t first) {
+                                  const Interval* of_rows, int32_t first) {
   const int lane = lane_index();
-  const float cap = p.cap;
 #pragma unroll
   for (int m = 0; m < C::kTilesM; ++m)
 #pragma unroll
@@ -93,19 +92,18 @@ PYQUIET_DEVICE void finish_scores(float (&score)[C::kTilesM][C::kTilesN][4], con
       for (int i = 0; i < 4; ++i) {
         float& x = score[m][n][i];
         x *= p.factor;
-        if (cap > 0) x = capped_tanh(x) * cap;
+        if (p.cap > 0) x = capped_tanh(x) * p.cap;
       }
-  bool all = true;
 #pragma unroll
-  for (int i = 0; i < 2 * C::kTilesM; ++i) all &= rows[i].has(first) && rows[i].has(first + C::kN - 1);
-  if (__all_sync(0xffffffff, all)) return;
-#pragma unroll
-  for (int m = 0; m < C::kTilesM; ++m)
+  for (int i = 0; i < 2 * C::kTilesM; ++i) {
+    const Interval row = of_rows[8 * i + lane / 4];
+    if (__all_sync(0xffffffff, row.has(first) && row.has(first + C::kN - 1))) continue;
 #pragma unroll
     for (int n = 0; n < C::kTilesN; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (!rows[2 * m + i / 2].has(first + 8 * n + lane % 4 * 2 + i % 2)) score[m][n][i] = kNegInf;
+      for (int j = 0; j < 2; ++j)
+        if (!row.has(first + 8 * n + lane % 4 * 2 + j)) score[i / 2][n][i % 2 * 2 + j] = kNegInf;
+  }
 }
 
 template <class C>
@@ -113,18 +111,16 @@ PYQUIET_DEVICE void attend_block(SoftmaxState<C>& state, const Inputs<typename C
                                  const typename C::E* key, const Interval* of_rows, int32_t first) {
   const uint32_t steps = steps_seen<C>(hull(of_rows, C::kRowsPerWarp), first);
   if (steps == 0) return;
-  Interval rows[2 * C::kTilesM];
-#pragma unroll
-  for (int i = 0; i < 2 * C::kTilesM; ++i) rows[i] = of_rows[8 * i + lane_index() / 4];
   float score[C::kTilesM][C::kTilesN][4] = {};
   multiply_rows<C>(score, query, key, p.D, steps);
-  finish_scores<C>(score, p, rows, first);
+  finish_scores<C>(score, p, of_rows, first);
   state.update(score);
   multiply_weights<C>(state.out, score, key + C::kN * C::kStride, p.D, steps);
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads) forward_kernel(const __grid_constant__ Forward<typename C::E> a) {
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
+    forward_kernel(const __grid_constant__ Forward<typename C::E> a) {
   const Inputs<typename C::E>& p = a.in;
   auto& shared = *reinterpret_cast<ForwardShared<C>*>(shared_memory());
   // The last tiles, which usually have the most keys, come first; a (b, g) is finished before the next one starts, so

@@ -133,11 +133,13 @@ PYQUIET_DEVICE Interval hull(const Interval* of, int size) {
 }
 
 // A kernel's tiles: kM rows stay while tiles of kN of the other side stream past, two buffers deep. Rows in shared
-// memory are kStride apart, so that eight of them at one column lie in different banks.
-template <class Element, int D, int Warps, int TilesM, int N>
+// memory are kStride apart, so that eight of them at one column lie in different banks. The registers are to suffice
+// for kBlocks blocks on a multiprocessor.
+template <class Element, int D, int Warps, int TilesM, int N, int Blocks>
 struct Shape {
   using E = Element;
   static constexpr int kD = D, kWarps = Warps, kThreads = 32 * Warps, kTilesM = TilesM, kRowsPerWarp = 16 * TilesM;
+  static constexpr int kBlocks = Blocks;
   static constexpr int kM = kRowsPerWarp * Warps, kN = N, kTilesN = N / 8, kTilesD = D / 8;
   static constexpr int kVector = 16 / sizeof(E), kStride = D + kVector;
 };
@@ -324,8 +326,8 @@ PYQUIET_DEVICE void multiply_weights(float (&acc)[C::kTilesM][C::kTilesD][4],
 PYQUIET_DEVICE float capped_tanh(float x) {
   const float size = fabsf(x);
   if (size < 0.625f) return tanh_small(x);
-  const float tail = 1.0f - 2.0f / (exp2_approximate((size > 10.0f ? 10.0f : size) * (2.0f * kLog2E)) + 1.0f);
-  return copysignf(tail, x);
+  const float power = exp2_approximate((size > 10.0f ? 10.0f : size) * (2.0f * kLog2E));
+  return copysignf(1.0f - 2.0f * reciprocal_approximate(power + 1.0f), x);
 }
 
 // The keys that a tile of query rows sees, as one sequence of blocks of kN: the text's, then those of the own paths of

@@ -350,6 +350,8 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 
 inline float exp2_approximate(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 
+inline float reciprocal_approximate(float x) { return 1.0f / x; }
+
 template <class Argument>
 int launch(void (*kernel)(Argument), int64_t blocks, int threads, int shared_bytes, void*, const Argument& argument) {
   if (shared_bytes > 163 * 1024) shim::fail("more shared memory than an sm_80 block may have");

@@ -62,7 +62,9 @@ def make(B, H, G, T, P, Q, D, S, window=None, softcap=None, padded=False, dtype=
 
 
 def lay_out(x, layout):
-    """x as a view of a storage of NaN: its dimensions 1 and 2 swapped, rows padded, its start moved."""
+    """x itself (None), a copy, or a view of a storage of NaN: dimensions 1 and 2 swapped, rows padded, start moved."""
+    if layout is None:
+        return x
     if layout == "dense":
         return x.clone()
     padding, start = {"strided": (8, 16), "unaligned": (1, 3)}[layout]
@@ -78,13 +80,14 @@ def storage_of(x):
     return x.new_empty(0).set_(x.untyped_storage())
 
 
-def run(driver, tensors, options, d_out=None, layout="dense"):
+def run(driver, tensors, options, d_out=None, layout="dense", without=()):
     """{name: tensor} of what the kernels write: out and lse, and with `d_out` the gradients."""
     nan = lambda x, dtype: torch.full_like(x, math.nan, dtype=dtype, memory_format=torch.contiguous_format)  # noqa: E731
     query = tensors[0]
     written = {"out": nan(query, query.dtype), "lse": nan(query[..., 0], torch.float32)}
     if d_out is not None:
         written |= {name: nan(x, x.dtype) for name, x in zip(GRADIENTS, tensors, strict=True)}
+    written = {name: x for name, x in written.items() if name not in without}
     given = dict(zip(INPUTS, tensors, strict=True)) | written
     given = {name: lay_out(x, layout) for name, x in given.items()}
     given |= {"d_out": lay_out(d_out, layout)} if d_out is not None else {}
@@ -185,3 +188,99 @@ def test_kernels_equal_float64(driver, shape, dtype):
 @pytest.mark.parametrize("layout", ["strided", "unaligned"])
 def test_any_strides(driver, layout, dtype):
     check(driver, (2, 4, 2, 7, 3, 2, 24, 70, 50, None, True), dtype, layout)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_equal_float64_at_random_shapes(driver, dtype, seed):
+    g = torch.Generator().manual_seed(seed)
+    pick = lambda *choices: choices[int(torch.randint(len(choices), (1,), generator=g))]  # noqa: E731
+    G, Q = pick(1, 2), pick(1, 2, 3, 8)
+    shape = (pick(1, 2), G * pick(1, 2, 5), G, pick(1, 2, 13), Q + pick(0, 1, 4), Q, 8 * pick(1, 2, 5, 8, 9, 17))
+    shape += (pick(0, 1, 31, 64, 65, 129), pick(None, 1, 9), pick(None, 1.5), pick(True, False))
+    check(driver, shape, dtype, pick("dense", "strided", "unaligned"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_scores_do_not_overflow(driver, dtype):
+    tensors, options = make(1, 2, 2, 6, 3, 3, 16, 20, dtype=dtype)
+    tensors[0] *= 1e3
+    out = run(driver, tensors, options)["out"]
+    expected = reference(*[x.double() for x in tensors], **options)[0]
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2 * torch.finfo(dtype).eps + 2e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_out_of_sight_do_not_matter(driver, dtype):
+    """Left padding, keys at or above every limit and keys out of every window may hold NaN."""
+    tensors, options = make(1, 2, 1, 4, 2, 2, 16, 40, 6, dtype=dtype)
+    options["text_limits"] = torch.tensor([[20, 21, 22, 23]])
+    options["text_start"] = torch.tensor([5])
+    d_out = torch.ones_like(tensors[0])
+    expected = run(driver, tensors, options, d_out)
+    for x in tensors[1:3]:
+        x[:, :, :15] = math.nan
+        x[:, :, 23:] = math.nan
+    actual = run(driver, tensors, options, d_out)
+    for name in ("out", "lse", "d_query", "d_path_key", "d_path_value"):
+        assert torch.equal(actual[name], expected[name])
+    for name in ("d_text_key", "d_text_value"):
+        assert torch.equal(actual[name][:, :, 15:23], expected[name][:, :, 15:23])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("which", range(5))
+def test_nan_is_passed_on(driver, which, dtype):
+    tensors, options = make(1, 1, 1, 3, 2, 2, 8, 6, dtype=dtype)
+    options["text_limits"] = torch.tensor([[6, 6, 6]])
+    tensors[which].view(-1)[0] = math.nan
+    actual = run(driver, tensors, options, torch.ones_like(tensors[0]))
+    assert actual["out"][0, 0, 0].isnan().any()
+    assert actual["d_query"][0, 0, 0].isnan().any()
+
+
+@pytest.mark.parametrize("limit", [-1, 8, 2**62, -(2**63)])
+def test_a_limit_out_of_range_gives_nan_to_its_rows_alone(driver, limit):
+    tensors, options = make(1, 4, 2, 5, 3, 3, 24, 7, dtype=torch.bfloat16)
+    d_out = torch.ones_like(tensors[0])
+    expected = run(driver, tensors, options, d_out)
+    options["text_limits"][0, 2] = limit
+    actual = run(driver, tensors, options, d_out)
+    others = [0, 1, 3, 4]
+    for name in ("out", "lse", "d_query", "d_path_key", "d_path_value"):
+        assert actual[name][:, :, 2].isnan().any(-1).all()
+        assert torch.equal(actual[name][:, :, others], expected[name][:, :, others])
+    assert not actual["d_text_key"].isnan().any()
+
+
+@pytest.mark.parametrize("start", [-1, 8, 2**62])
+def test_a_start_out_of_range_gives_nan_to_its_sequence(driver, start):
+    tensors, options = make(2, 2, 1, 5, 3, 3, 24, 7, padded=True)
+    d_out = torch.ones_like(tensors[0])
+    expected = run(driver, tensors, options, d_out)
+    options["text_start"][1] = start
+    actual = run(driver, tensors, options, d_out)
+    for name in ("out", "lse", "d_query"):
+        assert actual[name][1].isnan().all()
+        assert torch.equal(actual[name][0], expected[name][0])
+
+
+def test_the_lse_is_optional(driver):
+    tensors, options = make(1, 2, 1, 5, 3, 3, 24, 7)
+    expected = run(driver, tensors, options)
+    assert torch.equal(run(driver, tensors, options, without=("lse",))["out"], expected["out"])
+
+
+def test_without_a_position_the_gradient_of_the_text_is_zero(driver):
+    tensors, options = make(1, 2, 1, 0, 3, 3, 24, 70)
+    actual = run(driver, tensors, options, torch.ones_like(tensors[0]))
+    assert (actual["d_text_key"] == 0).all()
+    assert (actual["d_text_value"] == 0).all()
+
+
+def test_a_text_may_be_expanded(driver):
+    tensors, options = make(2, 4, 2, 5, 3, 3, 16, 9)
+    copied = [x[:1].repeat(2, 1, 1, 1) for x in tensors[1:3]]
+    expected = run(driver, [tensors[0], *copied, *tensors[3:]], options)
+    shared = [x[:1].expand(2, -1, -1, -1) for x in tensors[1:3]]
+    assert torch.equal(run(driver, [tensors[0], *shared, *tensors[3:]], options, layout=None)["out"], expected["out"])
