@@ -3,11 +3,9 @@
 Every method's result is checked against the float64 reference before it is timed.
 """
 
-import functools
 import math
 import timeit
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -19,102 +17,29 @@ from pyquiet.kernels import thought_attention
 from pyquiet.kernels.thought_attention import reference
 from pyquiet.native import cpu
 
-from . import thought_attention_baselines as baselines
 from .machine import Machine
-from .thought_attention_baselines import Inputs, Method, Shape
+from .thought_attention_cases import cases, measure, skip_above
+from .thought_attention_problem import TOLERANCE, Shape
 from .timing import best_seconds
 
-TOLERANCE = 1e-4
+# The dense masks grow with (T * P)^2: above this many scores a method is left out, about a second.
+MAX_SCORES = 2**29
 
-GRID = [Shape(t, p) for t in (128, 256, 512, 1024) for p in (1, 4, 8, 16)]
-GROUPED = Shape(256, 8, kv_heads=2)
-# Compiling takes up to a minute each, so these four shapes alone have compiled baselines.
-COMPILED = {Shape(128, 4), Shape(256, 8), Shape(512, 8), Shape(1024, 16)}
-
-EAGER_METHODS = ("pyquiet", "dense", "stepwise", "decomposition", "blocked")
+SHAPES = [*(Shape(t, p) for t in (128, 256, 512, 1024) for p in (1, 4, 8, 16)), Shape(256, 8, kv_heads=2)]
+BFLOAT16_SHAPES = [Shape(128, 4), Shape(256, 8), Shape(512, 8), Shape(1024, 8, batch=1)]
+# Compiling takes up to a minute each, so these shapes alone have compiled baselines.
 COMPILED_METHODS = ("flex-32", "flex-16", "compiled blocked")
+COMPILED = dict.fromkeys((Shape(128, 4), Shape(256, 8), Shape(512, 8), Shape(1024, 16)), COMPILED_METHODS)
+BFLOAT16_COMPILED = {Shape(256, 8): COMPILED_METHODS}
 
 
-def kernel(inputs: Inputs) -> Method:
-    """Return the public function on the layout of its contract."""
-    tensors = (inputs.query, inputs.text_key, inputs.text_value, inputs.path_key, inputs.path_value)
-    limits, scale = inputs.text_limits, inputs.scale
-    return Method(
-        run=lambda: thought_attention(*tensors, text_limits=limits, scale=scale),
-        unpack=lambda out: out,
-    )
-
-
-METHODS: dict[str, Callable[[Inputs], Method]] = {
-    "pyquiet": kernel,
-    "dense": baselines.dense,
-    "stepwise": baselines.stepwise,
-    "decomposition": baselines.decomposition,
-    "blocked": baselines.blocked,
-    "flex-32": functools.partial(baselines.flex, block_size=32),
-    "flex-16": functools.partial(baselines.flex, block_size=16),
-    "compiled blocked": baselines.compiled_blocked,
-}
-
-
-def cases() -> list[Any]:
-    """Return every (shape, method), shape by shape, so that a shape's rows are timed together."""
-    found = []
-    for shape in [*GRID, GROUPED]:
-        for method in (*EAGER_METHODS, *(COMPILED_METHODS if shape in COMPILED else ())):
-            found.append(pytest.param(shape, method, id=f"{shape.name}-{method.replace(' ', '-')}"))
-    return found
-
-
-@functools.lru_cache(maxsize=1)
-def problem(shape: Shape) -> tuple[Inputs, list[tuple[int, slice, Tensor]]]:
-    """Return the inputs and, for the first and the last KV head, (b, query heads, float64 result).
-
-    The reference forms all T x P x T scores, so it is given one KV head at a time.
-    """
-    inputs = baselines.random_inputs(shape)
-    keys = (inputs.text_key, inputs.text_value, inputs.path_key, inputs.path_value)
-    group = shape.heads // shape.kv_heads
-    expected = []
-    for b, g in ((0, 0), (shape.batch - 1, shape.kv_heads - 1)):
-        heads = slice(g * group, (g + 1) * group)
-        exact, _ = reference(
-            inputs.query[b : b + 1, heads].double(),
-            *(x[b : b + 1, g : g + 1].double() for x in keys),
-            text_limits=inputs.text_limits[b : b + 1],
-            text_start=None,
-            scale=inputs.scale,
-        )
-        expected.append((b, heads, exact[0]))
-    return inputs, expected
-
-
-@pytest.mark.parametrize(("shape", "method"), cases())
-def test_forward(benchmark: BenchmarkFixture, machine: Machine, shape: Shape, method: str) -> None:
-    scores = {"dense": shape.dense_scores, "stepwise": shape.stepwise_scores}.get(method, 0)
-    if scores > baselines.MAX_DENSE_SCORES:
-        pytest.skip(f"{scores:.1e} masked scores are above {baselines.MAX_DENSE_SCORES:.1e}")
-    benchmark.group = f"thought attention {shape.name}"
-    inputs, expected = problem(shape)
-    # Without this the second shape would reuse or outgrow the compiled code of the first.
-    torch.compiler.reset()
-    with torch.no_grad():
-        prepared = METHODS[method](inputs)
-        out = prepared.unpack(prepared.run())
-        error = max((out[b, heads] - exact).abs().max().item() for b, heads, exact in expected)
-        del out
-        assert error < TOLERANCE
-        seconds = best_seconds(benchmark, prepared.run)
-    gflops = shape.useful_flops / seconds * 1e-9
-    benchmark.extra_info.update(
-        table="thought attention, forward",
-        shape=shape.name,
-        method=method,
-        seconds=seconds,
-        error=error,
-        gflops=gflops,
-        of_peak=gflops / machine.fma_gflops if machine.fma_gflops else None,
-    )
+@pytest.mark.parametrize(
+    ("shape", "dtype", "method"),
+    cases(SHAPES, torch.float32, COMPILED) + cases(BFLOAT16_SHAPES, torch.bfloat16, BFLOAT16_COMPILED),
+)
+def test_forward(benchmark: BenchmarkFixture, machine: Machine, shape: Shape, dtype: torch.dtype, method: str) -> None:
+    skip_above(method, shape, MAX_SCORES)
+    measure(benchmark, machine, shape, dtype, method, training=False, budget=1.2)
 
 
 DECODE_STEPS = 7  # START, five tokens and END: the last query of a thought sees the longest path

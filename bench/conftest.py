@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pytest_benchmark.utils import get_commit_info
 
 from . import report
@@ -16,6 +17,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         help="write the figures and the machine record to bench/results/NAME.json",
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
-// Ceilings of this machine: fp32 multiply-adds a second and bytes read a second.
+// Ceilings of this machine: fp32 multiply-adds a second, bytes read a second, bf16 multiply-adds a second.
 //
-//   fma_peak THREADS MEGABYTES   prints   GFLOP/s  GB/s
+//   fma_peak THREADS MEGABYTES   prints   GFLOP/s  GB/s  and, with AVX512-BF16,  GFLOP/s of vdpbf16ps
 //
 // VECTOR_BYTES (64, 32 or 16) is the register width of the ISA that is compiled for; an ISA without
 // fused multiply-add is measured with a multiply and an add. 12 accumulators cover two units of
@@ -12,6 +12,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 typedef float Vector __attribute__((vector_size(VECTOR_BYTES)));
 constexpr int lanes = VECTOR_BYTES / sizeof(float);
@@ -32,7 +36,24 @@ static void spin(long steps) {
   sink = total;
 }
 
-static double fma_gflops(int threads) {
+#ifdef __AVX512BF16__
+static void spin_bf16(long steps) {
+  const __m512 factor = _mm512_set1_ps(factor_source), addend = _mm512_set1_ps(addend_source);
+  const __m512bh a = _mm512_cvtne2ps_pbh(factor, factor), b = _mm512_cvtne2ps_pbh(addend, factor);
+  __m512 sum[accumulators];
+  for (int k = 0; k < accumulators; ++k) sum[k] = _mm512_set1_ps(float(k));
+  for (long step = 0; step < steps; ++step) {
+#pragma GCC unroll 12
+    for (int k = 0; k < accumulators; ++k) sum[k] = _mm512_dpbf16_ps(sum[k], a, b);
+  }
+  float total = 0;
+  for (const __m512& one : sum) total += _mm512_cvtss_f32(one);
+  sink = total;
+}
+#endif
+
+// GFLOP/s of `spin`, each step of which makes `products` multiply-adds a lane and accumulator.
+static double gflops(void (*spin)(long), int products, int threads) {
   constexpr long steps = 400000;
   double best = 1e30;
   for (int trial = 0; trial < 40; ++trial) {
@@ -41,7 +62,7 @@ static double fma_gflops(int threads) {
     spin(steps);
     best = std::min(best, omp_get_wtime() - begin);
   }
-  return 2.0 * threads * steps * accumulators * lanes / best * 1e-9;
+  return 2.0 * products * threads * steps * accumulators * lanes / best * 1e-9;
 }
 
 static double read_gbs(int threads, size_t megabytes) {
@@ -68,6 +89,10 @@ static double read_gbs(int threads, size_t megabytes) {
 int main(int argc, char** argv) {
   if (argc != 3) return 2;
   const int threads = std::atoi(argv[1]);
-  const double gflops = fma_gflops(threads);
-  std::printf("%.1f %.1f\n", gflops, read_gbs(threads, std::atol(argv[2])));
+  const double fp32 = gflops(spin, 1, threads);
+  std::printf("%.1f %.1f", fp32, read_gbs(threads, std::atol(argv[2])));
+#ifdef __AVX512BF16__
+  std::printf(" %.1f", gflops(spin_bf16, 2, threads));
+#endif
+  std::printf("\n");
 }

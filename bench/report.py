@@ -17,13 +17,18 @@ QUIET = 0.05
 
 
 def add_ratios(rows: Iterable[Row]) -> None:
-    """Give each of pyquiet's rows `best_baseline` and `ratios`: baseline's seconds over its own."""
+    """Give each of pyquiet's rows `best_baseline` and `ratios`: baseline's seconds over its own.
+
+    Its own time in another dtype, the method "pyquiet DTYPE", is no baseline: that ratio is `over_DTYPE`.
+    """
     rows = list(rows)
     for ours in rows:
         if ours.get("method") != "pyquiet":
             continue
         same = [r for r in rows if (r["table"], r.get("shape")) == (ours["table"], ours["shape"])]
         ratios = {r["method"]: r["seconds"] / ours["seconds"] for r in same if r is not ours}
+        for own in [method for method in ratios if method.startswith("pyquiet ")]:
+            ours[own.replace("pyquiet ", "over_")] = ratios.pop(own)
         if ratios:
             ours["ratios"] = ratios
             ours["best_baseline"] = min(ratios, key=ratios.__getitem__)
@@ -41,6 +46,7 @@ def lines(rows: list[Row]) -> list[str]:
                 continue
             if row.get("method") == "pyquiet":
                 printed.append(f"  {row['shape']:<14}" + comparison(row))
+                printed += memory(row, rows)
             elif (table, row.get("shape")) not in compared:
                 printed.append("  " + figures(row))
     return printed
@@ -70,7 +76,17 @@ def comparison(row: Row) -> str:
     if row.get("others", 0) > QUIET:
         text += " (disturbed)"
     ratios = sorted(row.get("ratios", {}).items(), key=lambda item: item[1])
-    return text + " | " + ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios)
+    text += " | " + ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios)
+    if "over_float32" in row:
+        text += f" | over our float32 {row['over_float32']:.2f}x"
+    return text
+
+
+def memory(ours: Row, rows: list[Row]) -> list[str]:
+    """Return a line of what each method of the row's problem takes at its peak; none where nobody measured it."""
+    same = [row for row in rows if (row["table"], row.get("shape")) == (ours["table"], ours["shape"])]
+    known = sorted((row["peak_mib"], row["method"]) for row in same if row.get("peak_mib") is not None)
+    return [" " * 16 + "peak MiB: " + ", ".join(f"{method} {mib:.0f}" for mib, method in known)] if known else []
 
 
 def figures(row: Row) -> str:

@@ -1,120 +1,51 @@
 """What a user would otherwise write for thought attention, each in the best form we know.
 
-Every method lays its inputs out as it likes them best before the clock starts, and hands its
-result back in its own layout. Shared letters: B batch, H query heads, G key heads, T positions,
-P path steps, D head size, N = B * G, R = (H / G) * P query rows a position, of which row r is
-step r % P. Queries are packed position by position: row t * R + r.
+Every form lays its inputs out as it likes them best before the clock starts, and hands its result back in its own
+layout. Shared letters: B batch, H query heads, G key heads, T positions, P path steps, D head size, N = B * G,
+R = (H / G) * P query rows a position, of which row r is step r % P. Queries are packed position by position: row
+t * R + r.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-# The dense masks grow with (T * P)^2: above this many scores a method is left out, about a second.
-MAX_DENSE_SCORES = 2**29
+from pyquiet.kernels import thought_attention
+
+from .thought_attention_decomposition import decomposition
+from .thought_attention_layouts import (
+    additive,
+    blocked_keys,
+    diagonal_mask,
+    from_rows,
+    packed_keys,
+    position_rows,
+    step_major,
+    step_mask,
+)
+from .thought_attention_problem import Inputs, Method, Shape, forward_of, training_of
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One problem size of thought attention over a whole text."""
-
-    positions: int
-    steps: int
-    batch: int = 2
-    heads: int = 8
-    kv_heads: int = 8
-    head_size: int = 64
-
-    @property
-    def name(self) -> str:
-        grouped = "" if self.kv_heads == self.heads else f"-G{self.kv_heads}"
-        return f"T{self.positions}-P{self.steps}{grouped}"
-
-    @property
-    def rows(self) -> int:
-        """Query rows that share one position and one key head: R."""
-        return self.heads // self.kv_heads * self.steps
-
-    @property
-    def useful_flops(self) -> int:
-        """4 D per (query, key) pair that the mask lets through; exp and scaling not counted."""
-        t, p = self.positions, self.steps
-        pairs = p * t * (t + 1) // 2 + t * p * (p + 1) // 2
-        return 4 * self.head_size * pairs * self.batch * self.heads
-
-    @property
-    def dense_scores(self) -> int:
-        t, p = self.positions, self.steps
-        return self.batch * self.heads * t * p * (t + t * p)
-
-    @property
-    def stepwise_scores(self) -> int:
-        t, p = self.positions, self.steps
-        return self.batch * self.heads * t * t * p * (p + 3) // 2
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The arguments of `pyquiet.kernels.thought_attention` in the layout of its contract."""
-
-    shape: Shape
-    query: Tensor  # [B, H, T, P, D]
-    text_key: Tensor  # [B, G, T, D]
-    text_value: Tensor  # [B, G, T, D]
-    path_key: Tensor  # [B, G, T, P, D]
-    path_value: Tensor  # [B, G, T, P, D]
-    text_limits: Tensor  # [B, T]
-
-    @property
-    def scale(self) -> float:
-        return 1 / math.sqrt(self.shape.head_size)
-
-
-@dataclass(frozen=True)
-class Method:
-    """A prepared baseline: `run()` is what is timed, `unpack` brings its result to [B,H,T,P,D]."""
-
-    run: Callable[[], Any]
-    unpack: Callable[[Any], Tensor]
-
-
-def random_inputs(shape: Shape, seed: int = 0) -> Inputs:
-    """Return standard normal inputs in which position i sees the text up to and with itself."""
-    generator = torch.Generator().manual_seed(seed)
-    b, h, g, t = shape.batch, shape.heads, shape.kv_heads, shape.positions
-    p, d = shape.steps, shape.head_size
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator)
-
-    limits = torch.arange(1, t + 1).expand(b, t).contiguous()
-    text_key, text_value = normal(b, g, t, d), normal(b, g, t, d)
-    path_key, path_value = normal(b, g, t, p, d), normal(b, g, t, p, d)
-    return Inputs(shape, normal(b, h, t, p, d), text_key, text_value, path_key, path_value, limits)
-
-
-def additive(visible: Tensor) -> Tensor:
-    """Return 0 where visible and -inf elsewhere: what SDPA makes of a bool mask in every call."""
-    return torch.zeros(visible.shape).masked_fill(~visible, -math.inf)
+def kernel(inputs: Inputs) -> Method:
+    """The public function on the layout of its contract."""
+    run = functools.partial(thought_attention, text_limits=inputs.text_limits, scale=inputs.scale)
+    return Method(inputs.tensors, run, unpack=lambda out: out)
 
 
 def dense(inputs: Inputs) -> Method:
     """One SDPA call with a [T*P, T+T*P] mask over text and all paths."""
-    s = inputs.shape
-    t, p = s.positions, s.steps
-    row, key = torch.arange(t * p)[:, None], torch.arange(t + t * p)[None]
-    mask = additive(path_mask(t, p)(None, None, row, key))
+    t, p = inputs.shape.positions, inputs.shape.steps
     q = inputs.query.flatten(2, 3)
-    k, v = packed_keys(inputs)
-    grouped = s.heads != s.kv_heads
+    row, key = torch.arange(t * p, device=q.device)[:, None], torch.arange(t + t * p, device=q.device)[None]
+    mask = additive(path_mask(t, p)(None, None, row, key), q)
+    grouped = inputs.shape.heads != inputs.shape.kv_heads
     return Method(
-        run=lambda: functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped),
+        (q, *packed_keys(inputs)),
+        functools.partial(functional.scaled_dot_product_attention, attn_mask=mask, enable_gqa=grouped),
         unpack=lambda out: out.view(inputs.query.shape),
     )
 
@@ -124,16 +55,15 @@ def stepwise(inputs: Inputs) -> Method:
 
     The release appends to its keys and its mask in every pass; here both are views of one buffer.
     """
-    s = inputs.shape
-    t, p = s.positions, s.steps
+    t, p = inputs.shape.positions, inputs.shape.steps
     q = inputs.query.transpose(2, 3).contiguous()  # [B, H, P, T, D]
     k = step_major(inputs.text_key, inputs.path_key)  # [B, G, (1 + P) T, D]
     v = step_major(inputs.text_value, inputs.path_value)
     causal = torch.ones(t, t, dtype=torch.bool).tril()
-    mask = additive(torch.cat([causal, torch.eye(t, dtype=torch.bool).repeat(1, p)], 1))
-    grouped = s.heads != s.kv_heads
+    mask = additive(torch.cat([causal, torch.eye(t, dtype=torch.bool).repeat(1, p)], 1), q)
+    grouped = inputs.shape.heads != inputs.shape.kv_heads
 
-    def run() -> list[Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         outs = []
         for step in range(p):
             n = (step + 2) * t
@@ -143,69 +73,76 @@ def stepwise(inputs: Inputs) -> Method:
             )
         return outs
 
-    return Method(run, unpack=lambda outs: torch.stack(outs, 3))
+    return Method((q, k, v), run, unpack=lambda outs: torch.stack(outs, 3))
 
 
-def flex(inputs: Inputs, block_size: int) -> Method:
+def flex(inputs: Inputs, block_size: int, mode: str | None = None) -> Method:
     """Compiled FlexAttention on the packed rows; the block mask is made before the clock starts."""
-    s = inputs.shape
-    mask = path_block_mask(s.positions, s.steps, block_size)
-    q = inputs.query.flatten(2, 3)
-    k, v = packed_keys(inputs)
-    compiled = torch.compile(flex_attention, dynamic=False)
-    grouped = s.heads != s.kv_heads
+    mask = path_block_mask(inputs.shape.positions, inputs.shape.steps, block_size, inputs.query.device)
+    compiled = torch.compile(flex_attention, dynamic=False, mode=mode)
+    grouped = inputs.shape.heads != inputs.shape.kv_heads
     return Method(
-        run=lambda: compiled(q, k, v, block_mask=mask, enable_gqa=grouped),
+        (inputs.query.flatten(2, 3), *packed_keys(inputs)),
+        functools.partial(compiled, block_mask=mask, enable_gqa=grouped),
         unpack=lambda out: out.view(inputs.query.shape),
     )
 
 
-def decomposition(inputs: Inputs) -> Method:
-    """Causal flash over the text, batched products over the own paths, merged by log-sum-exp.
+def eager(inputs: Inputs, block: int | None = None, compiled: bool = False) -> Method:
+    """Softmax over the concatenation [prefix | own path], `block` positions at a time (None is all of them).
 
-    The R rows of a position enter the flash kernel as R heads that share one text by stride 0.
+    No step is in place, so that autograd can go back through it; the prefix is trimmed block by block. `split` rather
+    than slices, each of which would add a gradient of the whole.
     """
     s = inputs.shape
     n, t, p, r, d = s.batch * s.kv_heads, s.positions, s.steps, s.rows, s.head_size
-    rows = position_rows(inputs)  # [N, T, R, D]
-    heads = rows.transpose(1, 2).contiguous()  # [N, R, T, D]
-    k = inputs.text_key.reshape(n, 1, t, d).expand(n, r, t, d)
-    v = inputs.text_value.reshape(n, 1, t, d).expand(n, r, t, d)
-    own_q = rows.reshape(n * t, r, d)
-    own_k = inputs.path_key.reshape(n * t, p, d).transpose(1, 2)
-    own_v = inputs.path_value.reshape(n * t, p, d)
-    own_mask = step_mask(r, p).expand(n * t, r, p)
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    block = min(block or t, t)
+    q, scale = position_rows(inputs), inputs.scale
+    text_mask, own_mask = diagonal_mask(block, r, q), step_mask(r, p, q)
 
-    def run() -> Tensor:
-        text, text_lse = flash(heads, k, v, 0.0, True, scale=inputs.scale)
-        scores = torch.baddbmm(own_mask, own_q, own_k, alpha=inputs.scale)
-        lse = scores.logsumexp(-1, keepdim=True)
-        own = torch.bmm(scores.sub_(lse).exp_(), own_v).view(n, t, r, d).transpose(1, 2)
-        weight = torch.sigmoid(lse.view(n, t, r).transpose(1, 2) - text_lse)
-        return torch.lerp(text, own, weight.unsqueeze(-1))
+    def attend(q: Tensor, keys: Tensor, values: Tensor, path_key: Tensor, path_value: Tensor) -> Tensor:
+        outs = []
+        parts = zip(*(x.split(block, 1) for x in (q * scale, path_key, path_value)), keys.split(block, 2), strict=True)
+        for i, (q_part, k_own, v_own, k_diagonal) in zip(range(0, t, block), parts, strict=True):
+            q_text, q_own = q_part.reshape(n, block * r, d), q_part.reshape(n * block, r, d)
+            scores = [
+                torch.baddbmm(text_mask, q_text, k_diagonal),
+                torch.baddbmm(own_mask, q_own, k_own.reshape(-1, p, d).mT).view(n, block * r, p),
+            ]
+            if i:
+                scores.insert(0, torch.bmm(q_text, keys[:, :, :i]))
+            text, own = torch.cat(scores, -1).softmax(-1).split([i + block, p], -1)
+            part = torch.bmm(own.reshape(-1, r, p), v_own.reshape(-1, p, d)).view(n, block * r, d)
+            outs.append(torch.baddbmm(part, text, values[:, : i + block]).view(n, block, r, d))
+        return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
 
-    return Method(run, unpack=lambda out: from_rows(out.transpose(1, 2), s))
+    run = torch.compile(attend, dynamic=False) if compiled else attend
+    return Method((q, *blocked_keys(inputs)), run, unpack=lambda out: from_rows(out, s))
 
 
 def blocked(inputs: Inputs) -> Method:
-    """Eager softmax over [prefix | own path], block by block of positions, prefix trimmed."""
+    """The eager form block by block; in place where that is possible and, as in float32 alone, faster."""
+    if inputs.query.requires_grad or inputs.query.dtype is not torch.float32:
+        return eager(inputs, positions_to_concatenate(inputs.shape.steps))
+    return blocked_in_place(inputs)
+
+
+def blocked_in_place(inputs: Inputs) -> Method:
+    """The blocked form with every step in place and no concatenation of scores; it has no gradient."""
     s, block = inputs.shape, positions_a_block(inputs.shape.steps)
     n, t, p, r, d = s.batch * s.kv_heads, s.positions, s.steps, s.rows, s.head_size
-    q = position_rows(inputs)
-    keys, values, path_key, path_value = blocked_keys(inputs)
-    text_mask, own_mask = diagonal_mask(block, r), step_mask(r, p).expand(n * block, r, p)
-    nothing = torch.zeros(1, 1, 1)
-    out = torch.empty(n, t, r, d)
+    q, scale = position_rows(inputs), inputs.scale
+    text_mask, own_mask = diagonal_mask(block, r, q), step_mask(r, p, q).expand(n * block, r, p)
+    nothing, out = q.new_zeros(1, 1, 1), torch.empty_like(q)
 
-    def run() -> Tensor:
+    def run(q: Tensor, keys: Tensor, values: Tensor, path_key: Tensor, path_value: Tensor) -> Tensor:
         for i in range(0, t, block):
             j = i + block
             q_text, q_own = q[:, i:j].reshape(n, block * r, d), q[:, i:j].reshape(n * block, r, d)
             k_own, v_own = path_key[:, i:j].reshape(-1, p, d), path_value[:, i:j].reshape(-1, p, d)
-            text = torch.baddbmm(nothing, q_text, keys[:, :, :j], beta=0, alpha=inputs.scale)
+            text = torch.baddbmm(nothing, q_text, keys[:, :, :j], beta=0, alpha=scale)
             text[:, :, i:] += text_mask
-            own = torch.baddbmm(own_mask, q_own, k_own.mT, alpha=inputs.scale)
+            own = torch.baddbmm(own_mask, q_own, k_own.mT, alpha=scale)
             own = own.view(n, block * r, p)
             top = torch.maximum(text.amax(-1, keepdim=True), own.amax(-1, keepdim=True))
             text.sub_(top).exp_()
@@ -216,24 +153,27 @@ def blocked(inputs: Inputs) -> Method:
             torch.div(part.view(n, block, r, d), mass.view(n, block, r, 1), out=out[:, i:j])
         return out
 
-    return Method(run, unpack=lambda result: from_rows(result, s))
+    return Method((q, *blocked_keys(inputs)), run, unpack=lambda result: from_rows(result, s))
 
 
 def compiled_blocked(inputs: Inputs) -> Method:
-    """torch.compile of the blocked form, written without in-place steps so that it fuses."""
+    """torch.compile of the blocked form: without the concatenation of scores, or, faster backwards, with it."""
+    if inputs.query.requires_grad:
+        return eager(inputs, positions_to_concatenate(inputs.shape.steps), compiled=True)
     s, block = inputs.shape, positions_a_block(inputs.shape.steps)
     n, t, p, r, d = s.batch * s.kv_heads, s.positions, s.steps, s.rows, s.head_size
-    scale = inputs.scale
+    q, scale = position_rows(inputs), inputs.scale
+    masks = (diagonal_mask(block, r, q), step_mask(r, p, q))
 
     def attend(
         q: Tensor, keys: Tensor, values: Tensor, path_key: Tensor, path_value: Tensor,
         text_mask: Tensor, own_mask: Tensor,
     ) -> Tensor:  # fmt: skip
         outs = []
-        for i in range(0, t, block):
+        parts = zip(*(x.split(block, 1) for x in (q, path_key, path_value)), strict=True)
+        for i, (q_part, k_own, v_own) in zip(range(0, t, block), parts, strict=True):
             j = i + block
-            q_own = q[:, i:j].reshape(n * block, r, d)
-            k_own, v_own = path_key[:, i:j].reshape(-1, p, d), path_value[:, i:j].reshape(-1, p, d)
+            q_own, k_own, v_own = q_part.reshape(-1, r, d), k_own.reshape(-1, p, d), v_own.reshape(-1, p, d)
             text = torch.bmm(q_own.view(n, block * r, d), keys[:, :, :j]) * scale
             text = torch.cat([text[:, :, :i], text[:, :, i:] + text_mask], -1)
             own = (torch.bmm(q_own, k_own.mT) * scale + own_mask).view(n, block * r, p)
@@ -246,9 +186,11 @@ def compiled_blocked(inputs: Inputs) -> Method:
         return torch.cat(outs, 1)
 
     compiled = torch.compile(attend, dynamic=False)
-    arguments = (position_rows(inputs), *blocked_keys(inputs))
-    masks = (diagonal_mask(block, r), step_mask(r, p))
-    return Method(run=lambda: compiled(*arguments, *masks), unpack=lambda out: from_rows(out, s))
+    return Method(
+        (q, *blocked_keys(inputs)),
+        run=lambda *tensors: compiled(*tensors, *masks),
+        unpack=lambda out: from_rows(out, s),
+    )
 
 
 def positions_a_block(steps: int) -> int:
@@ -256,6 +198,17 @@ def positions_a_block(steps: int) -> int:
     if steps == 1:
         return 128
     return 32 if steps < 16 else 16
+
+
+def positions_to_concatenate(steps: int) -> int:
+    """Return the same for the form that concatenates scores; measured forward and backward."""
+    return 128 if steps == 1 else 64
+
+
+def eager_results(inputs: Inputs, d_out: Tensor | None) -> Sequence[Tensor]:
+    """Return the plain eager form's output and, with `d_out`, gradients: the yardstick of half precision."""
+    run, unpack = forward_of(eager, inputs) if d_out is None else training_of(eager, inputs, d_out)
+    return unpack(run())
 
 
 def path_mask(t: int, p: int) -> Callable[..., Tensor]:
@@ -268,17 +221,17 @@ def path_mask(t: int, p: int) -> Callable[..., Tensor]:
     return visible
 
 
-def path_block_mask(t: int, p: int, block: int) -> BlockMask:
+def path_block_mask(t: int, p: int, block: int, device: torch.device) -> BlockMask:
     """Return FlexAttention's block mask without ever making the [T*P, T+T*P] grid.
 
     Text blocks below the diagonal are full; blocks on it, and own-path blocks, are partial.
     """
     if t % block or (t * p) % block:
         raise ValueError(f"block is {block}; it must divide T = {t}, or text and paths share a block")
-    first = torch.arange(t * p // block)[:, None] * block  # first packed row of a query block
+    first = torch.arange(t * p // block, device=device)[:, None] * block  # first packed row of a query block
     last = first + block - 1
-    text = torch.arange(t // block)[None] * block  # first key of a text block
-    own = torch.arange(t * p // block)[None] * block
+    text = torch.arange(t // block, device=device)[None] * block  # first key of a text block
+    own = torch.arange(t * p // block, device=device)[None] * block
     full_text = text + block - 1 <= first // p
     any_text = text <= last // p
     any_own = (own // p <= last // p) & ((own + block - 1) // p >= first // p) & (own <= last)
@@ -295,42 +248,19 @@ def path_block_mask(t: int, p: int, block: int) -> BlockMask:
     )  # fmt: skip
 
 
-def packed_keys(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Return keys and values [B, G, T + T*P, D], the text first, then paths by position."""
-    k = torch.cat([inputs.text_key, inputs.path_key.flatten(2, 3)], 2)
-    return k, torch.cat([inputs.text_value, inputs.path_value.flatten(2, 3)], 2)
+METHODS: dict[str, Callable[[Inputs], Method]] = {
+    "pyquiet": kernel,
+    "dense": dense,
+    "stepwise": stepwise,
+    "eager": eager,
+    "blocked": blocked,
+    "decomposition": decomposition,
+    "flex-32": functools.partial(flex, block_size=32),
+    "flex-16": functools.partial(flex, block_size=16),
+    "compiled blocked": compiled_blocked,
+}
 
 
-def step_major(text: Tensor, path: Tensor) -> Tensor:
-    """Return [B, G, (1 + P) T, D]: the text, then all positions of step 1, of step 2, ..."""
-    return torch.cat([text, path.transpose(2, 3).flatten(2, 3)], 2)
-
-
-def position_rows(inputs: Inputs) -> Tensor:
-    """Return the query as [N, T, R, D]: all rows that share a position and a key head together."""
-    s = inputs.shape
-    q = inputs.query.unflatten(1, (s.kv_heads, -1))  # [B, G, H/G, T, P, D]
-    return q.transpose(2, 3).reshape(s.batch * s.kv_heads, s.positions, s.rows, s.head_size)
-
-
-def from_rows(out: Tensor, s: Shape) -> Tensor:
-    """Return [N, T, R, D] as [B, H, T, P, D]."""
-    out = out.reshape(s.batch, s.kv_heads, s.positions, -1, s.steps, s.head_size)
-    return out.transpose(2, 3).flatten(1, 2)
-
-
-def blocked_keys(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return text keys [N, D, T], text values [N, T, D], path keys and values [N, T, P, D]."""
-    keys = inputs.text_key.flatten(0, 1).mT.contiguous()
-    values = inputs.text_value.flatten(0, 1)
-    return keys, values, inputs.path_key.flatten(0, 1), inputs.path_value.flatten(0, 1)
-
-
-def diagonal_mask(block: int, r: int) -> Tensor:
-    """Return the additive mask [block * R, block] of a block's rows against its own positions."""
-    return additive(torch.ones(block, block, dtype=torch.bool).tril()).repeat_interleave(r, 0)
-
-
-def step_mask(r: int, p: int) -> Tensor:
-    """Return the additive mask [R, P] of a position's rows against its own path."""
-    return additive(torch.ones(p, p, dtype=torch.bool).tril()).repeat(r // p, 1)
+def scores(method: str, shape: Shape) -> int:
+    """Return how many scores a method forms at once; 0 for those that form few."""
+    return {"dense": shape.dense_scores, "stepwise": shape.stepwise_scores, "eager": shape.eager_scores}.get(method, 0)
