@@ -5,12 +5,13 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
-#include "numerics.hpp"
+#include "element.hpp"
 
 namespace pyquiet {
 namespace PYQUIET_ISA {
@@ -32,9 +33,15 @@ template <int W>
 struct Lanes {
   typedef float F __attribute__((vector_size(W * sizeof(float))));
   typedef int32_t I __attribute__((vector_size(W * sizeof(int32_t))));
+  typedef uint32_t U __attribute__((vector_size(W * sizeof(uint32_t))));
+  typedef uint16_t Half __attribute__((vector_size(W * sizeof(uint16_t))));
 };
 using F = Lanes<kLanes>::F;
 using I = Lanes<kLanes>::I;
+using HalfF = Lanes<(kLanes > 8 ? 8 : kLanes)>::F;  // head sizes are multiples of 8
+
+template <class V>
+constexpr int kWidth = sizeof(V) / sizeof(float);
 
 template <class V = F>
 inline V load(const float* p) {
@@ -43,9 +50,32 @@ inline V load(const float* p) {
   return v;
 }
 
+template <class V = F>
+inline V load(const BFloat16* p) {
+  using L = Lanes<kWidth<V>>;
+  typename L::Half half;
+  std::memcpy(&half, p, sizeof half);
+  const typename L::U bits = __builtin_convertvector(half, typename L::U) << 16;
+  V v;
+  std::memcpy(&v, &bits, sizeof(V));
+  return v;
+}
+
 template <class V>
 inline void store(float* p, V v) {
   std::memcpy(p, &v, sizeof(V));
+}
+
+// As to_bfloat16.
+template <class V>
+inline void store(BFloat16* p, V v) {
+  using L = Lanes<kWidth<V>>;
+  typename L::U bits;
+  std::memcpy(&bits, &v, sizeof(V));
+  const typename L::U rounded = bits + 0x7fff + (bits >> 16 & 1);
+  bits = (bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded;
+  const typename L::Half half = __builtin_convertvector(bits >> 16, typename L::Half);
+  std::memcpy(p, &half, sizeof half);
 }
 
 inline I load_ints(const int32_t* p) {
@@ -91,23 +121,35 @@ inline F tanh(F x) {
   return size < 0.625f ? tanh_small(x) : large;
 }
 
-using F4 = Lanes<4>::F;
-
+// {a, b}[Lane ...], the lanes of b counted on from those of a.
+template <int... Lane, class V>
+inline V shuffle(V a, V b) {
 #if defined(__clang__)
-#define PYQUIET_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+  return __builtin_shufflevector(a, b, Lane...);
 #else
-#define PYQUIET_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Lanes<4>::I{__VA_ARGS__})
+  return __builtin_shuffle(a, b, typename Lanes<sizeof...(Lane)>::I{Lane...});
 #endif
-
-inline void transpose4(F4& r0, F4& r1, F4& r2, F4& r3) {
-  const F4 low01 = PYQUIET_SHUFFLE(r0, r1, 0, 4, 1, 5), high01 = PYQUIET_SHUFFLE(r0, r1, 2, 6, 3, 7);
-  const F4 low23 = PYQUIET_SHUFFLE(r2, r3, 0, 4, 1, 5), high23 = PYQUIET_SHUFFLE(r2, r3, 2, 6, 3, 7);
-  r0 = PYQUIET_SHUFFLE(low01, low23, 0, 1, 4, 5);
-  r1 = PYQUIET_SHUFFLE(low01, low23, 2, 3, 6, 7);
-  r2 = PYQUIET_SHUFFLE(high01, high23, 0, 1, 4, 5);
-  r3 = PYQUIET_SHUFFLE(high01, high23, 2, 3, 6, 7);
 }
-#undef PYQUIET_SHUFFLE
+
+// Exchanges the off-diagonal S x S blocks of the 2 S x 2 S blocks that two rows a, b (S apart) have part in.
+template <int S, class V, int... Lane>
+inline void swap_blocks(V& a, V& b, std::integer_sequence<int, Lane...>) {
+  constexpr int W = sizeof...(Lane);
+  const V low = shuffle<(Lane & S ? W + Lane - S : Lane)...>(a, b);
+  b = shuffle<(Lane & S ? W + Lane : Lane + S)...>(a, b);
+  a = low;
+}
+
+// Transposes W rows of W lanes.
+template <int W, int S = 1>
+inline void transpose(typename Lanes<W>::F* row) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if (!(i & S)) swap_blocks<S>(row[i], row[i + S], std::make_integer_sequence<int, W>{});
+  if constexpr (2 * S < W) transpose<W, 2 * S>(row);
+}
+
+using F4 = Lanes<4>::F;
 
 // The sum of every quarter of v, lane by lane: 16 or 8 lanes folded to 4.
 template <class V>
@@ -124,9 +166,9 @@ inline F4 fold(V v) {
 // {sum of a, sum of b, sum of c, sum of d}
 template <class V>
 inline F4 sum4(V a, V b, V c, V d) {
-  F4 r0 = fold(a), r1 = fold(b), r2 = fold(c), r3 = fold(d);
-  transpose4(r0, r1, r2, r3);
-  return (r0 + r2) + (r1 + r3);
+  F4 row[4] = {fold(a), fold(b), fold(c), fold(d)};
+  transpose<4>(row);
+  return (row[0] + row[2]) + (row[1] + row[3]);
 }
 
 }  // namespace PYQUIET_ISA

@@ -8,6 +8,7 @@
 #include <string>
 #include <type_traits>
 
+#include "element.hpp"
 #include "view.hpp"
 
 namespace pyquiet {
@@ -15,9 +16,9 @@ namespace pyquiet {
 // The layouts fixed by DLPack 1.x (dmlc.github.io/dlpack), as far as they are needed.
 struct DLTensor {
   void* data;
-  int32_t device_type, device_id;  // 1: CPU
+  int32_t device_type, device_id;
   int32_t ndim;
-  uint8_t code, bits;  // code 0: int, 2: float
+  uint8_t code, bits;
   uint16_t lanes;
   int64_t *shape, *strides;
   uint64_t byte_offset;
@@ -43,14 +44,31 @@ inline const DLExchange* exchange_table(pybind11::handle tensor) {
   return table;
 }
 
-// False if the tensor is not a CPU tensor of T with N dimensions.
+enum class Device : int32_t { cpu = 1, cuda = 2 };  // as DLPack numbers them
+
+// How DLPack and torch call an element type.
+struct ElementName {
+  uint8_t code, bits;
+  const char* torch;
+};
+
+template <class T>
+constexpr ElementName element_name() {
+  if constexpr (std::is_same_v<T, float>) return {2, 32, "torch.float32"};
+  if constexpr (std::is_same_v<T, BFloat16>) return {4, 16, "torch.bfloat16"};
+  if constexpr (std::is_same_v<T, Float16>) return {2, 16, "torch.float16"};
+  if constexpr (std::is_same_v<T, int64_t>) return {0, 64, "torch.int64"};
+}
+
+// False if the tensor is not one of T with N dimensions on that kind of device.
 template <class T, int N>
-bool read_tensor(pybind11::handle tensor, View<T, N>& view) {
-  constexpr uint8_t kCode = std::is_floating_point_v<std::remove_const_t<T>> ? 2 : 0;
+bool read_tensor(pybind11::handle tensor, View<T, N>& view, Device device = Device::cpu) {
+  constexpr ElementName kName = element_name<std::remove_const_t<T>>();
   if (const DLExchange* table = exchange_table(tensor)) {
     DLTensor t;
     if (table->borrow(tensor.ptr(), &t) != 0) throw pybind11::error_already_set();
-    if (t.device_type != 1 || t.code != kCode || t.bits != 8 * sizeof(T) || t.ndim != N) return false;
+    if (t.device_type != static_cast<int32_t>(device) || t.code != kName.code || t.bits != kName.bits || t.ndim != N)
+      return false;
     view.data = reinterpret_cast<T*>(static_cast<char*>(t.data) + t.byte_offset);
     for (int d = 0; d < N; ++d) {
       view.shape[d] = t.shape[d];
@@ -58,10 +76,9 @@ bool read_tensor(pybind11::handle tensor, View<T, N>& view) {
     }
     return true;
   }
-  const std::string wanted = (kCode ? "torch.float" : "torch.int") + std::to_string(8 * sizeof(T));
   const pybind11::tuple shape = tensor.attr("shape"), stride = tensor.attr("stride")();
-  if (!tensor.attr("is_cpu").cast<bool>() || shape.size() != N ||
-      pybind11::str(tensor.attr("dtype")).cast<std::string>() != wanted)
+  if (!tensor.attr(device == Device::cpu ? "is_cpu" : "is_cuda").cast<bool>() || shape.size() != N ||
+      pybind11::str(tensor.attr("dtype")).cast<std::string>() != kName.torch)
     return false;
   view.data = reinterpret_cast<T*>(tensor.attr("data_ptr")().cast<uintptr_t>());
   for (int d = 0; d < N; ++d) {

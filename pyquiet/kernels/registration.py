@@ -1,34 +1,124 @@
-"""One way to register a kernel with torch.library, so that torch.compile and torch.export pass through it."""
+"""One way to make a kernel of its parts: its torch.library ops, their gradient, and the short way of eager code."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.compiler import is_compiling
 
 _LIBRARY = torch.library.Library("pyquiet", "DEF")
-
-
-def register_op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers the decorated function as the op `torch.ops.pyquiet.<name>`.
-
-    The schema comes from its annotations; the function must be pure: new tensors out, nothing changed. `fake` takes the
-    same arguments and returns outputs of the same shapes, strides and dtypes without computing them.
-    """
-
-    def register(forward: Callable[..., Any]) -> Callable[..., Any]:
-        name = forward.__name__.lstrip("_")
-        _LIBRARY.define(name + torch.library.infer_schema(forward, mutates_args=()))
-        _LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"pyquiet::{name}", fake, lib=_LIBRARY)
-        return forward
-
-    return register
-
-
 _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
 
+Arguments = tuple[Any, ...]
+Tensors = tuple[Tensor, ...]
 
-def is_plain(tensors: tuple[torch.Tensor | None, ...]) -> bool:
-    """True if eager code may skip the dispatcher: no compiler is tracing and no argument is a tensor subclass."""
-    return not is_compiling() and _PLAIN.issuperset(map(type, tensors))
+
+class Kernel:
+    """The op `torch.ops.pyquiet.<name>`, and with `backward` its gradient's op `<name>_backward`.
+
+    `signature` is a NamedTuple class: its fields are the op's arguments, in order and with their types, and `forward`,
+    `fake` and `backward` get them as one tuple. All three are pure: new tensors out, nothing changed.
+
+    Calling a kernel with a tuple of arguments runs `forward` directly (microseconds less than the dispatcher) where no
+    input needs a gradient, through a torch.autograd.Function where one does, and through the registered op under a
+    compiler or for tensor subclasses.
+
+    Args:
+        outputs: how many tensors `forward` returns. Only the first is differentiable.
+        forward: arguments -> outputs.
+        fake: arguments -> outputs of the same shapes, strides and dtypes, not computed.
+        inputs: how many of the arguments, the first ones, are differentiable.
+        backward: (d_out, outputs, arguments) -> gradients of the inputs, laid out as `torch.empty_like` of each.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        signature: type[Any],
+        *,
+        outputs: int,
+        forward: Callable[[Arguments], Tensors],
+        fake: Callable[[Arguments], Tensors],
+        inputs: int = 0,
+        backward: Callable[[Tensor, Tensors, Arguments], Tensors] | None = None,
+    ) -> None:
+        self.forward, self.inputs = forward, inputs
+        fields = signature.__annotations__
+        self.tensors = [i for i, kind in enumerate(fields.values()) if kind in (Tensor, Tensor | None)]
+        _define(name, fields, outputs, lambda *args: forward(args), lambda *args: fake(args))
+        self.op: Callable[..., Tensors] = getattr(torch.ops.pyquiet, name)
+        if backward is None:
+            return
+
+        def flat_backward(d_out: Tensor, *rest: Any) -> Tensors:
+            return backward(d_out, rest[:outputs], rest[outputs:])
+
+        def fake_backward(d_out: Tensor, *rest: Any) -> Tensors:
+            return tuple(torch.empty_like(x) for x in rest[outputs : outputs + inputs])
+
+        saved = {"d_out": Tensor} | {f"output_{i}": Tensor for i in range(outputs)}
+        _define(f"{name}_backward", saved | fields, inputs, flat_backward, fake_backward)
+        backward_op: Callable[..., Tensors] = getattr(torch.ops.pyquiet, f"{name}_backward")
+        tensors, constants = self.tensors, [i for i in range(len(fields)) if i not in self.tensors]
+
+        def save(ctx: Any, arguments: Arguments, results: Tensors) -> None:
+            ctx.save_for_backward(*results, *(arguments[i] for i in tensors))
+            ctx.constants = [arguments[i] for i in constants]
+            ctx.mark_non_differentiable(*results[1:])
+            ctx.set_materialize_grads(False)
+
+        def gradients(ctx: Any, run: Callable[..., Tensors], d_out: Tensor | None) -> Sequence[Tensor | None]:
+            none = [None] * len(fields)
+            if d_out is None:
+                return none
+            kept = ctx.saved_tensors
+            arguments = dict(zip(tensors, kept[outputs:], strict=True)) | dict(
+                zip(constants, ctx.constants, strict=True)
+            )
+            d_inputs = run(d_out, *kept[:outputs], *(arguments[i] for i in range(len(fields))))
+            wanted = [d if ctx.needs_input_grad[i] else None for i, d in enumerate(d_inputs)]
+            return [*wanted, *none[inputs:]]
+
+        class Direct(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *arguments: Any) -> Tensors:
+                results = forward(arguments)
+                save(ctx, arguments, results)
+                return results
+
+            @staticmethod
+            @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+            def backward(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> Any:
+                return tuple(gradients(ctx, flat_backward, d_out))
+
+        self._direct = Direct
+        torch.library.register_autograd(
+            f"pyquiet::{name}",
+            lambda ctx, d_out, *_: tuple(gradients(ctx, backward_op, d_out)),
+            setup_context=lambda ctx, inputs, output: save(ctx, inputs, output),
+            lib=_LIBRARY,
+        )
+
+    def __call__(self, arguments: Arguments) -> Tensors:
+        if is_compiling() or not _PLAIN.issuperset([type(arguments[i]) for i in self.tensors]):
+            return self.op(*arguments)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in arguments[: self.inputs]):
+            results: Tensors = self._direct.apply(*arguments)
+            return results
+        return self.forward(arguments)
+
+
+def _define(
+    name: str, fields: dict[str, Any], outputs: int, run: Callable[..., Tensors], fake: Callable[..., Tensors]
+) -> None:
+    def prototype() -> None: ...
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(field, kind, annotation=kind_) for field, kind_ in fields.items()]
+    result = Tensor if outputs == 1 else tuple[(Tensor,) * outputs]  # type: ignore[misc]
+    prototype.__signature__ = inspect.Signature(parameters, return_annotation=result)  # type: ignore[attr-defined]
+    _LIBRARY.define(name + torch.library.infer_schema(prototype, mutates_args=()))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pyquiet::{name}", fake, lib=_LIBRARY)

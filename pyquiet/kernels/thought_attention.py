@@ -4,18 +4,33 @@ Letters: B batch, H query heads, G KV heads, T positions, S text keys, P path st
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from pyquiet.kernels.registration import is_plain, register_op
-from pyquiet.native import cpu
+from pyquiet import native
+from pyquiet.kernels.registration import Kernel, Tensors
 
 _MAX_HEAD_SIZE = 256
 _MAX_TEXT = 2**31 - 1 - 4096
 _MAX_FACTOR = 1e30  # float32 holds it and its inverse
+_INPUTS = 5  # the differentiable arguments: query, text key and value, path key and value
+
+
+class Arguments(NamedTuple):
+    """The arguments of `thought_attention`, which explains them, in the order of the op and of the native calls."""
+
+    query: Tensor
+    text_key: Tensor
+    text_value: Tensor
+    path_key: Tensor
+    path_value: Tensor
+    text_limits: Tensor
+    text_start: Tensor | None
+    scale: float
+    window: int | None
+    softcap: float | None
 
 
 def thought_attention(
@@ -49,21 +64,17 @@ def thought_attention(
         return_lse: also return the log-sum-exp (natural logarithm) of the scores, [B, H, T, Q], not differentiable.
 
     Returns:
-        The output in the query's dtype, or (output, lse). float32 on the CPU runs the native kernel, which keeps no
-        tensor of T x S; float64, half precision, other devices and inputs that need a gradient take `reference`.
+        The output in the query's dtype, or (output, lse); lse is float32 (float64 for float64). float32 and bfloat16 on
+        the CPU, and these and float16 on CUDA, run native kernels, forward and backward, which keep no tensor of T x S;
+        float64 takes `reference` and `reference_backward`. Arithmetic is in float32. Not differentiable twice.
 
     Raises:
-        TypeError, ValueError: an argument breaks the contract; the message names it. Nothing is computed then.
+        TypeError, ValueError: an argument breaks the contract; the message names it. Nothing is computed then. On
+            CUDA the values of text_limits and text_start are not read back: a row whose are out of range comes out NaN.
     """
-    inputs = (query, text_key, text_value, path_key, path_value)
-    arguments = (*inputs, text_limits, text_start, scale, window, softcap)
-    if torch.is_grad_enabled() and _needs_grad(*inputs):
-        out, lse = reference(*arguments)
-        return (out, lse.detach()) if return_lse else out
-    if is_plain(arguments[:7]):
-        out, lse = _forward(arguments, return_lse)
-    else:
-        out, lse = torch.ops.pyquiet.thought_attention(*arguments)
+    out, lse = _kernel(
+        (query, text_key, text_value, path_key, path_value, text_limits, text_start, scale, window, softcap)
+    )
     return (out, lse) if return_lse else out
 
 
@@ -80,147 +91,175 @@ def reference(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The slow, obvious twin of `thought_attention`: (output, lse). Differentiable; forms all T x Q x S scores."""
-    _check(
-        query,
-        text_key,
-        text_value,
-        path_key,
-        path_value,
-        text_limits,
-        text_start,
-        scale,
-        window,
-        softcap,
-    )
-    H, S, P = query.shape[1], text_key.shape[2], path_key.shape[3]
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    group = H // text_key.shape[1]
-    q = query.to(dtype)
-    tk, tv, pk, pv = (x.to(dtype).repeat_interleave(group, 1) for x in (text_key, text_value, path_key, path_value))
-
-    scores = torch.cat([torch.einsum("bhtqd,bhsd->bhtqs", q, tk), torch.einsum("bhtqd,bhtpd->bhtqp", q, pk)], -1)
-    scores = scores * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~_seen(query, text_limits, text_start, S, P, window), -math.inf)
+    a = Arguments(query, text_key, text_value, path_key, path_value, text_limits, text_start, scale, window, softcap)
+    _check(a)
+    S = text_key.shape[2]
+    _, _, tv, _, pv = _upcast(a)
+    scores = _scores(a)
     weights = scores.softmax(-1)
     out = torch.einsum("bhtqs,bhsd->bhtqd", weights[..., :S], tv)
     out = out + torch.einsum("bhtqp,bhtpd->bhtqd", weights[..., S:], pv)
     return out.to(query.dtype), scores.logsumexp(-1)
 
 
-def _needs_grad(q: Tensor, tk: Tensor, tv: Tensor, pk: Tensor, pv: Tensor) -> bool:
-    return q.requires_grad or tk.requires_grad or tv.requires_grad or pk.requires_grad or pv.requires_grad
+def reference_backward(d_out: Tensor, outputs: Tensors, arguments: Arguments) -> Tensors:
+    """The slow, obvious twin of the backward kernels: gradients of query, text key and value, path key and value.
+
+    Weights are recomputed from the saved log-sum-exp of text and own path together, p = exp(score - lse), so neither
+    part needs the other's scores: ds = p (d_out . v - delta) with delta = out . d_out.
+    """
+    a = Arguments(*arguments)
+    out, lse = outputs
+    S, group = a.text_key.shape[2], a.query.shape[1] // a.text_key.shape[1]
+    q, tk, tv, pk, pv = _upcast(a)
+    d, scores = d_out.to(q.dtype), _scores(a)
+    p = torch.exp(scores - lse[..., None])
+    delta = (out.to(q.dtype) * d).sum(-1, keepdim=True)
+    d_weights = torch.cat([torch.einsum("bhtqd,bhsd->bhtqs", d, tv), torch.einsum("bhtqd,bhtpd->bhtqp", d, pv)], -1)
+    ds = p * (d_weights - delta) * a.scale
+    if a.softcap is not None:
+        ds = ds * (1 - (scores.masked_fill(p == 0, 0) / a.softcap) ** 2)
+    text, own, p_text, p_own = ds[..., :S], ds[..., S:], p[..., :S], p[..., S:]
+    gradients = (
+        torch.einsum("bhtqs,bhsd->bhtqd", text, tk) + torch.einsum("bhtqp,bhtpd->bhtqd", own, pk),
+        *(torch.einsum("bhtqs,bhtqd->bhsd", w, x) for w, x in ((text, q), (p_text, d))),
+        *(torch.einsum("bhtqp,bhtqd->bhtpd", w, x) for w, x in ((own, q), (p_own, d))),
+    )
+    # The heads of a group share their keys and values.
+    summed = (gradients[0], *(x.unflatten(1, (-1, group)).sum(2) for x in gradients[1:]))
+    return tuple(torch.empty_like(x).copy_(dx) for x, dx in zip(a[:_INPUTS], summed, strict=True))
 
 
-def _seen(query: Tensor, limits: Tensor, start: Tensor | None, S: int, P: int, window: int | None) -> Tensor:
+def _upcast(a: Arguments) -> Tensors:
+    """The five inputs in float32 at least, keys and values repeated for the heads of their group."""
+    dtype = torch.promote_types(a.query.dtype, torch.float32)
+    group = a.query.shape[1] // a.text_key.shape[1]
+    return (a.query.to(dtype), *(x.to(dtype).repeat_interleave(group, 1) for x in a[1:_INPUTS]))
+
+
+def _scores(a: Arguments) -> Tensor:
+    """[B, H, T, Q, S + P], -inf where a key is not seen."""
+    q, tk, _, pk, _ = _upcast(a)
+    scores = torch.cat([torch.einsum("bhtqd,bhsd->bhtqs", q, tk), torch.einsum("bhtqd,bhtpd->bhtqp", q, pk)], -1)
+    scores = scores * a.scale
+    if a.softcap is not None:
+        scores = a.softcap * torch.tanh(scores / a.softcap)
+    return scores.masked_fill(~_seen(a), -math.inf)
+
+
+def _seen(a: Arguments) -> Tensor:
     """bool [B, 1, T, Q, S + P]: which keys a query step sees."""
-    Q, device = query.shape[3], query.device
-    limit = limits[:, None, :, None, None]  # [B, 1, T, 1, 1]
+    Q, S, P, device = a.query.shape[3], a.text_key.shape[2], a.path_key.shape[3], a.query.device
+    limit = a.text_limits[:, None, :, None, None]  # [B, 1, T, 1, 1]
     step = torch.arange(Q, device=device)[:, None] + (P - Q)  # [Q, 1] place on the path
     key = torch.arange(S, device=device)
     seen_text = key < limit
-    if start is not None:
-        seen_text = seen_text & (key >= start[:, None, None, None, None])
+    if a.text_start is not None:
+        seen_text = seen_text & (key >= a.text_start[:, None, None, None, None])
     own = torch.arange(P, device=device)
     seen_own = (own <= step).expand(*limit.shape[:3], Q, P)
-    if window is not None:
-        seen_text = seen_text & (limit + step - key < window)
-        seen_own = seen_own & (step - own < window)
+    if a.window is not None:
+        seen_text = seen_text & (limit + step - key < a.window)
+        seen_own = seen_own & (step - own < a.window)
     return torch.cat([seen_text.expand(*limit.shape[:3], Q, S), seen_own], -1)
 
 
-def _forward(arguments: tuple[Any, ...], want_lse: bool) -> tuple[Tensor, Tensor]:
+def _forward(arguments: tuple[Any, ...]) -> Tensors:
     query: Tensor = arguments[0]
-    if cpu is None or query.dtype is not torch.float32 or not query.is_cpu or not query.numel():
-        return reference(*arguments)
-    scale, window, softcap = arguments[7:]
-    out = _empty_output(query)
-    lse = query.new_empty(query.shape[:-1]) if want_lse else None
-    if (window is not None and window < 1) or (softcap is not None and not softcap > 0):
-        _check(*arguments)
-    native_call: Callable[..., bool] = cpu.thought_attention
-    if not native_call(
-        *arguments[:7], out, lse, scale, min(window or 0, _MAX_TEXT), softcap or 0.0, torch.get_num_threads()
-    ):
-        _check(*arguments)
-        raise AssertionError("the native kernel refused arguments that fit the contract")
-    return out, lse  # type: ignore[return-value]  # lse is None only where nobody asked for it
+    out, lse = _fake(arguments)
+    if _runs_natively(query):
+        if query.is_cpu:
+            accepted = native.cpu.thought_attention(*arguments, out, lse, torch.get_num_threads())
+        else:
+            with torch.cuda.device(query.device):
+                accepted = native.cuda().thought_attention(*arguments, out, lse, _stream())
+        if not accepted:
+            _refuse(arguments)
+        return out, lse
+    expected, lse = reference(*arguments)
+    return out.copy_(expected), lse
 
 
-def _empty_output(query: Tensor) -> Tensor:
+def _fake(arguments: tuple[Any, ...]) -> Tensors:
     """An output laid out as the query, so that a model's transposed view comes back as one; its rows contiguous."""
+    query: Tensor = arguments[0]
     out = torch.empty_like(query)
-    return out if out.stride(-1) == 1 else query.new_empty(query.shape)
+    if out.stride(-1) != 1:
+        out = query.new_empty(query.shape)
+    lse_dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
+    return out, query.new_empty(query.shape[:-1], dtype=lse_dtype)
 
 
-def _fake(
-    query: Tensor,
-    text_key: Tensor,
-    text_value: Tensor,
-    path_key: Tensor,
-    path_value: Tensor,
-    text_limits: Tensor,
-    text_start: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    return _empty_output(query), query.new_empty(
-        query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32)
-    )
+def _backward(d_out: Tensor, outputs: Tensors, arguments: tuple[Any, ...]) -> Tensors:
+    a = Arguments(*arguments)
+    if not _runs_natively(a.query):
+        return reference_backward(d_out, outputs, a)
+    out, lse = outputs
+    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+    gradients = tuple(torch.empty_like(x) for x in a[:_INPUTS])
+    if a.query.is_cpu:
+        accepted = native.cpu.thought_attention_backward(
+            *arguments, out, d_out, lse, *gradients, torch.get_num_threads()
+        )
+    else:
+        cuda = native.cuda()
+        size = cuda.thought_attention_backward_workspace(
+            *a.query.shape[:4], *a.text_key.shape[1:3], a.path_key.shape[3]
+        )
+        workspace = lse.new_empty(size)
+        with torch.cuda.device(a.query.device):
+            accepted = cuda.thought_attention_backward(*arguments, out, d_out, lse, *gradients, workspace, _stream())
+    if not accepted:
+        _refuse(arguments)
+    return gradients
 
 
-@register_op(fake=_fake)
-def _thought_attention(
-    query: Tensor,
-    text_key: Tensor,
-    text_value: Tensor,
-    path_key: Tensor,
-    path_value: Tensor,
-    text_limits: Tensor,
-    text_start: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    inputs = (query, text_key, text_value, path_key, path_value)
-    out, lse = _forward((*inputs, text_limits, text_start, scale, window, softcap), want_lse=True)
-    return _empty_output(query).copy_(out), lse  # strides as `_fake` says, whichever path was taken
+_kernel = Kernel(
+    "thought_attention", Arguments, outputs=2, forward=_forward, fake=_fake, inputs=_INPUTS, backward=_backward
+)
+
+_CPU_DTYPES = {torch.float32, torch.bfloat16}
+_CUDA_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
-def _check(
-    query: Tensor,
-    text_key: Tensor,
-    text_value: Tensor,
-    path_key: Tensor,
-    path_value: Tensor,
-    text_limits: Tensor,
-    text_start: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> None:
-    B, H, T, Q, D, G, S, P = _sizes(query, text_key, path_key)
+def _runs_natively(query: Tensor) -> bool:
+    if query.is_cpu:
+        return native.cpu is not None and query.dtype in _CPU_DTYPES and query.numel() > 0
+    return query.is_cuda and query.dtype in _CUDA_DTYPES and query.numel() > 0 and native.cuda() is not None
+
+
+def _stream() -> int:
+    stream: int = torch.cuda.current_stream().cuda_stream
+    return stream
+
+
+def _refuse(arguments: tuple[Any, ...]) -> NoReturn:
+    _check(Arguments(*arguments))
+    raise AssertionError("the native kernel refused arguments that fit the contract")
+
+
+def _check(a: Arguments) -> None:
+    query = a.query
+    B, H, T, Q, D, G, S, P = _sizes(query, a.text_key, a.path_key)
     for name, tensor, shape in (
         ("query", query, (B, H, T, Q, D)),
-        ("text_key", text_key, (B, G, S, D)),
-        ("text_value", text_value, (B, G, S, D)),
-        ("path_key", path_key, (B, G, T, P, D)),
-        ("path_value", path_value, (B, G, T, P, D)),
+        ("text_key", a.text_key, (B, G, S, D)),
+        ("text_value", a.text_value, (B, G, S, D)),
+        ("path_key", a.path_key, (B, G, T, P, D)),
+        ("path_value", a.path_value, (B, G, T, P, D)),
     ):
         _check_tensor(name, tensor, shape, query.dtype, query.device)
         if tensor.numel() and tensor.stride(-1) != 1:
             raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; call .contiguous() on it")
-    _check_range("text_limits", text_limits, (B, T), query.device, S)
-    if text_start is not None:
-        _check_range("text_start", text_start, (B,), query.device, S)
-    if not abs(scale) <= _MAX_FACTOR:
-        raise ValueError(f"scale must be finite and at most {_MAX_FACTOR:g} in size, got {scale}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, or None for no window, got {window}")
-    if softcap is not None and not 1 / _MAX_FACTOR <= softcap <= _MAX_FACTOR:
-        raise ValueError(f"softcap must be positive (1e-30 to 1e30), or None for no cap, got {softcap}")
+    _check_range("text_limits", a.text_limits, (B, T), query.device, S)
+    if a.text_start is not None:
+        _check_range("text_start", a.text_start, (B,), query.device, S)
+    if not abs(a.scale) <= _MAX_FACTOR:
+        raise ValueError(f"scale must be finite and at most {_MAX_FACTOR:g} in size, got {a.scale}")
+    if a.window is not None and a.window < 1:
+        raise ValueError(f"window must be at least 1, or None for no window, got {a.window}")
+    if a.softcap is not None and not 1 / _MAX_FACTOR <= a.softcap <= _MAX_FACTOR:
+        raise ValueError(f"softcap must be positive (1e-30 to 1e30), or None for no cap, got {a.softcap}")
 
 
 def _sizes(query: Tensor, text_key: Tensor, path_key: Tensor) -> tuple[int, ...]:

@@ -1,0 +1,108 @@
+// Products of small matrices in registers, for one instruction set:
+//   c[m][n] = start + sum_k a(m, k) b[k][n]
+// where the lanes of a vector are n. An element of a is broadcast, so a may lie in memory by rows or by columns; b and
+// c are rows of whole vectors. 8 rows by 3 vectors fill 32 registers (24 sums, 3 of b, broadcasts), 4 by 3 fill 16.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.hpp"
+
+namespace pyquiet {
+namespace PYQUIET_ISA {
+
+constexpr int kGemmRows = kRegisters == 32 ? 8 : 4;
+constexpr int kGemmVectors = 3;
+
+// What the sums start from: nothing, c, or c with its column n multiplied by rescale[n].
+enum class Start { zero, add, rescale };
+
+// Where a(m, k) lies: `rows`: a[m * stride + k]; `columns`: a[k * stride + m].
+enum class Layout { rows, columns };
+
+struct GemmOperands {
+  const float* a;
+  int64_t a_stride;
+  const float* b;
+  int64_t b_stride;
+  float* c;
+  int64_t c_stride;
+  int64_t depth;
+  const float* rescale = nullptr;
+};
+
+template <int M, int N, Start kStart, Layout kLayout>
+void gemm_block(const GemmOperands& o) {
+  F sum[M][N] = {};
+  if constexpr (kStart != Start::zero) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        sum[m][n] = load(o.c + m * o.c_stride + n * kLanes);
+        if constexpr (kStart == Start::rescale) sum[m][n] *= load(o.rescale + n * kLanes);
+      }
+  }
+  const int64_t stride = o.a_stride;
+  const float *a = o.a, *a3 = a + 3 * stride, *a6 = a + 6 * stride;  // three bases: x86 can add 0, 1 or 2 strides
+  const float* b = o.b;
+  for (int64_t k = 0; k < o.depth; ++k, b += o.b_stride) {
+    F row[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) row[n] = load(b + n * kLanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const float* base = m < 3 ? a : m < 6 ? a3 : a6;
+      const F x = fill(kLayout == Layout::rows ? base[k + (m % 3) * stride] : a[m]);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sum[m][n] += x * row[n];
+    }
+    if constexpr (kLayout == Layout::columns) a += stride;
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) store(o.c + m * o.c_stride + n * kLanes, sum[m][n]);
+}
+
+template <int M, Start kStart, Layout kLayout>
+void gemm_rows(int vectors, GemmOperands o) {
+  while (vectors > 0) {
+    // Four vectors go as two and two: one alone would wait for its broadcasts.
+    const int n = vectors == 4 ? 2 : std::min(vectors, kGemmVectors);
+    if (n == 3) gemm_block<M, 3, kStart, kLayout>(o);
+    if (n == 2) gemm_block<M, 2, kStart, kLayout>(o);
+    if (n == 1) gemm_block<M, 1, kStart, kLayout>(o);
+    o.b += n * kLanes;
+    o.c += n * kLanes;
+    if (o.rescale) o.rescale += n * kLanes;
+    vectors -= n;
+  }
+}
+
+// `rows` rows of c, `vectors` vectors wide. `between` is called before each handful of rows.
+template <Start kStart, Layout kLayout, class Between>
+void gemm(int64_t rows, int vectors, GemmOperands o, Between between) {
+  const auto advance = [&](int m) {
+    rows -= m;
+    o.a += kLayout == Layout::rows ? m * o.a_stride : m;
+    o.c += m * o.c_stride;
+  };
+  for (; rows >= kGemmRows; advance(kGemmRows)) {
+    between();
+    gemm_rows<kGemmRows, kStart, kLayout>(vectors, o);
+  }
+  if (kGemmRows > 4 && rows >= 4) {
+    gemm_rows<4, kStart, kLayout>(vectors, o);
+    advance(4);
+  }
+  for (; rows > 0; advance(1)) gemm_rows<1, kStart, kLayout>(vectors, o);
+}
+
+template <Start kStart, Layout kLayout>
+void gemm(int64_t rows, int vectors, const GemmOperands& o) {
+  gemm<kStart, kLayout>(rows, vectors, o, [] {});
+}
+
+}  // namespace PYQUIET_ISA
+}  // namespace pyquiet

@@ -1,0 +1,294 @@
+// Thought attention, forward, one instruction set.
+//
+// Text: for blocks of 64 keys, an online softmax in base 2 over
+//   score[key][row] = K Q^T,   out_t[channel][row] = out_t * rescale[row] + V^T weight,
+// both products with rows in the lanes, so that row maxima and sums need no horizontal step and a key is masked lane by
+// lane (the ragged end costs single keys, not key blocks). K and V are read where they lie, whatever the strides.
+//
+// Own path: row by row, lanes = channels, a softmax of its own; both are merged by log-sum-exp when the row is written.
+// So is the text when a (b, g) has too few rows to fill a vector, as in decoding. No atomics: a row belongs to one
+// thread, results ignore the thread count.
+#pragma once
+
+#include <cmath>
+
+#include "cpu_rows.hpp"
+
+namespace pyquiet {
+namespace PYQUIET_ISA {
+namespace {
+
+// Rows of memory that are touched only once, later on. They are asked for a few at a time between pieces of arithmetic:
+// a core waits for its 16 or so open requests, so a long series of them would stall it.
+template <class E>
+struct Prefetch {
+  const E* row[256];
+  int to_write = 0, count = 0, done = 0, quota = 0;  // the first `to_write` rows will be written
+
+  void add(const E* p) {
+    if (count < 256) row[count++] = p;
+  }
+
+  // Inlined by force: the compiler takes a function that only prefetches for one without effect and drops the call.
+  __attribute__((always_inline)) void some(int64_t D) {
+    constexpr int64_t kLine = 64 / sizeof(E);
+    for (const int until = std::min(count, done + quota); done < until; ++done) {
+      const E* p = row[done];
+      if (done < to_write) {
+        for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(p + d, 1, 2);
+      } else {
+        for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(p + d, 0, 2);
+      }
+    }
+  }
+};
+
+// An online softmax of every row: maximum and sum so far, and what the sums before the last block are to be multiplied
+// with.
+struct Softmax {
+  alignas(64) float max[kRows], sum[kRows], rescale[kRows];
+
+  void clear() {
+    std::fill_n(max, kRows, kNegInf);
+    std::fill_n(sum, kRows, 0.0f);
+  }
+};
+
+// What one thread keeps for the tile it works on.
+template <class E>
+struct ForwardTile {
+  RowSet set;
+  Softmax text, own;
+  bool text_in_lanes = false;
+  alignas(64) float query_t[kMaxD * kRows];     // [D][kRows]
+  alignas(64) float text_out_t[kMaxD * kRows];  // [D][kRows]
+  alignas(64) float own_out[kRows * kMaxD];     // [kRows][padded_D]
+  alignas(64) float score[kKeyBlock * kRows];   // [key][row]
+  alignas(64) float spare_key[kKeyBlock * kMaxD], spare_value[kKeyBlock * kMaxD];
+  Prefetch<E> prefetch;
+};
+
+// One online-softmax step: scores become weights, max and sum move on. A row without a key so far has max -inf; 0
+// stands in for it, so that no -inf - -inf arises.
+template <bool Masked>
+void softmax_block(const RowSet& set, int32_t key0, int n, float cap, float* scores, Softmax& softmax) {
+  for (int r = 0; r < set.vectors * kLanes; r += kLanes) {
+    float* score = scores + r;
+    const I first = load_ints(set.first + r), limit = load_ints(set.limit + r);
+    const F old_max = load(softmax.max + r);
+    F top = old_max;
+    for (int j = 0; j < n; ++j) {
+      F s = load(score + j * kRows);
+      if (cap > 0) s = tanh(s) * cap;
+      if (Masked) s = ((fill(key0 + j) >= first) & (fill(key0 + j) < limit)) ? s : fill(kNegInf);
+      if (Masked || cap > 0) store(score + j * kRows, s);
+      top = max(s, top);
+    }
+    const F base = top == kNegInf ? F{} : top;
+    const F rescale = exp2(old_max - base);
+    F sum = load(softmax.sum + r) * rescale;
+    for (int j = 0; j < n; ++j) {
+      const F s = load(score + j * kRows);
+      F weight = exp2(s - base);
+      if (Masked) weight = s == kNegInf ? F{} : weight;
+      store(score + j * kRows, weight);
+      sum += weight;
+    }
+    store(softmax.max + r, top);
+    store(softmax.sum + r, sum);
+    store(softmax.rescale + r, rescale);
+  }
+}
+
+// Queues what this tile reads and writes at its end, and the queries of the tile that this thread probably does next.
+template <class E>
+void plan_prefetch(const Problem<E>& p, const View<E, 5>& out, int64_t b, int64_t g, int64_t next_b, int64_t next_g,
+                   int64_t next_begin, ForwardTile<E>& tile) {
+  Prefetch<E>& queue = tile.prefetch;
+  const RowSet& set = tile.set;
+  queue.count = queue.done = 0;
+  for (int r = 0; r < set.rows; ++r) queue.add(out.at(b, set.row[r].head, set.row[r].position, set.row[r].step));
+  queue.to_write = queue.count;
+  if (next_begin >= 0) {
+    RowCursor cursor(p, next_g, next_begin);
+    for (int64_t r = 0; r < std::min<int64_t>(kRows, p.rows - next_begin); ++r, cursor.next())
+      queue.add(p.a.query.at(next_b, cursor.first_head + cursor.head, cursor.position, cursor.step));
+  }
+  for (int64_t t = set.row[0].position; t <= set.row[set.rows - 1].position; ++t)
+    for (int64_t j = 0; j < p.P; ++j) {
+      queue.add(p.a.path_key.at(b, g, t, j));
+      queue.add(p.a.path_value.at(b, g, t, j));
+    }
+  const int64_t span = set.end - set.begin, blocks = (span + kKeyBlock - 1) / kKeyBlock;
+  const int64_t calls = span / kGemmRows + blocks * p.D / kGemmRows + 1;
+  queue.quota = static_cast<int>((queue.count + calls - 1) / calls);
+}
+
+template <class E>
+void attend_text(const Problem<E>& p, int64_t b, int64_t g, ForwardTile<E>& tile) {
+  const RowSet& set = tile.set;
+  const auto prefetch = [&] { tile.prefetch.some(p.D); };
+  for (int32_t key0 = set.begin; key0 < set.end; key0 += kKeyBlock) {
+    const int n = std::min<int32_t>(kKeyBlock, set.end - key0);
+    const Block key = rows_as_floats(p.a.text_key.at(b, g), p.a.text_key.stride[2], key0, n, p.S, p, tile.spare_key);
+    gemm<Start::zero, Layout::rows>(rounded_keys(n), set.vectors,
+                                    {key.data, key.stride, tile.query_t, kRows, tile.score, kRows, p.D}, prefetch);
+    (set.masked(key0, n) ? softmax_block<true> : softmax_block<false>)(set, key0, n, p.cap, tile.score, tile.text);
+    const Block value =
+        rows_as_floats(p.a.text_value.at(b, g), p.a.text_value.stride[2], key0, n, p.S, p, tile.spare_value);
+    const GemmOperands out{value.data, value.stride, tile.score, kRows, tile.text_out_t, kRows, n, tile.text.rescale};
+    if (key0 == set.begin) {
+      gemm<Start::zero, Layout::columns>(p.D, set.vectors, out, prefetch);
+    } else {
+      gemm<Start::rescale, Layout::columns>(p.D, set.vectors, out, prefetch);
+    }
+  }
+}
+
+// out[0 .. D) = out * rescale + sum_j score[j * kRows] * value_j for begin <= j < end, lanes = channels.
+template <class E>
+void add_row_values(const float* score, float rescale, const E* value, int64_t stride, int begin, int end, int64_t D,
+                    float* out) {
+  const auto vectors = [&](auto tag, auto count, int64_t d) {
+    using V = decltype(tag);
+    constexpr int kCount = decltype(count)::value;
+    V sum[kCount];
+#pragma GCC unroll 4
+    for (int v = 0; v < kCount; ++v) sum[v] = load<V>(out + d + v * kWidth<V>) * rescale;
+    for (int j = begin; j < end; ++j)
+#pragma GCC unroll 4
+      for (int v = 0; v < kCount; ++v) sum[v] += score[j * kRows] * load<V>(value + j * stride + d + v * kWidth<V>);
+#pragma GCC unroll 4
+    for (int v = 0; v < kCount; ++v) store(out + d + v * kWidth<V>, sum[v]);
+  };
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= D; d += 4 * kLanes) vectors(F{}, std::integral_constant<int, 4>{}, d);
+  for (; d + kLanes <= D; d += kLanes) vectors(F{}, std::integral_constant<int, 1>{}, d);
+  if (d < D) vectors(HalfF{}, std::integral_constant<int, 1>{}, d);
+}
+
+// The keys that each row sees of an array of its own (key_of(r), value_of(r)), row by row; only the softmax goes over
+// the rows together.
+template <class E, class KeyOf, class ValueOf>
+void attend_by_row(const Problem<E>& p, int64_t b, KeyOf key_of, int64_t key_stride, ValueOf value_of,
+                   int64_t value_stride, ForwardTile<E>& tile) {
+  const RowSet& set = tile.set;
+  for (int32_t key0 = set.begin; key0 < set.end; key0 += kKeyBlock) {
+    const int n = std::min(kKeyBlock, set.end - key0);
+    const auto begin = [&](int r) { return std::max(set.first[r] - key0, 0); };
+    const auto end = [&](int r) { return std::min(set.limit[r] - key0, n); };
+    for (int r = 0; r < set.rows; ++r) {
+      const Row& row = set.row[r];
+      score_row(p.a.query.at(b, row.head, row.position, row.step), key_of(r) + key0 * key_stride, key_stride, begin(r),
+                end(r), p.D, p.factor, tile.score + r);
+    }
+    softmax_block<true>(set, key0, n, p.cap, tile.score, tile.own);
+    for (int r = 0; r < set.rows; ++r)
+      add_row_values(tile.score + r, tile.own.rescale[r], value_of(r) + key0 * value_stride, value_stride, begin(r),
+                     end(r), p.D, tile.own_out + r * p.padded_D);
+  }
+}
+
+template <class E>
+void attend_text_by_row(const Problem<E>& p, int64_t b, int64_t g, ForwardTile<E>& tile) {
+  attend_by_row(
+      p, b, [&](int) { return p.a.text_key.at(b, g); }, p.a.text_key.stride[2],
+      [&](int) { return p.a.text_value.at(b, g); }, p.a.text_value.stride[2], tile);
+}
+
+template <class E>
+void attend_own_path(const Problem<E>& p, int64_t b, int64_t g, ForwardTile<E>& tile) {
+  const RowSet& set = tile.set;
+  tile.set.see_own_path(p);
+  attend_by_row(
+      p, b, [&](int r) { return p.a.path_key.at(b, g, set.row[r].position); }, p.a.path_key.stride[3],
+      [&](int r) { return p.a.path_value.at(b, g, set.row[r].position); }, p.a.path_value.stride[3], tile);
+}
+
+// Merges the two softmaxes: rescale becomes what each one's sums are to be multiplied with, sum the sum of both.
+void merge(int vectors, Softmax& text, Softmax& own) {
+  for (int r = 0; r < vectors * kLanes; r += kLanes) {
+    const F text_max = load(text.max + r), own_max = load(own.max + r), top = max(text_max, own_max);
+    const F text_part = text_max == kNegInf ? F{} : exp2(text_max - top), own_part = exp2(own_max - top);
+    const F sum = load(text.sum + r) * text_part + load(own.sum + r) * own_part;
+    store(text.rescale + r, text_part / sum);
+    store(own.rescale + r, own_part / sum);
+    store(own.sum + r, sum);
+    store(own.max + r, top);
+  }
+}
+
+template <class E>
+void write_rows(const Problem<E>& p, const ThoughtAttention<E>& a, int64_t b, ForwardTile<E>& tile) {
+  const RowSet& set = tile.set;
+  merge(set.vectors, tile.text, tile.own);
+  const auto write = [&](int r, int64_t d, F text) {
+    const Row& row = set.row[r];
+    store_channels(a.out.at(b, row.head, row.position, row.step), d, p.D,
+                   text + load(tile.own_out + r * p.padded_D + d) * tile.own.rescale[r]);
+  };
+  if (tile.text_in_lanes) {
+    from_lanes(set, p.D, tile.text_out_t, tile.text.rescale, write);
+  } else {
+    for (int r = 0; r < set.rows; ++r)
+      for (int64_t d = 0; d < p.D; d += kLanes) write(r, d, F{});
+  }
+  if (!a.lse) return;
+  for (int r = 0; r < set.rows; ++r)
+    *a.lse.at(b, set.row[r].head, set.row[r].position, set.row[r].step) =
+        kLn2 * (tile.own.max[r] + std::log2(tile.own.sum[r]));
+}
+
+// Items go through the heads one by one, in each from the longest prefix to the shortest.
+struct Items {
+  int64_t tiles, items;
+
+  template <class E>
+  explicit Items(const Problem<E>& p) : tiles((p.rows + kRows - 1) / kRows), items(p.B * p.G * tiles) {}
+
+  int64_t head(int64_t item) const { return item / tiles; }
+  int64_t first_row(int64_t item) const { return (tiles - 1 - item % tiles) * kRows; }
+};
+
+template <class E>
+void attend_item(const Problem<E>& p, const ThoughtAttention<E>& a, const Items& items, int64_t item, int64_t next,
+                 ForwardTile<E>& tile) {
+  const int64_t head = items.head(item), b = head / p.G, g = head % p.G, flat = items.first_row(item);
+  tile.set.see_text(p, b, g, flat, static_cast<int>(std::min<int64_t>(kRows, p.rows - flat)));
+  tile.text.clear();
+  tile.own.clear();
+  std::fill_n(tile.own_out, tile.set.rows * p.padded_D, 0.0f);
+  tile.text_in_lanes = tile.set.rows * 2 >= kLanes && tile.set.begin < tile.set.end;
+  if (tile.text_in_lanes) {
+    const int64_t next_head = items.head(next);
+    plan_prefetch(p, a.out, b, g, next_head / p.G, next_head % p.G, next < items.items ? items.first_row(next) : -1,
+                  tile);
+    const auto query = [&](int r) {
+      const Row& row = tile.set.row[r];
+      return p.a.query.at(b, row.head, row.position, row.step);
+    };
+    to_lanes(tile.set, p.D, p.factor, query, tile.query_t);
+    attend_text(p, b, g, tile);
+  } else {
+    attend_text_by_row(p, b, g, tile);
+  }
+  attend_own_path(p, b, g, tile);
+  write_rows(p, a, b, tile);
+}
+
+}  // namespace
+
+template <class E>
+void thought_attention_forward(const ThoughtAttention<E>& a, int threads) {
+  const Problem<E> p{a};
+  const Items items(p);
+#pragma omp parallel num_threads(threads) if (items.items > 1)
+  {
+    static thread_local ForwardTile<E> tile;  // large, and kept for the next call
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < items.items; ++item) attend_item(p, a, items, item, item + threads, tile);
+  }
+}
+
+}  // namespace PYQUIET_ISA
+}  // namespace pyquiet

@@ -1,0 +1,219 @@
+// The rows of thought attention on a CPU: how they are numbered, which keys they see, and how a block of keys is
+// scored.
+//
+// A row is (position, head of the group, query step) of one (b, g). Rows are worked on in tiles of 48 whose text limits
+// are nearly equal; inside a tile the SIMD lanes are rows, and scores stand as [key][row].
+#pragma once
+
+#include <algorithm>
+
+#include "../common/gemm.hpp"
+#include "contract.hpp"
+
+namespace pyquiet {
+namespace PYQUIET_ISA {
+namespace {
+
+constexpr int kRows = 48;      // rows of a tile: a multiple of 3 vectors
+constexpr int kKeyBlock = 64;  // keys between two rescalings
+constexpr int kMaxD = 256;
+
+template <class E>
+struct Problem {
+  const ThoughtInputs<E>& a;
+  int64_t B = a.query.shape[0], H = a.query.shape[1], T = a.query.shape[2], Q = a.query.shape[3];
+  int64_t D = a.query.shape[4], G = a.text_key.shape[1], S = a.text_key.shape[2], P = a.path_key.shape[3];
+  int64_t group = H / G, rows = T * group * Q;
+  int64_t padded_D = (D + kLanes - 1) / kLanes * kLanes;
+  // Scores are kept in base 2; with a softcap the factor before tanh and the one after it are
+  // apart.
+  float factor = a.softcap > 0 ? a.scale / a.softcap : a.scale * kLog2E;
+  float cap = a.softcap > 0 ? a.softcap * kLog2E : 0.0f;
+};
+
+struct Row {
+  int64_t head, position, step;
+};
+
+// Row `flat` of a (b, g) counts steps fastest, then the heads of the group, then positions; next() goes to the one
+// after without a division.
+struct RowCursor {
+  template <class E>
+  RowCursor(const Problem<E>& p, int64_t g, int64_t flat)
+      : first_head(g * p.group),
+        group(p.group),
+        Q(p.Q),
+        step(flat % p.Q),
+        head(flat / p.Q % p.group),
+        position(flat / (p.Q * p.group)) {}
+
+  Row row() const { return {first_head + head, position, step}; }
+
+  void next() {
+    if (++step < Q) return;
+    step = 0;
+    if (++head < group) return;
+    head = 0;
+    ++position;
+  }
+
+  int64_t first_head, group, Q, step, head, position;
+};
+
+// The rows of a tile and the keys each of them sees, of the text or of the own path: first <= key < limit.
+struct RowSet {
+  int rows = 0, vectors = 0;
+  Row row[kRows];
+  alignas(64) int32_t first[kRows], limit[kRows];
+  // Over all rows: keys before `begin` or from `end` on are seen by none, those from `all_from` to `all_to` by all.
+  int32_t begin = 0, all_from = 0, all_to = 0, end = 0;
+
+  bool masked(int32_t key0, int n) const { return key0 < all_from || key0 + n > all_to; }
+
+  // Completes first and limit: lanes that nobody reads do as the last row does, and so ask for no further keys.
+  void close() {
+    std::fill(first + rows, first + kRows, first[rows - 1]);
+    std::fill(limit + rows, limit + kRows, limit[rows - 1]);
+    begin = *std::min_element(first, first + kRows);
+    all_from = *std::max_element(first, first + kRows);
+    all_to = *std::min_element(limit, limit + kRows);
+    end = *std::max_element(limit, limit + kRows);
+  }
+
+  template <class E>
+  void see_text(const Problem<E>& p, int64_t b, int64_t g, int64_t flat, int count) {
+    const int64_t start = p.a.text_start ? *p.a.text_start.at(b) : 0;
+    rows = count;
+    vectors = (count + kLanes - 1) / kLanes;
+    RowCursor cursor(p, g, flat);
+    for (int r = 0; r < rows; ++r, cursor.next()) {
+      row[r] = cursor.row();
+      const int64_t to = *p.a.text_limits.at(b, row[r].position);
+      int64_t from = start;
+      if (p.a.window > 0) from = std::max(from, to + p.P - p.Q + row[r].step - p.a.window + 1);
+      first[r] = static_cast<int32_t>(std::min(from, to));
+      limit[r] = static_cast<int32_t>(to);
+    }
+    close();
+  }
+
+  template <class E>
+  void see_own_path(const Problem<E>& p) {
+    for (int r = 0; r < rows; ++r) {
+      const int64_t to = p.P - p.Q + row[r].step + 1;
+      limit[r] = static_cast<int32_t>(to);
+      first[r] = static_cast<int32_t>(p.a.window > 0 ? std::max<int64_t>(0, to - p.a.window) : 0);
+    }
+    close();
+  }
+};
+
+// lanes[d * kRows + r] = factor * row_of(r)[d]; lanes past the last row repeat it.
+template <class RowOf>
+void to_lanes(const RowSet& set, int64_t D, float factor, RowOf row_of, float* lanes) {
+  for (int r = 0; r < set.vectors * kLanes; r += kLanes) {
+    const auto row = [&](int i) { return row_of(std::min(r + i, set.rows - 1)); };
+    int64_t d = 0;
+    for (; d + kLanes <= D; d += kLanes) {
+      F block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = load(row(i) + d);
+      transpose<kLanes>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(lanes + (d + i) * kRows + r, block[i] * factor);
+    }
+    for (; d < D; ++d)
+      for (int i = 0; i < kLanes; ++i) lanes[d * kRows + r + i] = factor * to_float(row(i)[d]);
+  }
+}
+
+// Hands over(r, d, x) the vectors x of channels of row r that lanes[d * kRows + r] * scale[r] holds.
+template <class Take>
+void from_lanes(const RowSet& set, int64_t D, const float* lanes, const float* scale, Take take) {
+  for (int r = 0; r < set.rows; r += kLanes)
+    for (int64_t d = 0; d < D; d += kLanes) {
+      F block[kLanes];
+      const F factor = load(scale + r);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = load(lanes + (d + i) * kRows + r) * factor;
+      transpose<kLanes>(block);
+      const int rows = std::min(kLanes, set.rows - r);
+      for (int i = 0; i < rows; ++i) take(r + i, d, block[i]);
+    }
+}
+
+// Writes channels d .. of a row: a whole vector, or the half that is left of it.
+template <class E>
+void store_channels(E* row, int64_t d, int64_t D, F x) {
+  if (d + kLanes <= D) {
+    store(row + d, x);
+  } else {
+    HalfF half;
+    std::memcpy(&half, &x, sizeof half);
+    store(row + d, half);
+  }
+}
+
+// A row of D elements as floats, followed by zeros up to `padded`.
+template <class E>
+void copy_row(const E* from, int64_t D, int64_t padded, float* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= D; d += kLanes) store(to + d, load(from + d));
+  if (d < D) store(to + d, load<HalfF>(from + d));
+  std::fill(to + D, to + padded, 0.0f);
+}
+
+// Rows of keys or values as floats.
+struct Block {
+  const float* data;
+  int64_t stride;
+};
+
+constexpr int rounded_keys(int n) { return (n + kGemmRows - 1) / kGemmRows * kGemmRows; }
+
+// Rows `first` .. first + n of an array of `length` rows, where they lie if they are floats and at least
+// rounded_keys(n) of them; else copied to `spare` [kKeyBlock][padded_D] and completed with zeros.
+template <class E>
+Block rows_as_floats(const E* array, int64_t stride, int64_t first, int n, int64_t length, const Problem<E>& p,
+                     float* spare) {
+  if constexpr (sizeof(E) == sizeof(float))
+    if (first + rounded_keys(n) <= length && p.D == p.padded_D) return {array + first * stride, stride};
+  for (int i = 0; i < n; ++i) copy_row(array + (first + i) * stride, p.D, p.padded_D, spare + i * p.padded_D);
+  std::fill(spare + n * p.padded_D, spare + rounded_keys(n) * p.padded_D, 0.0f);
+  return {spare, p.padded_D};
+}
+
+// {q . k0, .. q . k3}, lanes = channels.
+template <class V, class E>
+F4 dot4(const E* query, const E* const key[4], int64_t D) {
+  V sum[4] = {};
+  int64_t d = 0;
+  for (; d + kWidth<V> <= D; d += kWidth<V>) {
+    const V q = load<V>(query + d);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sum[j] += q * load<V>(key[j] + d);
+  }
+  F4 total = sum4(sum[0], sum[1], sum[2], sum[3]);
+  if constexpr (kWidth<V> > 8)
+    if (d < D) {
+      const E* rest[4] = {key[0] + d, key[1] + d, key[2] + d, key[3] + d};
+      total += dot4<HalfF>(query + d, rest, D - d);
+    }
+  return total;
+}
+
+// score[j * kRows] = factor * query . key_j for begin <= j < end, lanes = channels.
+template <class E>
+void score_row(const E* query, const E* key, int64_t stride, int begin, int end, int64_t D, float factor,
+               float* score) {
+  for (int j = begin; j < end; j += 4) {
+    const E* four[4];
+    for (int i = 0; i < 4; ++i) four[i] = key + std::min(j + i, end - 1) * stride;
+    const F4 s = dot4<F>(query, four, D) * factor;
+    for (int i = 0; i < std::min(4, end - j); ++i) score[(j + i) * kRows] = s[i];
+  }
+}
+
+}  // namespace
+}  // namespace PYQUIET_ISA
+}  // namespace pyquiet
