@@ -7,7 +7,7 @@ import pytest
 import torch
 from pytest_benchmark.utils import get_commit_info
 
-from . import report
+from . import cuda, report
 from .machine import Machine, as_record, this_machine
 
 
@@ -32,6 +32,12 @@ def machine() -> Machine:
     return this_machine()
 
 
+@pytest.fixture(scope="session")
+def gpu() -> cuda.Gpu:
+    """The record of the CUDA device; its ceilings are measured before the first bench that asks."""
+    return cuda.this_gpu()
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     machine_info["pyquiet"] = as_record()
 
@@ -42,13 +48,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
         return
     terminalreporter.section("pyquiet benches")
     terminalreporter.write_line(this_machine().sentence())
+    if torch.cuda.is_available():
+        terminalreporter.write_line(cuda.this_gpu().sentence())
     terminalreporter.write_line(report.disturbance(rows))
     for line in report.lines(rows):
         terminalreporter.write_line(line)
     name = config.getoption("--bench-record")
     if name:
         path = Path(__file__).parent / "results" / f"{name}.json"
-        report.save(path, {"machine": as_record(), "commit": commit(), "rows": rows})
+        report.save(path, {"machine": as_record(), "gpu": cuda.as_record(), "commit": commit(), "rows": rows})
         terminalreporter.write_line(f"\nwritten: {path}")
 
 

@@ -71,6 +71,8 @@ def comparison(row: Row) -> str:
         text += f" {row['gflops']:6.1f} GFLOP/s"
     if row.get("of_peak"):
         text += f" {row['of_peak']:5.1%} of peak"
+    if row.get("of_copy"):
+        text += f" {row['moved_gbs']:6.0f} GB/s {row['of_copy']:5.1%} of copy"
     if row.get("read_gbs"):
         text += f" {row['read_gbs']:6.1f} GB/s"
     if row.get("others", 0) > QUIET:

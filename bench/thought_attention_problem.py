@@ -108,6 +108,10 @@ class Inputs:
         """Return the same problem with every floating-point input changed."""
         return Inputs(self.shape, *map(change, self.tensors), self.text_limits)
 
+    def to(self, device: str) -> "Inputs":
+        """Return the same problem on another device."""
+        return Inputs(self.shape, *(x.to(device) for x in (*self.tensors, self.text_limits)))
+
     def key_head(self, b: int, g: int) -> "Inputs":
         """Return the part of the problem that one key head of one sequence makes."""
         keys = (x[b : b + 1, g : g + 1] for x in self.tensors[1:])
