@@ -1,16 +1,18 @@
-"""The one place that loads the native module.
+"""The one place that loads the native modules.
 
-`cpu` is `pyquiet._cpu`, or None where it was not built: then the torch references serve.
+`cpu` is `pyquiet._cpu`, `cuda()` is `pyquiet._cuda`; None where it was not built: then the torch references serve.
 """
 
+import functools
+import importlib
 import warnings
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Before _cpu: both then share the OpenMP runtime that torch brings.
 import torch  # noqa: F401
 
-__all__ = ["cpu", "isa"]
+__all__ = ["cpu", "cuda", "isa"]
 
 if TYPE_CHECKING:
     from pyquiet import _cpu as cpu
@@ -33,3 +35,20 @@ else:
 def isa() -> str | None:
     """The instruction-set level in use (sse4, avx2, avx512, ...); None without a native module."""
     return None if cpu is None else cpu.isa()
+
+
+@functools.cache
+def cuda() -> Any:
+    """The CUDA module or None; loaded at the first call, which warns where there is none: ask only for CUDA tensors."""
+    try:
+        return importlib.import_module("pyquiet._cuda")
+    except ModuleNotFoundError as error:
+        if error.name != "pyquiet._cuda":
+            raise
+        warnings.warn(
+            "pyquiet's CUDA kernels are not built, so CUDA tensors take the much slower torch references. "
+            "To build them, put nvcc on PATH and run `pip install -e .` in pyquiet's source folder.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None

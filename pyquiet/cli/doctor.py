@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 import warnings
+from types import ModuleType
 from typing import Any
 
 from pyquiet import __version__
@@ -37,10 +38,10 @@ def examine() -> dict[str, Any]:
     import transformers
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the module is missing stands in the report
+        warnings.simplefilter("ignore")  # that a module is missing stands in the report
         from pyquiet import native
 
-    cpu = native.cpu
+        cpu, cuda = native.cpu, native.cuda()
     versions = {
         "Python": platform.python_version(),
         "torch": torch.__version__,
@@ -62,7 +63,7 @@ def examine() -> dict[str, Any]:
             "torch": torch.get_num_threads(),
             "openmp": cpu.openmp_threads() if cpu else 0,
         },
-        "cuda": {"kernels_built": False, "gpus": _gpus(), "why_no_gpu": _why_no_gpu()},
+        "cuda": _cuda_report(cuda) | {"gpus": _gpus(), "why_no_gpu": _why_no_gpu()},
     }
 
 
@@ -86,7 +87,7 @@ def in_words(report: dict[str, Any]) -> list[str]:
         *lines,
         _line("native code", _native_words(report["native"])),
         _line("threads", _thread_words(report["threads"])),
-        _line("CUDA kernels", "not built: this version of pyquiet has kernels for the CPU only"),
+        _line("CUDA kernels", _cuda_words(report["cuda"])),
         _line("GPU", _gpu_words(report["cuda"])),
     ]
 
@@ -116,6 +117,61 @@ def _gpu_words(cuda: dict[str, Any]) -> str:
     if cuda["gpus"]:
         return f"torch sees {', '.join(cuda['gpus'])}"
     return f"torch sees none: {cuda['why_no_gpu']}"
+
+
+def _cuda_report(cuda: ModuleType | None) -> dict[str, Any]:
+    if cuda is None:
+        return {"kernels_built": False, "architectures": [], "cuda": None, "driver": None, "why_unusable": "not built"}
+    driver = cuda.driver_version()
+    return {
+        "kernels_built": True,
+        "architectures": cuda.architectures(),
+        "cuda": _cuda_version(cuda.runtime_version()),
+        "driver": _cuda_version(driver) if driver else None,
+        "why_unusable": _why_unusable(cuda),
+    }
+
+
+def _cuda_version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _why_unusable(cuda: ModuleType) -> str | None:
+    try:
+        gpus = cuda.gpus()
+    except RuntimeError as error:
+        return str(error) if cuda.driver_version() else f"there is no NVIDIA driver ({error})"
+    misfits = [
+        f"{name} (sm_{major}{minor})"
+        for name, (major, minor) in gpus
+        if not runs_on(cuda.architectures(), major, minor)
+    ]
+    return f"no code for {', '.join(misfits)}" if misfits else None
+
+
+def runs_on(architectures: list[str], major: int, minor: int) -> bool:
+    """Whether code for one of these (sm_80: machine code, compute_100: PTX) runs on a GPU of that capability."""
+    for architecture in architectures:
+        kind, number = architecture.split("_")
+        digits = number.rstrip("af")
+        built = int(digits[:-1]), int(digits[-1])
+        if built == (major, minor):
+            return True
+        if number == digits and built < (major, minor) and (kind == "compute" or built[0] == major):
+            return True
+    return False
+
+
+def _cuda_words(cuda: dict[str, Any]) -> str:
+    if not cuda["kernels_built"]:
+        return (
+            "not built: CUDA tensors take the slow torch references. "
+            "To build them, put nvcc on PATH and run `pip install -e .` in pyquiet's source folder."
+        )
+    built = f"built for {', '.join(cuda['architectures'])} with CUDA {cuda['cuda']}"
+    if cuda["why_unusable"]:
+        return f"{built}; not usable here: {cuda['why_unusable']}"
+    return f"{built}; usable (driver: CUDA {cuda['driver']})"
 
 
 def _gpus() -> list[str]:

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,17 +19,16 @@ def test_json_says_what_is_there(capsys):
     assert report["versions"]["torch"]["version"] == torch.__version__
     assert report["native"]["isa"] == native.isa()
     assert report["threads"]["torch"] == torch.get_num_threads()
-    assert report["cuda"]["kernels_built"] is False
+    assert report["cuda"]["kernels_built"] == (find_spec("pyquiet._cuda") is not None)
     assert len(report["cuda"]["gpus"]) == torch.cuda.device_count()
     assert (report["cuda"]["why_no_gpu"] is None) == torch.cuda.is_available()
 
 
 @pytest.mark.skipif(native.cpu is None, reason="the native module is not built")
-def test_words_name_the_instruction_set_and_the_cuda_kernels(capsys):
+def test_words_name_the_instruction_set_and_the_threads(capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert f"uses {native.isa()} " in out
-    assert "CUDA kernels  not built" in out
     assert f"OpenMP {native.cpu.openmp_threads()}" in out
 
 
@@ -39,6 +40,69 @@ def test_missing_native_module_is_said_with_the_remedy_and_fails(monkeypatch, ca
     assert cli.main(["doctor", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["native"] == {"found": False, "isa": None, "built": [], "supported": []}
+
+
+def no_driver():
+    raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
+
+
+@pytest.mark.parametrize(
+    ("driver", "gpus", "remark", "why_unusable"),
+    [
+        (13010, lambda: [("NVIDIA H100", (9, 0))], "usable (driver: CUDA 13.1)", None),
+        (
+            13010,
+            lambda: [("NVIDIA H100", (9, 0)), ("Tesla T4", (7, 5))],
+            "not usable here: ",
+            "no code for Tesla T4 (sm_75)",
+        ),
+        (0, no_driver, "not usable here: ", "there is no NVIDIA driver (cudaErrorInsufficientDriver: "),
+        (12080, no_driver, "not usable here: ", "cudaErrorInsufficientDriver: CUDA driver version is insufficient"),
+    ],
+)
+def test_cuda_kernels_are_named_with_what_stops_them(monkeypatch, capsys, driver, gpus, remark, why_unusable):
+    module = SimpleNamespace(
+        architectures=lambda: ["sm_80", "sm_90a"],
+        runtime_version=lambda: 13000,
+        driver_version=lambda: driver,
+        gpus=gpus,
+    )
+    monkeypatch.setattr(native, "cuda", lambda: module)
+    cli.main(["doctor"])
+    line = next(line for line in capsys.readouterr().out.split("\n") if "CUDA kernels" in line)
+    assert "built for sm_80, sm_90a with CUDA 13.0" in line
+    assert remark + (why_unusable or "") in line
+    cli.main(["doctor", "--json"])
+    report = json.loads(capsys.readouterr().out)["cuda"]
+    assert report["architectures"] == ["sm_80", "sm_90a"]
+    assert (report["why_unusable"] or "").startswith(why_unusable or "")
+    assert (report["why_unusable"] is None) == (why_unusable is None)
+
+
+def test_missing_cuda_kernels_are_said_with_the_remedy(monkeypatch, capsys):
+    monkeypatch.setattr(native, "cuda", lambda: None)
+    assert cli.main(["doctor"]) == (0 if native.cpu else 1)
+    out = capsys.readouterr().out
+    assert "CUDA kernels  not built" in out
+    assert "nvcc" in out
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        (["sm_80"], (8, 0), True),
+        (["sm_80"], (8, 9), True),
+        (["sm_89"], (8, 0), False),
+        (["sm_80"], (9, 0), False),
+        (["sm_90a"], (9, 0), True),
+        (["sm_100a"], (10, 3), False),
+        (["sm_80", "compute_100"], (12, 0), True),
+        (["sm_80", "compute_100"], (9, 0), False),
+        ([], (9, 0), False),
+    ],
+)
+def test_what_runs_on_which_gpu(architectures, capability, runs):
+    assert doctor.runs_on(architectures, *capability) is runs
 
 
 @pytest.mark.parametrize(
