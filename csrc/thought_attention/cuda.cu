@@ -3,17 +3,17 @@
 //
 // The rows of one (b, g), which are its positions, heads of the group and steps, steps fastest, are cut into tiles of
 // kM. They share one range of the text, so that each key is read once for all of them. A block owns a tile; its keys
-// stream past in blocks of kN, first the range of the text that any of its rows sees, then the own paths of its
-// positions as further blocks, a block-diagonal mask; a warp leaves out every 16 keys that none of its rows sees. Every
-// mask is an interval of keys for each row. One online softmax in base 2 runs over both, in registers. Copies are
-// asynchronous and one block ahead, into two buffers: one barrier for each block of keys.
+// stream past in blocks of kN, first the own paths of its positions, a block-diagonal mask, then the range of the text
+// that any of its rows sees; a warp leaves out every 16 keys that none of its rows sees. Every mask is an interval of
+// keys for each row. One online softmax in base 2 runs over both, in registers. Copies are asynchronous and one block
+// ahead, into two buffers: one barrier for each block of keys.
 //
 // Traffic of the forward: query, path keys and values once, out once; the text once for each kM rows, mostly from the
 // cache. The backward (cuda_backward.cuh) reads them three times: once for out . d_out, once for each owner of
 // gradients.
 //
-// Tiles are as large as the registers (no spills) and 163 KB of shared memory allow; 128 query rows at D <= 128, where
-// each warp takes 32, halves what the warp reads of keys and values for each product.
+// Tiles are as large as the registers (no spills) and the 163 KB of shared memory of sm_80 allow; 128 query rows at
+// D <= 128, where each warp takes 32, halve what the warp reads of keys and values for each product.
 #include "cuda.hpp"
 #include "cuda_backward.cuh"
 #include "cuda_forward.cuh"
@@ -29,6 +29,7 @@ Array<T, N> array(const View<T, N>& view) {
 }
 
 Divisor divisor(int64_t by) {
+  by = by > 0 ? by : 1;  // without heads nothing is divided
   uint32_t shift = 0;
   while (int64_t{1} << shift < by) ++shift;
   const uint64_t factor = ((uint64_t{1} << 32) * ((uint64_t{1} << shift) - by)) / by + 1;
@@ -75,14 +76,26 @@ Inputs<E> inputs(const ThoughtInputs<E>& a) {
   return p;
 }
 
+constexpr int kMaxShared = 163 * 1024;  // of a block on sm_80
+constexpr int kInvalidValue = 1;        // cudaErrorInvalidValue
+
+// Rows of a position and keys of a path are counted in 32 bits within a tile.
+template <class E>
+bool countable(const ThoughtInputs<E>& a) {
+  return a.query.shape[1] * a.query.shape[3] < 1 << 30 && a.path_key.shape[3] < 1 << 23;
+}
+
 template <class C>
 int forward(Forward<typename C::E> f, void* stream) {
+  static_assert(sizeof(ForwardShared<C>) <= kMaxShared, "the tiles are too large");
   f.tiles = (f.in.rows + C::kM - 1) / C::kM;
   return launch(forward_kernel<C>, f.in.heads * f.tiles, C::kThreads, sizeof(ForwardShared<C>), stream, f);
 }
 
 template <class Queries, class Keys, class E>
 int backward(Backward<E> f, void* stream) {
+  static_assert(sizeof(QueryGradientShared<Queries>) <= kMaxShared && sizeof(KeyGradientShared<Keys>) <= kMaxShared,
+                "the tiles are too large");
   const Inputs<E>& p = f.in;
   f.tiles = (p.rows + Queries::kM - 1) / Queries::kM;
   f.own_stride = p.P < Keys::kM ? Keys::kM / p.P * p.P : Keys::kM;  // whole positions where they fit
@@ -105,11 +118,12 @@ int64_t range_tiles(int64_t rows) { return (rows + kRangeRows - 1) / kRangeRows;
 
 template <class E>
 int thought_attention_forward_cuda(const ThoughtAttention<E>& a, void* stream) {
+  if (!countable(a)) return kInvalidValue;
   Forward<E> f{inputs(a), array(a.out), array(a.lse), 0};
   f.in.vectors = f.in.vectors && aligned(a.out);
   constexpr bool kHalf = sizeof(E) == 2;
-  if (f.in.D <= 64) return forward<Shape<E, 64, 4, kHalf ? 2 : 1, kHalf ? 64 : 32, kHalf ? 3 : 4>>(f, stream);
-  if (f.in.D <= 128) return forward<Shape<E, 128, 4, kHalf ? 2 : 1, kHalf ? 64 : 32, kHalf ? 2 : 3>>(f, stream);
+  if (f.in.D <= 64) return forward<Shape<E, 64, 4, 2, kHalf ? 48 : 32, 3>>(f, stream);
+  if (f.in.D <= 128) return forward<Shape<E, 128, 4, 2, kHalf ? 64 : 32, 2>>(f, stream);
   return forward<Shape<E, 256, 4, 1, kHalf ? 32 : 16, 2>>(f, stream);
 }
 
@@ -120,6 +134,7 @@ int64_t thought_attention_backward_workspace(int64_t B, int64_t H, int64_t T, in
 
 template <class E>
 int thought_attention_backward_cuda(const ThoughtAttentionBackward<E>& a, float* workspace, void* stream) {
+  if (!countable(a)) return kInvalidValue;
   Backward<E> f{};
   f.in = inputs(a);
   f.out = array(a.out);

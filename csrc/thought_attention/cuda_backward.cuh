@@ -144,8 +144,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     return of.at(b, g * p.group + r.head, r.position, r.step);
   };
 
+  KeyBlocks<C> keys(p, b, g, tile);
   load_rows<C, C::kM>(shared.query, tile.rows, p, [&](int row) { return at_row(p.query, row); });
   load_rows<C, C::kM>(shared.d_out, tile.rows, p, [&](int row) { return at_row(a.d_out, row); });
+  keys.load(0, shared.keys_and_values[0]);
   for (int row = threadIdx.x; row < C::kM; row += C::kThreads) {
     shared.text[row] = shared.own[row] = Interval{0, 0};
     if (row >= tile.rows) continue;
@@ -155,6 +157,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     shared.own[row].lo += static_cast<int32_t>(r.position - tile.position) * p.P;
   }
   __syncthreads();
+  keys.add_text(shared.text);
 
   const int warp_row = warp_index() * C::kRowsPerWarp, lane = lane_index();
   E *query = shared.query + warp_row * C::kStride, *d_out = shared.d_out + warp_row * C::kStride;
@@ -165,13 +168,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     rows[i] = row < tile.rows ? states[row] : RowState{};
   }
   float d_query[C::kTilesM][C::kTilesD][4] = {};
-  const KeyBlocks<C> keys(p, b, g, tile, shared.text, shared.own);
-  if (keys.blocks > 0) keys.load(0, shared.keys_and_values[0]);
   for (int block = 0; block < keys.blocks; ++block) {
     wait_copies();
     __syncthreads();  // the block is there, and no warp reads the one before it any more
     if (block + 1 < keys.blocks) keys.load(block + 1, shared.keys_and_values[(block + 1) % 2]);
-    const Interval* seen = (keys.is_text(block) ? shared.text : shared.own) + warp_row;
+    const Interval* seen = (keys.is_own(block) ? shared.own : shared.text) + warp_row;
     const int32_t first = keys.first_key(block);
     const uint32_t steps = steps_seen<C>(hull(seen, C::kRowsPerWarp), first);
     if (steps == 0) continue;
@@ -190,8 +191,6 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     }
     multiply_weights<C>(d_query, gradient, key, p.D, steps);
   }
-  wait_copies();
-  __syncthreads();
   scale_all<C>(d_query, a.scale);
   store_rows<C>(d_query, query, tile.rows - warp_row, p, [&](int row) { return at_row(a.d_query, warp_row + row); });
 }
@@ -216,7 +215,7 @@ struct KeyTile {
     position = own ? first / p.P : 0;
     in_position = own ? static_cast<int32_t>(first - position * p.P) : 0;
     begin = position * p.rows_per_position();
-    end = own ? ((first + keys - 1) / p.P + 1) * p.rows_per_position() : p.rows;
+    end = own && p.rows > 0 ? ((first + keys - 1) / p.P + 1) * p.rows_per_position() : p.rows;
     begin = next(begin);
   }
 

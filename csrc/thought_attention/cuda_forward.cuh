@@ -133,7 +133,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     return of.at(b, g * p.group + r.head, r.position, r.step);
   };
 
+  KeyBlocks<C> keys(p, b, g, tile);
   load_rows<C, C::kM>(shared.query, tile.rows, p, [&](int row) { return at_row(p.query, row); });
+  keys.load(0, shared.keys_and_values[0]);
   for (int row = threadIdx.x; row < C::kM; row += C::kThreads) {
     shared.text[row] = shared.own[row] = Interval{0, 0};
     if (row >= tile.rows) continue;
@@ -146,6 +148,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     shared.own[row].lo += static_cast<int32_t>(r.position - tile.position) * p.P;
   }
   __syncthreads();
+  keys.add_text(shared.text);
 
   const int warp_row = warp_index() * C::kRowsPerWarp, lane = lane_index();
   typename C::E* query = shared.query + warp_row * C::kStride;
@@ -155,18 +158,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     state.max[i] = kNegInf;
     state.sum[i] = shared.own[warp_row + 8 * i + lane / 4].count > 0 ? 0.0f : NAN;
   }
-  const KeyBlocks<C> keys(p, b, g, tile, shared.text, shared.own);
-  if (keys.blocks > 0) keys.load(0, shared.keys_and_values[0]);
   for (int block = 0; block < keys.blocks; ++block) {
     wait_copies();
     __syncthreads();  // the block is there, and no warp reads the one before it any more
     if (block + 1 < keys.blocks) keys.load(block + 1, shared.keys_and_values[(block + 1) % 2]);
     attend_block<C>(state, p, query, shared.keys_and_values[block % 2],
-                    (keys.is_text(block) ? shared.text : shared.own) + warp_row, keys.first_key(block));
+                    (keys.is_own(block) ? shared.own : shared.text) + warp_row, keys.first_key(block));
   }
-  wait_copies();
-  __syncthreads();  // without a block, the query is still on its way to where store_rows puts the output
-
   state.finish();
   store_rows<C>(state.out, query, tile.rows - warp_row, p, [&](int row) { return at_row(a.out, warp_row + row); });
   if (!a.lse.data || lane % 4 != 0) return;

@@ -330,39 +330,46 @@ PYQUIET_DEVICE float capped_tanh(float x) {
   return copysignf(1.0f - 2.0f * reciprocal_approximate(power + 1.0f), x);
 }
 
-// The keys that a tile of query rows sees, as one sequence of blocks of kN: the text's, then those of the own paths of
-// the tile's positions, counted from key 0 of its first one.
+// The keys that a tile of query rows may see, as one sequence of blocks of kN. First come those of the own paths of its
+// positions, counted from key 0 of the first one: they are known before any limit has been read, so that their copies
+// start at once. Then come those of the text.
 template <class C>
 struct KeyBlocks {
   using E = typename C::E;
   const Inputs<E>& p;
   int64_t b, g;
   RowTile tile;
-  Interval text, own;  // what any row sees
-  int text_blocks, blocks;
+  Interval text;  // what any row sees
+  int32_t own_keys;
+  int own_blocks, blocks;
 
-  PYQUIET_DEVICE KeyBlocks(const Inputs<E>& p, int64_t b, int64_t g, const RowTile& tile, const Interval* text_rows,
-                           const Interval* own_rows)
-      : p(p), b(b), g(g), tile(tile), text(hull(text_rows, C::kM)), own(hull(own_rows, C::kM)) {
-    text_blocks = (text.count + C::kN - 1) / C::kN;
-    blocks = text_blocks + (own.count + C::kN - 1) / C::kN;
+  PYQUIET_DEVICE KeyBlocks(const Inputs<E>& p, int64_t b, int64_t g, const RowTile& tile)
+      : p(p), b(b), g(g), tile(tile), text{0, 0} {
+    own_keys = static_cast<int32_t>(place(p, tile, tile.rows - 1).position - tile.position + 1) * p.P;
+    blocks = own_blocks = (own_keys + C::kN - 1) / C::kN;
   }
 
-  PYQUIET_DEVICE bool is_text(int block) const { return block < text_blocks; }
+  PYQUIET_DEVICE void add_text(const Interval* of_rows) {
+    text = hull(of_rows, C::kM);
+    blocks = own_blocks + (text.count + C::kN - 1) / C::kN;
+  }
+
+  PYQUIET_DEVICE bool is_own(int block) const { return block < own_blocks; }
   PYQUIET_DEVICE int32_t first_key(int block) const {
-    return is_text(block) ? text.lo + block * C::kN : own.lo + (block - text_blocks) * C::kN;
+    return is_own(block) ? block * C::kN : text.lo + (block - own_blocks) * C::kN;
   }
 
   // The keys and values of a block, as two tiles.
   PYQUIET_DEVICE void load(int block, E* to) const {
-    const int32_t first = first_key(block), end = is_text(block) ? text.lo + text.count : own.lo + own.count;
+    const int32_t first = first_key(block);
     E* to_value = to + C::kN * C::kStride;
-    if (is_text(block)) {
-      load_rows<C, C::kN>(to, end - first, p, [&](int i) { return p.text_key.at(b, g, first + i); });
-      load_rows<C, C::kN>(to_value, end - first, p, [&](int i) { return p.text_value.at(b, g, first + i); });
+    if (is_own(block)) {
+      load_rows<C, C::kN>(to, own_keys - first, p, [&](int i) { return own_row(p.path_key, first + i); });
+      load_rows<C, C::kN>(to_value, own_keys - first, p, [&](int i) { return own_row(p.path_value, first + i); });
     } else {
-      load_rows<C, C::kN>(to, end - first, p, [&](int i) { return own_row(p.path_key, first + i); });
-      load_rows<C, C::kN>(to_value, end - first, p, [&](int i) { return own_row(p.path_value, first + i); });
+      const int32_t left = text.lo + static_cast<int32_t>(text.count) - first;
+      load_rows<C, C::kN>(to, left, p, [&](int i) { return p.text_key.at(b, g, first + i); });
+      load_rows<C, C::kN>(to_value, left, p, [&](int i) { return p.text_value.at(b, g, first + i); });
     }
   }
 
