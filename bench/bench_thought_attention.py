@@ -110,7 +110,7 @@ def test_wrapper_overhead(benchmark: BenchmarkFixture, machine: Machine) -> None
     calls, threads = 5000, torch.get_num_threads()
 
     def bare() -> bool:
-        return cpu.thought_attention(q, k, k, q, q, limits, None, out, None, 1.0, 0, 0.0, 1)
+        return cpu.thought_attention(q, k, k, q, q, limits, None, 1.0, None, None, out, None, 1)
 
     def public() -> Tensor:
         return thought_attention(q, k, k, q, q, text_limits=limits, scale=1.0)
