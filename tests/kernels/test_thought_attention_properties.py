@@ -163,11 +163,16 @@ def error(actual: Tensor, exact: Tensor) -> float:
 
 
 def close(actual: list[Tensor], exact: list[Tensor]) -> None:
-    """Equal up to the dtype's tolerance, in units of the largest element where that is above 1."""
+    """Equal up to the dtype's tolerance, in units of the largest element where that is above 1.
+
+    The tolerance is meant for D = 64. A row whose softmax has one key cancels two sums over D, whose rounding grows with
+    the root of D.
+    """
     for name, a, e in zip(NAMES, actual, exact, strict=False):
         assert a.shape == e.shape, name
         # Two ways through bf16 may differ by the rounding of P and of the result, each half an epsilon on either side.
-        allowed = ABSOLUTE.get(a.dtype, 2 * torch.finfo(a.dtype).eps) * size(e)
+        unit = max(size(e), (a.shape[-1] / 64) ** 0.5)
+        allowed = ABSOLUTE.get(a.dtype, 2 * torch.finfo(a.dtype).eps) * unit
         assert error(a, e) <= allowed, f"{name}: error {error(a, e):.2e}, allowed {allowed:.2e}"
 
 
