@@ -123,7 +123,7 @@ int thought_attention_forward_cuda(const ThoughtAttention<E>& a, void* stream) {
   f.in.vectors = f.in.vectors && aligned(a.out);
   constexpr bool kHalf = sizeof(E) == 2;
   if (f.in.D <= 64) return forward<Shape<E, 64, 4, 2, kHalf ? 48 : 32, 3>>(f, stream);
-  if (f.in.D <= 128) return forward<Shape<E, 128, 4, 2, kHalf ? 64 : 32, 2>>(f, stream);
+  if (f.in.D <= 128) return forward<Shape<E, 128, 4, 2, kHalf ? 48 : 32, 2>>(f, stream);
   return forward<Shape<E, 256, 4, 1, kHalf ? 32 : 16, 2>>(f, stream);
 }
 

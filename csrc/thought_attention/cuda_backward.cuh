@@ -160,6 +160,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   keys.add_text(shared.text);
 
   const int warp_row = warp_index() * C::kRowsPerWarp, lane = lane_index();
+  const Interval text = hull(shared.text + warp_row, C::kRowsPerWarp),
+                 own = hull(shared.own + warp_row, C::kRowsPerWarp);
   E *query = shared.query + warp_row * C::kStride, *d_out = shared.d_out + warp_row * C::kStride;
   RowState rows[2 * C::kTilesM];
 #pragma unroll
@@ -174,7 +176,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     if (block + 1 < keys.blocks) keys.load(block + 1, shared.keys_and_values[(block + 1) % 2]);
     const Interval* seen = (keys.is_own(block) ? shared.own : shared.text) + warp_row;
     const int32_t first = keys.first_key(block);
-    const uint32_t steps = steps_seen<C>(hull(seen, C::kRowsPerWarp), first);
+    const uint32_t steps = steps_seen<C>(keys.is_own(block) ? own : text, first);
     if (steps == 0) continue;
     const E *key = shared.keys_and_values[block % 2], *value = key + C::kN * C::kStride;
     float score[C::kTilesM][C::kTilesN][4] = {}, gradient[C::kTilesM][C::kTilesN][4] = {};
@@ -241,7 +243,10 @@ struct KeyTile {
     return of_paths.at(b, g, position + offset, flat - offset * p.P);
   }
 
-  // Query, d_out and state of the kN rows from `row` on; `seen` becomes relative to key 0.
+  // The number by which the rows' intervals know key 0.
+  PYQUIET_DEVICE int32_t origin() const { return own ? 0 : static_cast<int32_t>(first); }
+
+  // Query, d_out and state of the kN rows from `row` on.
   PYQUIET_DEVICE void load_rows_from(int64_t row, E* to, RowState* states) const {
     const RowTile tile = row_tile(p, row, end, C::kN);
     const auto at_row = [&](const auto& of, int i) {
@@ -251,18 +256,17 @@ struct KeyTile {
     load_rows<C, C::kN>(to, tile.rows, p, [&](int i) { return at_row(p.query, i); });
     load_rows<C, C::kN>(to + C::kN * C::kStride, tile.rows, p, [&](int i) { return at_row(a.d_out, i); });
     for (int i = threadIdx.x; i < C::kN; i += C::kThreads) {
-      RowState state{};
-      if (i < tile.rows) {
-        state = a.rows[(b * p.G + g) * p.rows + row + i];
-        if (own) {
-          const RowPlace r = place(p, tile, i);
-          state.seen = own_interval(p, r.step);
-          state.seen.lo += static_cast<int32_t>(r.position * p.P - first);
-        } else {
-          state.seen.lo -= static_cast<int32_t>(first);
-        }
+      const bool valid = i < tile.rows;
+      const RowState* from = a.rows + (b * p.G + g) * p.rows + row + i;
+      if (!own) {
+        copy_async(reinterpret_cast<Bytes16*>(states + i), valid ? from : a.rows, valid);
+        continue;
       }
-      states[i] = state;
+      states[i] = valid ? *from : RowState{};
+      if (!valid) continue;
+      const RowPlace r = place(p, tile, i);
+      states[i].seen = own_interval(p, r.step);
+      states[i].seen.lo += static_cast<int32_t>(r.position * p.P - first);
     }
   }
 };
@@ -289,6 +293,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   load_rows<C, C::kM>(shared.key, tile.keys, p, [&](int i) { return tile.at(p.text_key, p.path_key, i); });
   load_rows<C, C::kM>(shared.value, tile.keys, p, [&](int i) { return tile.at(p.text_value, p.path_value, i); });
   const int warp_key = warp_index() * C::kRowsPerWarp, lane = lane_index();
+  const int32_t first_key = tile.origin() + warp_key;
   E *key = shared.key + warp_key * C::kStride, *value = shared.value + warp_key * C::kStride;
   float d_value[C::kTilesM][C::kTilesD][4] = {}, d_key_too[kParts == 1 ? C::kTilesM : 1][C::kTilesD][4] = {};
   auto& d_key = kParts == 1 ? d_key_too : d_value;
@@ -306,7 +311,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
 #pragma unroll
     for (int i = 0; i < C::kN; i += 32) {
       const bool seen =
-          i + lane < C::kN && overlap(rows[(i + lane) % C::kN].seen, warp_key, warp_key + C::kRowsPerWarp);
+          i + lane < C::kN && overlap(rows[(i + lane) % C::kN].seen, first_key, first_key + C::kRowsPerWarp);
       const uint32_t all = __ballot_sync(0xffffffff, seen);
       steps |= ((all & 0xffff) != 0 ? 1u : 0u) << i / 16 | (all >> 16 != 0 ? 2u : 0u) << i / 16;
     }
@@ -316,7 +321,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     multiply_rows<C>(score, key, query, p.D, steps);
     if (of_key) multiply_rows<C>(gradient, value, d_out, p.D, steps);
     const auto state_of = [&](int, int n, int i) { return rows[8 * n + lane % 4 * 2 + i % 2]; };
-    const auto key_of = [&](int m, int, int i) { return warp_key + 16 * m + 8 * (i / 2) + lane / 4; };
+    const auto key_of = [&](int m, int, int i) { return first_key + 16 * m + 8 * (i / 2) + lane / 4; };
     if (p.cap > 0) {
       weigh<C, true>(score, gradient, p, state_of, key_of);
     } else {

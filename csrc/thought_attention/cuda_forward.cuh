@@ -108,9 +108,7 @@ PYQUIET_DEVICE void finish_scores(float (&score)[C::kTilesM][C::kTilesN][4], con
 
 template <class C>
 PYQUIET_DEVICE void attend_block(SoftmaxState<C>& state, const Inputs<typename C::E>& p, const typename C::E* query,
-                                 const typename C::E* key, const Interval* of_rows, int32_t first) {
-  const uint32_t steps = steps_seen<C>(hull(of_rows, C::kRowsPerWarp), first);
-  if (steps == 0) return;
+                                 const typename C::E* key, const Interval* of_rows, int32_t first, uint32_t steps) {
   float score[C::kTilesM][C::kTilesN][4] = {};
   multiply_rows<C>(score, query, key, p.D, steps);
   finish_scores<C>(score, p, of_rows, first);
@@ -151,6 +149,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   keys.add_text(shared.text);
 
   const int warp_row = warp_index() * C::kRowsPerWarp, lane = lane_index();
+  const Interval text = hull(shared.text + warp_row, C::kRowsPerWarp),
+                 own = hull(shared.own + warp_row, C::kRowsPerWarp);
   typename C::E* query = shared.query + warp_row * C::kStride;
   SoftmaxState<C> state;
 #pragma unroll
@@ -162,8 +162,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     wait_copies();
     __syncthreads();  // the block is there, and no warp reads the one before it any more
     if (block + 1 < keys.blocks) keys.load(block + 1, shared.keys_and_values[(block + 1) % 2]);
-    attend_block<C>(state, p, query, shared.keys_and_values[block % 2],
-                    (keys.is_own(block) ? shared.own : shared.text) + warp_row, keys.first_key(block));
+    const bool is_own = keys.is_own(block);
+    const int32_t first = keys.first_key(block);
+    const uint32_t steps = steps_seen<C>(is_own ? own : text, first);
+    if (steps != 0)
+      attend_block<C>(state, p, query, shared.keys_and_values[block % 2],
+                      (is_own ? shared.own : shared.text) + warp_row, first, steps);
   }
   state.finish();
   store_rows<C>(state.out, query, tile.rows - warp_row, p, [&](int row) { return at_row(a.out, warp_row + row); });
