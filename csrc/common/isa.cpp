@@ -2,6 +2,12 @@
 
 #include <stdexcept>
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace pyquiet {
 namespace {
 
@@ -13,6 +19,19 @@ constexpr Isa kLevels[] = {PYQUIET_FOR_EACH_ISA(PYQUIET_VALUE)};
 #undef PYQUIET_VALUE
 
 Isa chosen{};
+
+// Tiles of bfloat16. Linux gives their registers only to a process that asks for them.
+bool has_amx() {
+#if defined(__linux__) && defined(__x86_64__)
+  unsigned a, b, c, d;
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBFloat16) && (d & kTile) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 // The features are asked one by one: g++ before 12 does not know the words x86-64-v2 to v4 here.
 bool runs_here(Isa level) {
@@ -29,6 +48,8 @@ bool runs_here(Isa level) {
              __builtin_cpu_supports("avx512vl");
     case Isa::avx512_bf16:
       return runs_here(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+    case Isa::amx:
+      return runs_here(Isa::avx512_bf16) && has_amx();
   }
   return false;
 #else

@@ -14,7 +14,7 @@
 
 // Lowest first; CMakeLists.txt holds the same words with their compiler flags.
 #if defined(__x86_64__) || defined(_M_X64)
-#define PYQUIET_FOR_EACH_ISA(X) X(sse4) X(avx2) X(avx512) X(avx512_bf16)
+#define PYQUIET_FOR_EACH_ISA(X) X(sse4) X(avx2) X(avx512) X(avx512_bf16) X(amx)
 #else
 #define PYQUIET_FOR_EACH_ISA(X) X(neon)
 #endif

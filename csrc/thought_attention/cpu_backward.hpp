@@ -16,7 +16,7 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu_rows.hpp"
+#include "cpu_packed.hpp"
 
 namespace pyquiet {
 namespace PYQUIET_ISA {
@@ -44,8 +44,14 @@ struct BackwardTile {
   alignas(64) float query_t[kMaxD * kRows], d_out_t[kMaxD * kRows], d_query_t[kMaxD * kRows];  // [D][kRows]
   alignas(64) float query[kRows * kMaxD], d_out[kRows * kMaxD], d_query[kRows * kMaxD];        // [kRows][padded_D]
   alignas(64) float score[kKeyBlock * kRows], d_score[kKeyBlock * kRows];                      // [key][row]
-  alignas(64) float spare_key[kKeyBlock * kMaxD], spare_value[kKeyBlock * kMaxD];
+  alignas(64) float spare_key[2 * kKeyBlock * kMaxD], spare_value[kKeyBlock * kMaxD];
   alignas(64) float lse[kRows], delta[kRows], ones[kRows];
+  // In packed form: right matrices over channels and over rows; weights and their gradients, left and right.
+  alignas(64) uint16_t query_channels[kMaxD * kRows], d_out_channels[kMaxD * kRows];
+  alignas(64) uint16_t query_rows[kMaxD * kRows], d_out_rows[kMaxD * kRows];
+  alignas(64) uint16_t weight_left[kKeyBlock * kRows], d_score_left[kKeyBlock * kRows],
+      d_score_right[kKeyBlock * kRows];
+  alignas(64) uint16_t spare_packed[kMaxD * kKeyBlock];
   std::vector<float> d_text_key, d_text_value;  // [S rounded up][padded_D]
   std::vector<float> d_path_key, d_path_value;  // [positions of the chunk][P][padded_D]
 };
@@ -57,8 +63,8 @@ void load_tile(const Problem<E>& p, const ThoughtAttentionBackward<E>& a, int64_
   const auto at = [&](const View<const E, 5>& view, int r) {
     return view.at(b, set.row[r].head, set.row[r].position, set.row[r].step);
   };
-  to_lanes(set, p.D, p.factor, [&](int r) { return at(a.query, r); }, tile.query_t);
-  to_lanes(set, p.D, 1.0f, [&](int r) { return at(a.d_out, r); }, tile.d_out_t);
+  to_lanes(set, p.D, [&](int r) { return at(a.query, r); }, tile.query_t);
+  to_lanes(set, p.D, [&](int r) { return at(a.d_out, r); }, tile.d_out_t);
   for (int r = 0; r < set.vectors * kLanes; ++r) {
     const int from = std::min(r, set.rows - 1);
     const Row& row = set.row[from];
@@ -77,13 +83,13 @@ void load_tile(const Problem<E>& p, const ThoughtAttentionBackward<E>& a, int64_
 
 // Scores become weights p, and products d_out . v become ds; keys n .. padded, that nobody sees, become 0.
 template <bool Masked>
-void differentiate(const RowSet& set, int32_t key0, int n, int padded, float scale, float cap, const float* lse,
-                   const float* delta, float* score, float* d_score) {
+void differentiate(const RowSet& set, int32_t key0, int n, int padded, float factor, float scale, float cap,
+                   const float* lse, const float* delta, float* score, float* d_score) {
   for (int r = 0; r < set.vectors * kLanes; r += kLanes) {
     const I first = load_ints(set.first + r), limit = load_ints(set.limit + r);
     const F row_lse = load(lse + r), row_delta = load(delta + r);
     for (int j = 0; j < n; ++j) {
-      F s = load(score + j * kRows + r), slope = fill(scale);
+      F s = load(score + j * kRows + r) * factor, slope = fill(scale);
       if (cap > 0) {
         const F t = tanh(s);
         s = t * cap;
@@ -108,8 +114,8 @@ void differentiate(const RowSet& set, int32_t key0, int n, int padded, float sca
 
 template <class E>
 void differentiate(const Problem<E>& p, const RowSet& set, int32_t key0, int n, int padded, BackwardTile<E>& tile) {
-  (set.masked(key0, n) ? differentiate<true> : differentiate<false>)(set, key0, n, padded, p.a.scale, p.cap, tile.lse,
-                                                                     tile.delta, tile.score, tile.d_score);
+  (set.masked(key0, n) ? differentiate<true> : differentiate<false>)(set, key0, n, padded, p.factor, p.a.scale, p.cap,
+                                                                     tile.lse, tile.delta, tile.score, tile.d_score);
 }
 
 template <class E>
@@ -135,6 +141,37 @@ void text_gradients(const Problem<E>& p, int64_t b, int64_t g, BackwardTile<E>& 
     to_key(tile.d_score, tile.query, tile.d_text_key);
     gemm<Start::add, Layout::columns>(p.D, set.vectors,
                                       {key.data, key.stride, tile.d_score, kRows, tile.d_query_t, kRows, n});
+  }
+}
+
+// The same with the text's packed keys and values: 0 keys by rows, 1 values by rows, 2 keys by columns.
+template <class E>
+void packed_text_gradients(const Problem<E>& p, const PackedText<E>& text, int64_t slot, BackwardTile<E>& tile) {
+  constexpr int kVectors = kRows / kLanes;
+  const RowSet& set = tile.text;
+  const int channels = static_cast<int>(p.padded_D / kLanes);
+  const Packed query{tile.query_channels, 2 * kRows}, d_out{tile.d_out_channels, 2 * kRows};
+  const Packed query_rows{tile.query_rows, 2 * p.padded_D}, d_out_rows{tile.d_out_rows, 2 * p.padded_D};
+  pack_right(tile.query_t, kRows, p.D, text.width, kVectors, query);
+  pack_right(tile.d_out_t, kRows, p.D, text.width, kVectors, d_out);
+  pack_right(tile.query, p.padded_D, set.rows, kRows, channels, query_rows);
+  pack_right(tile.d_out, p.padded_D, set.rows, kRows, channels, d_out_rows);
+  for (int32_t key0 = set.begin; key0 < set.end; key0 += kKeyBlock) {
+    const int n = std::min<int32_t>(kKeyBlock, set.end - key0), padded = static_cast<int>(rounded_up(n, 16));
+    packed_gemm<false>(n, kRows, text.width, text.rows(slot, 0, key0), query, tile.score, kRows);
+    packed_gemm<false>(n, kRows, text.width, text.rows(slot, 1, key0), d_out, tile.d_score, kRows);
+    differentiate(p, set, key0, n, padded, tile);
+    const Packed weight{tile.weight_left, kRows}, d_score{tile.d_score_left, kRows};
+    pack_left(tile.score, kRows, padded, kVectors, weight);
+    pack_left(tile.d_score, kRows, padded, kVectors, d_score);
+    const int64_t offset = key0 * p.padded_D;
+    packed_gemm<true>(n, p.padded_D, kRows, weight, d_out_rows, tile.d_text_value.data() + offset, p.padded_D);
+    packed_gemm<true>(n, p.padded_D, kRows, d_score, query_rows, tile.d_text_key.data() + offset, p.padded_D);
+    const int64_t depth = rounded_up(n, kDepth);
+    const Packed by_key{tile.d_score_right, 2 * kRows};
+    pack_right(tile.d_score, kRows, n, depth, kVectors, by_key);
+    packed_gemm<true>(p.D, kRows, depth, whole_depth(text.columns(slot, 2, key0), text.width, n, tile.spare_packed),
+                      by_key, tile.d_query_t, kRows);
   }
 }
 
@@ -170,11 +207,11 @@ void own_gradients(const Problem<E>& p, const ThoughtAttentionBackward<E>& a, in
       const auto [head, t, step] = set.row[r];
       const int begin = std::max(set.first[r] - key0, 0), end = std::min(set.limit[r] - key0, n);
       score_row(a.query.at(b, head, t, step), a.path_key.at(b, g, t, key0), a.path_key.stride[3], begin, end, p.D,
-                p.factor, tile.score + r);
+                tile.score + r);
       score_row(a.d_out.at(b, head, t, step), a.path_value.at(b, g, t, key0), a.path_value.stride[3], begin, end, p.D,
-                1.0f, tile.d_score + r);
+                tile.d_score + r);
     }
-    differentiate<true>(set, key0, n, n, p.a.scale, p.cap, tile.lse, tile.delta, tile.score, tile.d_score);
+    differentiate<true>(set, key0, n, n, p.factor, p.a.scale, p.cap, tile.lse, tile.delta, tile.score, tile.d_score);
     for (int from = 0, to; from < set.rows; from = to) {
       const int64_t position = set.row[from].position;
       for (to = from; to < set.rows && set.row[to].position == position;) ++to;
@@ -208,15 +245,17 @@ void write_gradient(const Problem<E>& p, const float* from, int64_t rows, int64_
 
 // A chunk of whole positions: all of its rows, then its own keys' gradients.
 template <class E>
-void chunk_gradients(const Problem<E>& p, const ThoughtAttentionBackward<E>& a, int64_t b, int64_t g, int64_t position,
-                     int64_t positions, BackwardTile<E>& tile) {
+void chunk_gradients(const Problem<E>& p, const ThoughtAttentionBackward<E>& a, const PackedText<E>& text, int64_t b,
+                     int64_t g, int64_t position, int64_t positions, BackwardTile<E>& tile) {
   const int64_t begin = position * p.group * p.Q, end = (position + positions) * p.group * p.Q;
   tile.d_path_key.assign(positions * p.P * p.padded_D, 0.0f);
   tile.d_path_value.assign(positions * p.P * p.padded_D, 0.0f);
   for (int64_t flat = begin; flat < end; flat += kRows) {
     tile.text.see_text(p, b, g, flat, static_cast<int>(std::min<int64_t>(kRows, end - flat)));
     load_tile(p, a, b, tile);
-    text_gradients(p, b, g, tile);
+    if constexpr (kPacked<E>)
+      if (p.packed) packed_text_gradients(p, text, 0, tile);
+    if (!p.packed) text_gradients(p, b, g, tile);
     own_gradients(p, a, b, g, position, tile);
     write_query_gradient(p, a, b, tile);
   }
@@ -228,24 +267,41 @@ void chunk_gradients(const Problem<E>& p, const ThoughtAttentionBackward<E>& a, 
   }
 }
 
+template <class E>
+void pack_head(const Problem<E>& p, const PackedText<E>& text, int64_t head, float* spare) {
+  const int64_t b = head / p.G, g = head % p.G;
+  for (int64_t block = 0; block < text.blocks; ++block) {
+    const int64_t key = block * kKeyBlock;
+    text.pack_rows(p.a.text_key.at(b, g), p.a.text_key.stride[2], block, text.rows(0, 0, key), spare);
+    text.pack_rows(p.a.text_value.at(b, g), p.a.text_value.stride[2], block, text.rows(0, 1, key), spare);
+    text.pack_columns(p.a.text_key.at(b, g), p.a.text_key.stride[2], block, text.columns(0, 2, key), spare);
+  }
+}
+
 }  // namespace
 
 template <class E>
 void thought_attention_backward(const ThoughtAttentionBackward<E>& a, int threads) {
   const Problem<E> p{a};
   const int64_t heads = p.B * p.G, chunk = positions_a_chunk(p), chunks = (p.T + chunk - 1) / chunk;
-  const int64_t shares = std::min(chunks, (kUnits + heads - 1) / heads), size = (p.S + kGemmRows) * p.padded_D;
+  const int64_t shares = std::min(chunks, (kUnits + heads - 1) / heads), size = (p.S + kKeyBlock) * p.padded_D;
   std::vector<float> partial(shares > 1 ? 2 * heads * shares * size : 0);  // [heads][key, value][shares][size]
 #pragma omp parallel num_threads(threads) if (heads * shares > 1)
   {
     static thread_local BackwardTile<E> tile;  // large, and kept for the next call
+    static thread_local Scratch scratch;
+    [[maybe_unused]] const TileUse use;
+    PackedText<E> text{p, 3};
+    if (p.packed) text.memory = scratch.reserve(text.matrices * text.matrix);
+    int64_t packed_head = -1;
 #pragma omp for schedule(dynamic)
     for (int64_t unit = 0; unit < heads * shares; ++unit) {
       const int64_t head = unit / shares, b = head / p.G, g = head % p.G;
       tile.d_text_key.assign(size, 0.0f);
       tile.d_text_value.assign(size, 0.0f);
+      if (p.packed && head != packed_head) pack_head(p, text, packed_head = head, tile.spare_key);
       for (int64_t i = unit % shares; i < chunks; i += shares)
-        chunk_gradients(p, a, b, g, i * chunk, std::min(chunk, p.T - i * chunk), tile);
+        chunk_gradients(p, a, text, b, g, i * chunk, std::min(chunk, p.T - i * chunk), tile);
       if (shares > 1) {
         float* to = partial.data() + (2 * head * shares + unit % shares) * size;
         std::copy_n(tile.d_text_key.data(), size, to);
@@ -263,6 +319,7 @@ void thought_attention_backward(const ThoughtAttentionBackward<E>& a, int thread
         write_gradient(p, partial.data() + i * shares * size, p.S, shares, size, to.at(b, g), to.stride[2]);
       }
     }
+    scratch.trim();
   }
 }
 

@@ -12,7 +12,7 @@
 
 #include <cmath>
 
-#include "cpu_rows.hpp"
+#include "cpu_packed.hpp"
 
 namespace pyquiet {
 namespace PYQUIET_ISA {
@@ -64,24 +64,26 @@ struct ForwardTile {
   alignas(64) float text_out_t[kMaxD * kRows];  // [D][kRows]
   alignas(64) float own_out[kRows * kMaxD];     // [kRows][padded_D]
   alignas(64) float score[kKeyBlock * kRows];   // [key][row]
-  alignas(64) float spare_key[kKeyBlock * kMaxD], spare_value[kKeyBlock * kMaxD];
+  alignas(64) float spare_key[2 * kKeyBlock * kMaxD], spare_value[kKeyBlock * kMaxD];
+  // In packed form: right matrices, and the last keys of the values.
+  alignas(64) uint16_t query_packed[kMaxD * kRows], weight_packed[kKeyBlock * kRows], spare_packed[kMaxD * kKeyBlock];
   Prefetch<E> prefetch;
 };
 
 // One online-softmax step: scores become weights, max and sum move on. A row without a key so far has max -inf; 0
 // stands in for it, so that no -inf - -inf arises.
 template <bool Masked>
-void softmax_block(const RowSet& set, int32_t key0, int n, float cap, float* scores, Softmax& softmax) {
+void softmax_block(const RowSet& set, int32_t key0, int n, float factor, float cap, float* scores, Softmax& softmax) {
   for (int r = 0; r < set.vectors * kLanes; r += kLanes) {
     float* score = scores + r;
     const I first = load_ints(set.first + r), limit = load_ints(set.limit + r);
     const F old_max = load(softmax.max + r);
     F top = old_max;
     for (int j = 0; j < n; ++j) {
-      F s = load(score + j * kRows);
+      F s = load(score + j * kRows) * factor;
       if (cap > 0) s = tanh(s) * cap;
       if (Masked) s = ((fill(key0 + j) >= first) & (fill(key0 + j) < limit)) ? s : fill(kNegInf);
-      if (Masked || cap > 0) store(score + j * kRows, s);
+      store(score + j * kRows, s);
       top = max(s, top);
     }
     const F base = top == kNegInf ? F{} : top;
@@ -120,7 +122,7 @@ void plan_prefetch(const Problem<E>& p, const View<E, 5>& out, int64_t b, int64_
       queue.add(p.a.path_value.at(b, g, t, j));
     }
   const int64_t span = set.end - set.begin, blocks = (span + kKeyBlock - 1) / kKeyBlock;
-  const int64_t calls = span / kGemmRows + blocks * p.D / kGemmRows + 1;
+  const int64_t calls = p.packed ? 4 * blocks : span / kGemmRows + blocks * p.D / kGemmRows + 1;
   queue.quota = static_cast<int>((queue.count + calls - 1) / calls);
 }
 
@@ -133,7 +135,8 @@ void attend_text(const Problem<E>& p, int64_t b, int64_t g, ForwardTile<E>& tile
     const Block key = rows_as_floats(p.a.text_key.at(b, g), p.a.text_key.stride[2], key0, n, p.S, p, tile.spare_key);
     gemm<Start::zero, Layout::rows>(rounded_keys(n), set.vectors,
                                     {key.data, key.stride, tile.query_t, kRows, tile.score, kRows, p.D}, prefetch);
-    (set.masked(key0, n) ? softmax_block<true> : softmax_block<false>)(set, key0, n, p.cap, tile.score, tile.text);
+    (set.masked(key0, n) ? softmax_block<true> : softmax_block<false>)(set, key0, n, p.factor, p.cap, tile.score,
+                                                                       tile.text);
     const Block value =
         rows_as_floats(p.a.text_value.at(b, g), p.a.text_value.stride[2], key0, n, p.S, p, tile.spare_value);
     const GemmOperands out{value.data, value.stride, tile.score, kRows, tile.text_out_t, kRows, n, tile.text.rescale};
@@ -141,6 +144,40 @@ void attend_text(const Problem<E>& p, int64_t b, int64_t g, ForwardTile<E>& tile
       gemm<Start::zero, Layout::columns>(p.D, set.vectors, out, prefetch);
     } else {
       gemm<Start::rescale, Layout::columns>(p.D, set.vectors, out, prefetch);
+    }
+  }
+}
+
+// The same with the text's packed keys and values.
+template <class E>
+void attend_packed_text(const Problem<E>& p, const PackedText<E>& text, int64_t slot, ForwardTile<E>& tile) {
+  constexpr int kVectors = kRows / kLanes;
+  const RowSet& set = tile.set;
+  const Packed query{tile.query_packed, 2 * kRows}, weight{tile.weight_packed, 2 * kRows};
+  pack_right(tile.query_t, kRows, p.D, text.width, kVectors, query);
+  for (int32_t key0 = set.begin; key0 < set.end; key0 += kKeyBlock) {
+    const int n = std::min<int32_t>(kKeyBlock, set.end - key0);
+    tile.prefetch.some(p.D);
+    packed_gemm<false>(n, kRows, text.width, text.rows(slot, 0, key0), query, tile.score, kRows);
+    tile.prefetch.some(p.D);
+    (set.masked(key0, n) ? softmax_block<true> : softmax_block<false>)(set, key0, n, p.factor, p.cap, tile.score,
+                                                                       tile.text);
+    tile.prefetch.some(p.D);
+    const int64_t depth = rounded_up(n, kDepth);
+    pack_right(tile.score, kRows, n, depth, kVectors, weight);
+    tile.prefetch.some(p.D);
+    const Packed value = whole_depth(text.columns(slot, 1, key0), text.width, n, tile.spare_packed);
+    if (key0 == set.begin) {
+      packed_gemm<false>(p.D, kRows, depth, value, weight, tile.text_out_t, kRows);
+    } else {
+      for (int v = 0; v < kVectors; ++v) {
+        const F rescale = load(tile.text.rescale + v * kLanes);
+        for (int64_t d = 0; d < p.D; ++d) {
+          float* out = tile.text_out_t + d * kRows + v * kLanes;
+          store(out, load(out) * rescale);
+        }
+      }
+      packed_gemm<true>(p.D, kRows, depth, value, weight, tile.text_out_t, kRows);
     }
   }
 }
@@ -180,9 +217,9 @@ void attend_by_row(const Problem<E>& p, int64_t b, KeyOf key_of, int64_t key_str
     for (int r = 0; r < set.rows; ++r) {
       const Row& row = set.row[r];
       score_row(p.a.query.at(b, row.head, row.position, row.step), key_of(r) + key0 * key_stride, key_stride, begin(r),
-                end(r), p.D, p.factor, tile.score + r);
+                end(r), p.D, tile.score + r);
     }
-    softmax_block<true>(set, key0, n, p.cap, tile.score, tile.own);
+    softmax_block<true>(set, key0, n, p.factor, p.cap, tile.score, tile.own);
     for (int r = 0; r < set.rows; ++r)
       add_row_values(tile.score + r, tile.own.rescale[r], value_of(r) + key0 * value_stride, value_stride, begin(r),
                      end(r), p.D, tile.own_out + r * p.padded_D);
@@ -251,8 +288,8 @@ struct Items {
 };
 
 template <class E>
-void attend_item(const Problem<E>& p, const ThoughtAttention<E>& a, const Items& items, int64_t item, int64_t next,
-                 ForwardTile<E>& tile) {
+void attend_item(const Problem<E>& p, const ThoughtAttention<E>& a, const PackedText<E>& text, int64_t slot,
+                 const Items& items, int64_t item, int64_t next, ForwardTile<E>& tile) {
   const int64_t head = items.head(item), b = head / p.G, g = head % p.G, flat = items.first_row(item);
   tile.set.see_text(p, b, g, flat, static_cast<int>(std::min<int64_t>(kRows, p.rows - flat)));
   tile.text.clear();
@@ -267,13 +304,23 @@ void attend_item(const Problem<E>& p, const ThoughtAttention<E>& a, const Items&
       const Row& row = tile.set.row[r];
       return p.a.query.at(b, row.head, row.position, row.step);
     };
-    to_lanes(tile.set, p.D, p.factor, query, tile.query_t);
-    attend_text(p, b, g, tile);
+    to_lanes(tile.set, p.D, query, tile.query_t);
+    if constexpr (kPacked<E>)
+      if (p.packed) attend_packed_text(p, text, slot, tile);
+    if (!p.packed) attend_text(p, b, g, tile);
   } else {
     attend_text_by_row(p, b, g, tile);
   }
   attend_own_path(p, b, g, tile);
   write_rows(p, a, b, tile);
+}
+
+template <class E>
+void pack_block(const Problem<E>& p, const PackedText<E>& text, int64_t head, int64_t slot, int64_t block,
+                float* spare) {
+  const int64_t b = head / p.G, g = head % p.G, key = block * kKeyBlock;
+  text.pack_rows(p.a.text_key.at(b, g), p.a.text_key.stride[2], block, text.rows(slot, 0, key), spare);
+  text.pack_columns(p.a.text_value.at(b, g), p.a.text_value.stride[2], block, text.columns(slot, 1, key), spare);
 }
 
 }  // namespace
@@ -282,12 +329,37 @@ template <class E>
 void thought_attention_forward(const ThoughtAttention<E>& a, int threads) {
   const Problem<E> p{a};
   const Items items(p);
+  const int64_t heads = p.B * p.G;
+  // A thread that packs a head for itself finds it in its own cache; few heads are packed by all threads together.
+  const bool by_head = p.packed && heads >= 4 * threads;
+  PackedText<E> shared{p, 2};
+  static thread_local Scratch scratch;
+  if (p.packed && !by_head) shared.memory = scratch.reserve(heads * shared.matrices * shared.matrix);
 #pragma omp parallel num_threads(threads) if (items.items > 1)
   {
     static thread_local ForwardTile<E> tile;  // large, and kept for the next call
+    [[maybe_unused]] const TileUse use;
+    if (by_head) {
+      PackedText<E> text = shared;
+      text.memory = scratch.reserve(text.matrices * text.matrix);
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < items.items; ++item) attend_item(p, a, items, item, item + threads, tile);
+      for (int64_t head = 0; head < heads; ++head) {
+        for (int64_t block = 0; block < text.blocks; ++block) pack_block(p, text, head, 0, block, tile.spare_key);
+        for (int64_t i = head * items.tiles; i < (head + 1) * items.tiles; ++i)
+          attend_item(p, a, text, 0, items, i, i + 1, tile);
+      }
+    } else {
+      if (p.packed) {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < heads * shared.blocks; ++i)
+          pack_block(p, shared, i / shared.blocks, i / shared.blocks, i % shared.blocks, tile.spare_key);
+      }
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < items.items; ++i) attend_item(p, a, shared, items.head(i), items, i, i + threads, tile);
+    }
+    if (by_head) scratch.trim();
   }
+  scratch.trim();
 }
 
 }  // namespace PYQUIET_ISA

@@ -1,21 +1,22 @@
 // The rows of thought attention on a CPU: how they are numbered, which keys they see, and how a block of keys is
 // scored.
 //
-// A row is (position, head of the group, query step) of one (b, g). Rows are worked on in tiles of 48 whose text limits
-// are nearly equal; inside a tile the SIMD lanes are rows, and scores stand as [key][row].
+// A row is (position, head of the group, query step) of one (b, g). Rows are worked on in tiles of 48 or 64 whose text
+// limits are nearly equal; inside a tile the SIMD lanes are rows, and scores stand as [key][row].
 #pragma once
 
 #include <algorithm>
 
 #include "../common/gemm.hpp"
+#include "../common/packed.hpp"
 #include "contract.hpp"
 
 namespace pyquiet {
 namespace PYQUIET_ISA {
 namespace {
 
-constexpr int kRows = 48;      // rows of a tile: a multiple of 3 vectors
-constexpr int kKeyBlock = 64;  // keys between two rescalings
+constexpr int kRows = kHasTiles ? 64 : 48;  // rows of a tile: a multiple of 3 vectors, or of the depth of tiles
+constexpr int kKeyBlock = 64;               // keys between two rescalings
 constexpr int kMaxD = 256;
 
 template <class E>
@@ -29,6 +30,8 @@ struct Problem {
   // apart.
   float factor = a.softcap > 0 ? a.scale / a.softcap : a.scale * kLog2E;
   float cap = a.softcap > 0 ? a.softcap * kLog2E : 0.0f;
+  // Packing the text pays where several tiles share it.
+  bool packed = kPacked<E> && rows > 2 * kRows;
 };
 
 struct Row {
@@ -84,7 +87,7 @@ struct RowSet {
   void see_text(const Problem<E>& p, int64_t b, int64_t g, int64_t flat, int count) {
     const int64_t start = p.a.text_start ? *p.a.text_start.at(b) : 0;
     rows = count;
-    vectors = (count + kLanes - 1) / kLanes;
+    vectors = p.packed ? kRows / kLanes : (count + kLanes - 1) / kLanes;
     RowCursor cursor(p, g, flat);
     for (int r = 0; r < rows; ++r, cursor.next()) {
       row[r] = cursor.row();
@@ -108,9 +111,9 @@ struct RowSet {
   }
 };
 
-// lanes[d * kRows + r] = factor * row_of(r)[d]; lanes past the last row repeat it.
+// lanes[d * kRows + r] = row_of(r)[d]; lanes past the last row repeat it.
 template <class RowOf>
-void to_lanes(const RowSet& set, int64_t D, float factor, RowOf row_of, float* lanes) {
+void to_lanes(const RowSet& set, int64_t D, RowOf row_of, float* lanes) {
   for (int r = 0; r < set.vectors * kLanes; r += kLanes) {
     const auto row = [&](int i) { return row_of(std::min(r + i, set.rows - 1)); };
     int64_t d = 0;
@@ -120,10 +123,10 @@ void to_lanes(const RowSet& set, int64_t D, float factor, RowOf row_of, float* l
       for (int i = 0; i < kLanes; ++i) block[i] = load(row(i) + d);
       transpose<kLanes>(block);
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store(lanes + (d + i) * kRows + r, block[i] * factor);
+      for (int i = 0; i < kLanes; ++i) store(lanes + (d + i) * kRows + r, block[i]);
     }
     for (; d < D; ++d)
-      for (int i = 0; i < kLanes; ++i) lanes[d * kRows + r + i] = factor * to_float(row(i)[d]);
+      for (int i = 0; i < kLanes; ++i) lanes[d * kRows + r + i] = to_float(row(i)[d]);
   }
 }
 
@@ -202,14 +205,13 @@ F4 dot4(const E* query, const E* const key[4], int64_t D) {
   return total;
 }
 
-// score[j * kRows] = factor * query . key_j for begin <= j < end, lanes = channels.
+// score[j * kRows] = query . key_j for begin <= j < end, lanes = channels.
 template <class E>
-void score_row(const E* query, const E* key, int64_t stride, int begin, int end, int64_t D, float factor,
-               float* score) {
+void score_row(const E* query, const E* key, int64_t stride, int begin, int end, int64_t D, float* score) {
   for (int j = begin; j < end; j += 4) {
     const E* four[4];
     for (int i = 0; i < 4; ++i) four[i] = key + std::min(j + i, end - 1) * stride;
-    const F4 s = dot4<F>(query, four, D) * factor;
+    const F4 s = dot4<F>(query, four, D);
     for (int i = 0; i < std::min(4, end - j); ++i) score[(j + i) * kRows] = s[i];
   }
 }

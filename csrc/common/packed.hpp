@@ -1,0 +1,174 @@
+// Products of small matrices of bfloat16 in packed form, summed in float, for the instruction sets that have them:
+// tiles of 16 x 16 (AMX) or dot products of pairs (AVX512-BF16). Tiles take denormal numbers for 0.
+//
+// Tried and left out: a float matrix as the sum of three bfloat16 ones, six products of tiles each. The tiles have the
+// rate for it, but under that load the clock falls, and with the splitting nothing is won over float multiply-adds.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.hpp"
+
+namespace pyquiet {
+namespace PYQUIET_ISA {
+
+#if defined(__AMX_BF16__)
+constexpr bool kHasTiles = true;
+#else
+constexpr bool kHasTiles = false;
+#endif
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+// Whether matrices of E are multiplied in packed form.
+template <class E>
+constexpr bool kPacked = sizeof(E) == 2 && kHasPairs;
+
+// What the depth of a product is rounded up to, with zeros.
+constexpr int kDepth = kHasTiles ? 32 : 2;
+
+// Left: [m][k], right: [k / 2][n][2]; the stride counts elements between rows, or pairs of rows.
+struct Packed {
+  uint16_t* data;
+  int64_t stride;
+};
+
+using U = Lanes<kLanes>::U;
+using Half = Lanes<kLanes>::Half;
+
+// x rounded to bfloat16, to nearest, ties to even: in the upper halves of words, the lower ones hold nothing of use.
+inline U rounded(F x) {
+  U bits;
+  std::memcpy(&bits, &x, sizeof x);
+  return bits + 0x7fff + (bits >> 16 & 1);
+}
+
+// Left matrix of rows of floats, `vectors` vectors long.
+inline void pack_left(const float* from, int64_t stride, int64_t rows, int vectors, const Packed& to) {
+  for (int64_t m = 0; m < rows; ++m)
+    for (int v = 0; v < vectors; ++v) {
+      const Half half = __builtin_convertvector(rounded(load(from + m * stride + v * kLanes)) >> 16, Half);
+      std::memcpy(to.data + m * to.stride + v * kLanes, &half, sizeof half);
+    }
+}
+
+// Right matrix of rows of floats, `vectors` vectors long; rows from `depth` to `padded`, an even number, are 0.
+inline void pack_right(const float* from, int64_t stride, int64_t depth, int64_t padded, int vectors,
+                       const Packed& to) {
+  for (int64_t k = 0; k < padded; k += 2)
+    for (int v = 0; v < vectors; ++v) {
+      const float* row = from + k * stride + v * kLanes;
+      const U even = k < depth ? rounded(load(row)) : U{}, odd = k + 1 < depth ? rounded(load(row + stride)) : U{};
+      const U pair = even >> 16 | (odd & 0xffff0000);
+      std::memcpy(to.data + k / 2 * to.stride + v * 2 * kLanes, &pair, sizeof pair);
+    }
+}
+
+#if defined(__AMX_BF16__)
+
+// Opens the tiles for this thread, all of 16 rows of 64 bytes.
+struct TileUse {
+  TileUse() {
+    alignas(64) uint8_t config[64] = {1};
+    for (int tile = 0; tile < 8; ++tile) config[16 + 2 * tile] = 64, config[48 + tile] = 16;
+    _tile_loadconfig(config);
+  }
+  ~TileUse() { _tile_release(); }
+};
+
+// 16 M rows by 16 N columns of c. Tiles 0 to 3 are sums, 4 and 5 of the left, 6 and 7 of the right matrix.
+template <int M, int N, bool kAdd>
+void packed_block(const Packed& left, const Packed& right, float* c, int64_t c_stride, int64_t depth) {
+  const int64_t c_bytes = c_stride * sizeof(float), left_bytes = 2 * left.stride, right_bytes = 2 * right.stride;
+  if constexpr (kAdd) {
+    _tile_loadd(0, c, c_bytes);
+    if (N > 1) _tile_loadd(1, c + 16, c_bytes);
+    if (M > 1) _tile_loadd(2, c + 16 * c_stride, c_bytes);
+    if (M > 1 && N > 1) _tile_loadd(3, c + 16 * c_stride + 16, c_bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < depth; k += 32) {
+    const uint16_t *a = left.data + k, *b = right.data + k / 2 * right.stride;
+    _tile_loadd(4, a, left_bytes);
+    _tile_loadd(6, b, right_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if (N > 1) _tile_loadd(7, b + 32, right_bytes);
+    if (N > 1) _tile_dpbf16ps(1, 4, 7);
+    if (M > 1) _tile_loadd(5, a + 16 * left.stride, left_bytes);
+    if (M > 1) _tile_dpbf16ps(2, 5, 6);
+    if (M > 1 && N > 1) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, c_bytes);
+  if (N > 1) _tile_stored(1, c + 16, c_bytes);
+  if (M > 1) _tile_stored(2, c + 16 * c_stride, c_bytes);
+  if (M > 1 && N > 1) _tile_stored(3, c + 16 * c_stride + 16, c_bytes);
+}
+constexpr int kPackedRows = 16;
+
+#elif defined(__AVX512BF16__)
+
+struct TileUse {};
+
+// 8 M rows by 16 N columns of c.
+template <int M, int N, bool kAdd>
+void packed_block(const Packed& left, const Packed& right, float* c, int64_t c_stride, int64_t depth) {
+  __m512 sum[8 * M][N] = {};
+  if constexpr (kAdd)
+    for (int m = 0; m < 8 * M; ++m)
+      for (int n = 0; n < N; ++n) sum[m][n] = _mm512_loadu_ps(c + m * c_stride + n * 16);
+  for (int64_t k = 0; k < depth; k += 2) {
+    __m512bh row[N];
+    for (int n = 0; n < N; ++n) row[n] = (__m512bh)_mm512_loadu_si512(right.data + k / 2 * right.stride + n * 32);
+#pragma GCC unroll 16
+    for (int m = 0; m < 8 * M; ++m) {
+      int32_t pair;
+      std::memcpy(&pair, left.data + m * left.stride + k, sizeof pair);
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) sum[m][n] = _mm512_dpbf16_ps(sum[m][n], x, row[n]);
+    }
+  }
+  for (int m = 0; m < 8 * M; ++m)
+    for (int n = 0; n < N; ++n) _mm512_storeu_ps(c + m * c_stride + n * 16, sum[m][n]);
+}
+constexpr int kPackedRows = 8;
+
+#else
+
+struct TileUse {};
+
+template <int M, int N, bool kAdd>
+void packed_block(const Packed&, const Packed&, float*, int64_t, int64_t);  // never called: see kPacked
+constexpr int kPackedRows = 8;
+
+#endif
+
+// c[m][n] = (kAdd ? c : 0) + sum_k left[m][k] right[k][n]; m and n are rounded up to 16, depth is a multiple of kDepth.
+template <bool kAdd>
+void packed_gemm(int64_t m, int64_t n, int64_t depth, Packed left, const Packed& right, float* c, int64_t c_stride) {
+  for (; m > 0; m -= 2 * kPackedRows) {
+    Packed at = right;
+    float* to = c;
+    for (int64_t columns = n; columns > 0; columns -= 32) {
+      const bool two_rows = m > kPackedRows, two_columns = columns > 16;
+      if (two_rows && two_columns) packed_block<2, 2, kAdd>(left, at, to, c_stride, depth);
+      if (two_rows && !two_columns) packed_block<2, 1, kAdd>(left, at, to, c_stride, depth);
+      if (!two_rows && two_columns) packed_block<1, 2, kAdd>(left, at, to, c_stride, depth);
+      if (!two_rows && !two_columns) packed_block<1, 1, kAdd>(left, at, to, c_stride, depth);
+      at.data += 64;
+      to += 32;
+    }
+    left.data += 2 * kPackedRows * left.stride;
+    c += 2 * kPackedRows * c_stride;
+  }
+}
+
+}  // namespace PYQUIET_ISA
+}  // namespace pyquiet
