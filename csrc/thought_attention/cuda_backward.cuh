@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
       int64_t start;
       const int64_t limit = checked_limit(p, b, r.position, &start);
       const float lse = limit < 0 ? NAN : kLog2E * *a.lse.at(b, head, r.position, r.step);
-      seen[row] = valid && limit >= 0 ? text_interval(p, limit, start, r.step) : Interval{0, 0};
+      seen[row] = limit >= 0 ? text_interval(p, limit, start, r.step) : Interval{0, 0};
       if (valid) a.rows[bg * p.rows + range * kRangeRows + row] = {lse, delta, seen[row]};
     }
   }

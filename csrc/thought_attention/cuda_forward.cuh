@@ -89,11 +89,15 @@ PYQUIET_DEVICE void finish_scores(float (&score)[C::kTilesM][C::kTilesN][4], con
 #pragma unroll
     for (int n = 0; n < C::kTilesN; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& x = score[m][n][i];
-        x *= p.factor;
-        if (p.cap > 0) x = capped_tanh(x) * p.cap;
-      }
+      for (int i = 0; i < 4; ++i) score[m][n][i] *= p.factor;
+  if (p.cap > 0) {
+#pragma unroll
+    for (int m = 0; m < C::kTilesM; ++m)
+#pragma unroll
+      for (int n = 0; n < C::kTilesN; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) score[m][n][i] = capped_tanh(score[m][n][i]) * p.cap;
+  }
 #pragma unroll
   for (int i = 0; i < 2 * C::kTilesM; ++i) {
     const Interval row = of_rows[8 * i + lane / 4];

@@ -213,6 +213,15 @@ def test_kernels_equal_float64_at_random_shapes(driver, dtype, seed):
     check(driver, shape, dtype, pick("dense", "strided", "unaligned"))
 
 
+def test_keys_whose_rows_are_far_apart(driver):
+    """More rows than one look at their ranges takes in, of which the first and the last alone see the text."""
+
+    def change(tensors, options):
+        options["text_limits"][:, 1:-1] = 0
+
+    check(driver, (1, 1, 1, 720, 3, 3, 8, 70), torch.float32, change=change)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_scores_do_not_overflow(driver, dtype):
     tensors, options = make(1, 2, 2, 6, 3, 3, 16, 20, dtype=dtype)
