@@ -69,11 +69,15 @@ inline void pack_right(const float* from, int64_t stride, int64_t depth, int64_t
 
 #if defined(__AMX_BF16__)
 
+// The compiler's tile instructions do not say what memory they read: stores before this come first.
+inline void finish_stores() { asm volatile("" ::: "memory"); }
+
 // Opens the tiles for this thread, all of 16 rows of 64 bytes.
 struct TileUse {
   TileUse() {
     alignas(64) uint8_t config[64] = {1};
     for (int tile = 0; tile < 8; ++tile) config[16 + 2 * tile] = 64, config[48 + tile] = 16;
+    finish_stores();
     _tile_loadconfig(config);
   }
   ~TileUse() { _tile_release(); }
@@ -83,6 +87,7 @@ struct TileUse {
 template <int M, int N, bool kAdd>
 void packed_block(const Packed& left, const Packed& right, float* c, int64_t c_stride, int64_t depth) {
   const int64_t c_bytes = c_stride * sizeof(float), left_bytes = 2 * left.stride, right_bytes = 2 * right.stride;
+  finish_stores();
   if constexpr (kAdd) {
     _tile_loadd(0, c, c_bytes);
     if (N > 1) _tile_loadd(1, c + 16, c_bytes);

@@ -54,7 +54,35 @@ struct BackwardTile {
   alignas(64) uint16_t spare_packed[kMaxD * kKeyBlock];
   std::vector<float> d_text_key, d_text_value;  // [S rounded up][padded_D]
   std::vector<float> d_path_key, d_path_value;  // [positions of the chunk][P][padded_D]
+  Prefetch<E> prefetch;
 };
+
+// Queues what this tile reads and writes at its end, and the rows of the tile that this thread does next.
+template <class E>
+void plan_prefetch(const Problem<E>& p, const ThoughtAttentionBackward<E>& a, int64_t b, int64_t g, int64_t next,
+                   int64_t next_rows, BackwardTile<E>& tile) {
+  const RowSet& set = tile.text;
+  Prefetch<E>& queue = tile.prefetch;
+  queue.clear();
+  for (int r = 0; r < set.rows; ++r) queue.add(a.d_query.at(b, set.row[r].head, set.row[r].position, set.row[r].step));
+  const auto add_paths = [&](const auto& keys, const auto& values) {
+    for (int64_t t = set.row[0].position; t <= set.row[set.rows - 1].position; ++t)
+      for (int64_t j = 0; j < p.P; ++j) {
+        queue.add(keys.at(b, g, t, j));
+        queue.add(values.at(b, g, t, j));
+      }
+  };
+  add_paths(a.d_path_key, a.d_path_value);
+  queue.to_write = queue.count;
+  add_paths(a.path_key, a.path_value);
+  RowCursor cursor(p, g, next);
+  for (int64_t r = 0; r < next_rows; ++r, cursor.next()) {
+    const auto [head, position, step] = cursor.row();
+    for (const View<const E, 5>* view : {&a.query, &a.d_out, &a.out}) queue.add(view->at(b, head, position, step));
+  }
+  const int64_t span = set.end - set.begin, blocks = (span + kKeyBlock - 1) / kKeyBlock;
+  queue.spread(p.packed ? 5 * blocks : 4 * (span / kGemmRows) + blocks * p.D / kGemmRows + 1);
+}
 
 // Rows of the tile as they lie (rows) and transposed (lanes), lse in base 2, and delta.
 template <class E>
@@ -70,10 +98,7 @@ void load_tile(const Problem<E>& p, const ThoughtAttentionBackward<E>& a, int64_
     const Row& row = set.row[from];
     copy_row(at(a.query, from), p.D, p.padded_D, tile.query + r * p.padded_D);
     copy_row(at(a.d_out, from), p.D, p.padded_D, tile.d_out + r * p.padded_D);
-    const E* out = at(a.out, from);
-    float delta = 0;
-    for (int64_t d = 0; d < p.D; ++d) delta += to_float(out[d]) * tile.d_out[r * p.padded_D + d];
-    tile.delta[r] = delta;
+    tile.delta[r] = dot(at(a.out, from), at(a.d_out, from), p.D);
     tile.lse[r] = *a.lse.at(b, row.head, row.position, row.step) * kLog2E;
     tile.ones[r] = 1.0f;
   }
@@ -122,25 +147,26 @@ template <class E>
 void text_gradients(const Problem<E>& p, int64_t b, int64_t g, BackwardTile<E>& tile) {
   const RowSet& set = tile.text;
   const int channels = static_cast<int>(p.padded_D / kLanes);
+  const auto prefetch = [&] { tile.prefetch.some(p.D); };
   for (int32_t key0 = set.begin; key0 < set.end; key0 += kKeyBlock) {
     const int n = std::min<int32_t>(kKeyBlock, set.end - key0), padded = rounded_keys(n);
     const Block key = rows_as_floats(p.a.text_key.at(b, g), p.a.text_key.stride[2], key0, n, p.S, p, tile.spare_key);
     const Block value =
         rows_as_floats(p.a.text_value.at(b, g), p.a.text_value.stride[2], key0, n, p.S, p, tile.spare_value);
     gemm<Start::zero, Layout::rows>(padded, set.vectors,
-                                    {key.data, key.stride, tile.query_t, kRows, tile.score, kRows, p.D});
-    gemm<Start::zero, Layout::rows>(padded, set.vectors,
-                                    {value.data, value.stride, tile.d_out_t, kRows, tile.d_score, kRows, p.D});
+                                    {key.data, key.stride, tile.query_t, kRows, tile.score, kRows, p.D}, prefetch);
+    gemm<Start::zero, Layout::rows>(
+        padded, set.vectors, {value.data, value.stride, tile.d_out_t, kRows, tile.d_score, kRows, p.D}, prefetch);
     differentiate(p, set, key0, n, padded, tile);
     const auto to_key = [&](const float* weight, const float* rows, std::vector<float>& gradient) {
       gemm<Start::add, Layout::rows>(
           padded, channels,
-          {weight, kRows, rows, p.padded_D, gradient.data() + key0 * p.padded_D, p.padded_D, set.rows});
+          {weight, kRows, rows, p.padded_D, gradient.data() + key0 * p.padded_D, p.padded_D, set.rows}, prefetch);
     };
     to_key(tile.score, tile.d_out, tile.d_text_value);
     to_key(tile.d_score, tile.query, tile.d_text_key);
     gemm<Start::add, Layout::columns>(p.D, set.vectors,
-                                      {key.data, key.stride, tile.d_score, kRows, tile.d_query_t, kRows, n});
+                                      {key.data, key.stride, tile.d_score, kRows, tile.d_query_t, kRows, n}, prefetch);
   }
 }
 
@@ -156,19 +182,25 @@ void packed_text_gradients(const Problem<E>& p, const PackedText<E>& text, int64
   pack_right(tile.d_out_t, kRows, p.D, text.width, kVectors, d_out);
   pack_right(tile.query, p.padded_D, set.rows, kRows, channels, query_rows);
   pack_right(tile.d_out, p.padded_D, set.rows, kRows, channels, d_out_rows);
+  const auto prefetch = [&] { tile.prefetch.some(p.D); };
   for (int32_t key0 = set.begin; key0 < set.end; key0 += kKeyBlock) {
     const int n = std::min<int32_t>(kKeyBlock, set.end - key0), padded = static_cast<int>(rounded_up(n, 16));
     packed_gemm<false>(n, kRows, text.width, text.rows(slot, 0, key0), query, tile.score, kRows);
+    prefetch();
     packed_gemm<false>(n, kRows, text.width, text.rows(slot, 1, key0), d_out, tile.d_score, kRows);
+    prefetch();
     differentiate(p, set, key0, n, padded, tile);
     const Packed weight{tile.weight_left, kRows}, d_score{tile.d_score_left, kRows};
     pack_left(tile.score, kRows, padded, kVectors, weight);
     pack_left(tile.d_score, kRows, padded, kVectors, d_score);
     const int64_t offset = key0 * p.padded_D;
+    prefetch();
     packed_gemm<true>(n, p.padded_D, kRows, weight, d_out_rows, tile.d_text_value.data() + offset, p.padded_D);
+    prefetch();
     packed_gemm<true>(n, p.padded_D, kRows, d_score, query_rows, tile.d_text_key.data() + offset, p.padded_D);
     const int64_t depth = rounded_up(n, kDepth);
     const Packed by_key{tile.d_score_right, 2 * kRows};
+    prefetch();
     pack_right(tile.d_score, kRows, n, depth, kVectors, by_key);
     packed_gemm<true>(p.D, kRows, depth, whole_depth(text.columns(slot, 2, key0), text.width, n, tile.spare_packed),
                       by_key, tile.d_query_t, kRows);
@@ -243,16 +275,20 @@ void write_gradient(const Problem<E>& p, const float* from, int64_t rows, int64_
     }
 }
 
-// A chunk of whole positions: all of its rows, then its own keys' gradients.
+// A chunk of whole positions: all of its rows, then its own keys' gradients. The chunk at `then` comes next, if it
+// exists.
 template <class E>
 void chunk_gradients(const Problem<E>& p, const ThoughtAttentionBackward<E>& a, const PackedText<E>& text, int64_t b,
-                     int64_t g, int64_t position, int64_t positions, BackwardTile<E>& tile) {
+                     int64_t g, int64_t position, int64_t positions, int64_t then, BackwardTile<E>& tile) {
   const int64_t begin = position * p.group * p.Q, end = (position + positions) * p.group * p.Q;
   tile.d_path_key.assign(positions * p.P * p.padded_D, 0.0f);
   tile.d_path_value.assign(positions * p.P * p.padded_D, 0.0f);
   for (int64_t flat = begin; flat < end; flat += kRows) {
     tile.text.see_text(p, b, g, flat, static_cast<int>(std::min<int64_t>(kRows, end - flat)));
     load_tile(p, a, b, tile);
+    const bool last = flat + kRows >= end;
+    const int64_t next = last ? then * p.group * p.Q : flat + kRows;
+    plan_prefetch(p, a, b, g, next, std::clamp<int64_t>((last ? p.rows : end) - next, 0, kRows), tile);
     if constexpr (kPacked<E>)
       if (p.packed) packed_text_gradients(p, text, 0, tile);
     if (!p.packed) text_gradients(p, b, g, tile);
@@ -301,7 +337,7 @@ void thought_attention_backward(const ThoughtAttentionBackward<E>& a, int thread
       tile.d_text_value.assign(size, 0.0f);
       if (p.packed && head != packed_head) pack_head(p, text, packed_head = head, tile.spare_key);
       for (int64_t i = unit % shares; i < chunks; i += shares)
-        chunk_gradients(p, a, text, b, g, i * chunk, std::min(chunk, p.T - i * chunk), tile);
+        chunk_gradients(p, a, text, b, g, i * chunk, std::min(chunk, p.T - i * chunk), (i + shares) * chunk, tile);
       if (shares > 1) {
         float* to = partial.data() + (2 * head * shares + unit % shares) * size;
         std::copy_n(tile.d_text_key.data(), size, to);

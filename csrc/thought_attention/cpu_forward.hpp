@@ -18,31 +18,6 @@ namespace pyquiet {
 namespace PYQUIET_ISA {
 namespace {
 
-// Rows of memory that are touched only once, later on. They are asked for a few at a time between pieces of arithmetic:
-// a core waits for its 16 or so open requests, so a long series of them would stall it.
-template <class E>
-struct Prefetch {
-  const E* row[256];
-  int to_write = 0, count = 0, done = 0, quota = 0;  // the first `to_write` rows will be written
-
-  void add(const E* p) {
-    if (count < 256) row[count++] = p;
-  }
-
-  // Inlined by force: the compiler takes a function that only prefetches for one without effect and drops the call.
-  __attribute__((always_inline)) void some(int64_t D) {
-    constexpr int64_t kLine = 64 / sizeof(E);
-    for (const int until = std::min(count, done + quota); done < until; ++done) {
-      const E* p = row[done];
-      if (done < to_write) {
-        for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(p + d, 1, 2);
-      } else {
-        for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(p + d, 0, 2);
-      }
-    }
-  }
-};
-
 // An online softmax of every row: maximum and sum so far, and what the sums before the last block are to be multiplied
 // with.
 struct Softmax {
@@ -108,7 +83,7 @@ void plan_prefetch(const Problem<E>& p, const View<E, 5>& out, int64_t b, int64_
                    int64_t next_begin, ForwardTile<E>& tile) {
   Prefetch<E>& queue = tile.prefetch;
   const RowSet& set = tile.set;
-  queue.count = queue.done = 0;
+  queue.clear();
   for (int r = 0; r < set.rows; ++r) queue.add(out.at(b, set.row[r].head, set.row[r].position, set.row[r].step));
   queue.to_write = queue.count;
   if (next_begin >= 0) {
@@ -123,7 +98,7 @@ void plan_prefetch(const Problem<E>& p, const View<E, 5>& out, int64_t b, int64_
     }
   const int64_t span = set.end - set.begin, blocks = (span + kKeyBlock - 1) / kKeyBlock;
   const int64_t calls = p.packed ? 4 * blocks : span / kGemmRows + blocks * p.D / kGemmRows + 1;
-  queue.quota = static_cast<int>((queue.count + calls - 1) / calls);
+  queue.spread(calls);
 }
 
 template <class E>

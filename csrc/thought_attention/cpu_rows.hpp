@@ -186,6 +186,37 @@ Block rows_as_floats(const E* array, int64_t stride, int64_t first, int n, int64
   return {spare, p.padded_D};
 }
 
+// Rows of memory that are touched only once, later on. They are asked for a few at a time between pieces of arithmetic:
+// a core waits for its 16 or so open requests, so a long series of them would stall it.
+template <class E>
+struct Prefetch {
+  static constexpr int kMost = 768;
+  const E* row[kMost];
+  int to_write = 0, count = 0, done = 0, quota = 0;  // the first `to_write` rows will be written
+
+  void clear() { to_write = count = done = 0; }
+
+  void add(const E* p) {
+    if (count < kMost) row[count++] = p;
+  }
+
+  // Spreads what is queued over so many calls of some().
+  void spread(int64_t calls) { quota = static_cast<int>((count + calls - 1) / std::max<int64_t>(calls, 1)); }
+
+  // Inlined by force: the compiler takes a function that only prefetches for one without effect and drops the call.
+  __attribute__((always_inline)) void some(int64_t D) {
+    constexpr int64_t kLine = 64 / sizeof(E);
+    for (const int until = std::min(count, done + quota); done < until; ++done) {
+      const E* p = row[done];
+      if (done < to_write) {
+        for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(p + d, 1, 2);
+      } else {
+        for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(p + d, 0, 2);
+      }
+    }
+  }
+};
+
 // {q . k0, .. q . k3}, lanes = channels.
 template <class V, class E>
 F4 dot4(const E* query, const E* const key[4], int64_t D) {
@@ -203,6 +234,29 @@ F4 dot4(const E* query, const E* const key[4], int64_t D) {
       total += dot4<HalfF>(query + d, rest, D - d);
     }
   return total;
+}
+
+#if defined(__AVX512BF16__)
+// The same by products of pairs, which need no conversion.
+template <class V>
+F4 dot4(const BFloat16* query, const BFloat16* const key[4], int64_t D) {
+  V sum[4] = {};
+  for (int64_t d = 0; d < D; d += 32) {
+    const __mmask32 some = D - d >= 32 ? 0xffffffff : (1u << (D - d)) - 1;
+    const __m512bh q = (__m512bh)_mm512_maskz_loadu_epi16(some, query + d);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j)
+      sum[j] = (V)_mm512_dpbf16_ps((__m512)sum[j], q, (__m512bh)_mm512_maskz_loadu_epi16(some, key[j] + d));
+  }
+  return sum4(sum[0], sum[1], sum[2], sum[3]);
+}
+#endif
+
+// x . y, lanes = channels.
+template <class E>
+float dot(const E* x, const E* y, int64_t D) {
+  const E* same[4] = {y, y, y, y};
+  return dot4<F>(x, same, D)[0];
 }
 
 // score[j * kRows] = query . key_j for begin <= j < end, lanes = channels.

@@ -18,8 +18,8 @@ Tensors = tuple[Tensor, ...]
 class Kernel:
     """The op `torch.ops.pyquiet.<name>`, and with `backward` its gradient's op `<name>_backward`.
 
-    `signature` is a NamedTuple class: its fields are the op's arguments, in order and with their types, and `forward`,
-    `fake` and `backward` get them as one tuple. All three are pure: new tensors out, nothing changed.
+    `signature` is a NamedTuple class: its fields are the op's arguments, in order and with their types, tensors first,
+    and `forward`, `fake` and `backward` get them as one tuple. All three are pure: new tensors out, nothing changed.
 
     Calling a kernel with a tuple of arguments runs `forward` directly (microseconds less than the dispatcher) where no
     input needs a gradient, through a torch.autograd.Function where one does, and through the registered op under a
@@ -27,7 +27,7 @@ class Kernel:
 
     Args:
         outputs: how many tensors `forward` returns. Only the first is differentiable.
-        forward: arguments -> outputs.
+        forward: (arguments, all_outputs) -> outputs; without `all_outputs` what follows the first may be missing.
         fake: arguments -> outputs of the same shapes, strides and dtypes, not computed.
         inputs: how many of the arguments, the first ones, are differentiable.
         backward: (d_out, outputs, arguments) -> gradients of the inputs, laid out as `torch.empty_like` of each.
@@ -39,15 +39,15 @@ class Kernel:
         signature: type[Any],
         *,
         outputs: int,
-        forward: Callable[[Arguments], Tensors],
+        forward: Callable[[Arguments, bool], Tensors],
         fake: Callable[[Arguments], Tensors],
         inputs: int = 0,
         backward: Callable[[Tensor, Tensors, Arguments], Tensors] | None = None,
     ) -> None:
         self.forward, self.inputs = forward, inputs
         fields = signature.__annotations__
-        self.tensors = [i for i, kind in enumerate(fields.values()) if kind in (Tensor, Tensor | None)]
-        _define(name, fields, outputs, lambda *args: forward(args), lambda *args: fake(args))
+        self.tensors = sum(kind in (Tensor, Tensor | None) for kind in fields.values())
+        _define(name, fields, outputs, lambda *args: forward(args, True), lambda *args: fake(args))
         self.op: Callable[..., Tensors] = getattr(torch.ops.pyquiet, name)
         if backward is None:
             return
@@ -61,11 +61,11 @@ class Kernel:
         saved = {"d_out": Tensor} | {f"output_{i}": Tensor for i in range(outputs)}
         _define(f"{name}_backward", saved | fields, inputs, flat_backward, fake_backward)
         backward_op: Callable[..., Tensors] = getattr(torch.ops.pyquiet, f"{name}_backward")
-        tensors, constants = self.tensors, [i for i in range(len(fields)) if i not in self.tensors]
+        tensors = self.tensors
 
         def save(ctx: Any, arguments: Arguments, results: Tensors) -> None:
-            ctx.save_for_backward(*results, *(arguments[i] for i in tensors))
-            ctx.constants = [arguments[i] for i in constants]
+            ctx.save_for_backward(*results, *arguments[:tensors])
+            ctx.constants = arguments[tensors:]
             ctx.mark_non_differentiable(*results[1:])
             ctx.set_materialize_grads(False)
 
@@ -73,23 +73,19 @@ class Kernel:
             none = [None] * len(fields)
             if d_out is None:
                 return none
-            kept = ctx.saved_tensors
-            arguments = dict(zip(tensors, kept[outputs:], strict=True)) | dict(
-                zip(constants, ctx.constants, strict=True)
-            )
-            d_inputs = run(d_out, *kept[:outputs], *(arguments[i] for i in range(len(fields))))
+            d_inputs = run(d_out, *ctx.saved_tensors, *ctx.constants)
             wanted = [d if ctx.needs_input_grad[i] else None for i, d in enumerate(d_inputs)]
             return [*wanted, *none[inputs:]]
 
         class Direct(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *arguments: Any) -> Tensors:
-                results = forward(arguments)
+                results = forward(arguments, True)
                 save(ctx, arguments, results)
                 return results
 
             @staticmethod
-            @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+            @torch.autograd.function.once_differentiable
             def backward(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> Any:
                 return tuple(gradients(ctx, flat_backward, d_out))
 
@@ -101,13 +97,15 @@ class Kernel:
             lib=_LIBRARY,
         )
 
-    def __call__(self, arguments: Arguments) -> Tensors:
-        if is_compiling() or not _PLAIN.issuperset([type(arguments[i]) for i in self.tensors]):
+    def __call__(self, arguments: Arguments, all_outputs: bool = True) -> Tensors:
+        if is_compiling() or not _PLAIN.issuperset(map(type, arguments[: self.tensors])):
             return self.op(*arguments)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in arguments[: self.inputs]):
-            results: Tensors = self._direct.apply(*arguments)
-            return results
-        return self.forward(arguments)
+        if torch.is_grad_enabled():
+            for x in arguments[: self.inputs]:
+                if x.requires_grad:
+                    results: Tensors = self._direct.apply(*arguments)  # type: ignore[no-untyped-call]
+                    return results
+        return self.forward(arguments, all_outputs)
 
 
 def _define(

@@ -4,18 +4,18 @@ Letters: B batch, H query heads, G KV heads, T positions, S text keys, P path st
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from pyquiet import native
 from pyquiet.kernels.registration import Kernel, Tensors
+from pyquiet.native import cpu, cuda
 
 _MAX_HEAD_SIZE = 256
 _MAX_TEXT = 2**31 - 1 - 4096
 _MAX_FACTOR = 1e30  # float32 holds it and its inverse
-_INPUTS = 5  # the differentiable arguments: query, text key and value, path key and value
 
 
 class Arguments(NamedTuple):
@@ -31,6 +31,11 @@ class Arguments(NamedTuple):
     scale: float
     window: int | None
     softcap: float | None
+
+    @property
+    def inputs(self) -> Tensors:
+        """The differentiable arguments."""
+        return self.query, self.text_key, self.text_value, self.path_key, self.path_value
 
 
 def thought_attention(
@@ -73,7 +78,7 @@ def thought_attention(
             CUDA the values of text_limits and text_start are not read back: a row whose are out of range comes out NaN.
     """
     out, lse = _kernel(
-        (query, text_key, text_value, path_key, path_value, text_limits, text_start, scale, window, softcap)
+        (query, text_key, text_value, path_key, path_value, text_limits, text_start, scale, window, softcap), return_lse
     )
     return (out, lse) if return_lse else out
 
@@ -127,14 +132,14 @@ def reference_backward(d_out: Tensor, outputs: Tensors, arguments: Arguments) ->
     )
     # The heads of a group share their keys and values.
     summed = (gradients[0], *(x.unflatten(1, (-1, group)).sum(2) for x in gradients[1:]))
-    return tuple(torch.empty_like(x).copy_(dx) for x, dx in zip(a[:_INPUTS], summed, strict=True))
+    return tuple(torch.empty_like(x).copy_(dx) for x, dx in zip(a.inputs, summed, strict=True))
 
 
 def _upcast(a: Arguments) -> Tensors:
     """The five inputs in float32 at least, keys and values repeated for the heads of their group."""
     dtype = torch.promote_types(a.query.dtype, torch.float32)
     group = a.query.shape[1] // a.text_key.shape[1]
-    return (a.query.to(dtype), *(x.to(dtype).repeat_interleave(group, 1) for x in a[1:_INPUTS]))
+    return (a.query.to(dtype), *(x.to(dtype).repeat_interleave(group, 1) for x in a.inputs[1:]))
 
 
 def _scores(a: Arguments) -> Tensor:
@@ -164,30 +169,34 @@ def _seen(a: Arguments) -> Tensor:
     return torch.cat([seen_text.expand(*limit.shape[:3], Q, S), seen_own], -1)
 
 
-def _forward(arguments: tuple[Any, ...]) -> Tensors:
+def _forward(arguments: tuple[Any, ...], all_outputs: bool) -> Tensors:
     query: Tensor = arguments[0]
-    out, lse = _fake(arguments)
-    if _runs_natively(query):
-        if query.is_cpu:
-            accepted = native.cpu.thought_attention(*arguments, out, lse, torch.get_num_threads())
-        else:
-            with torch.cuda.device(query.device):
-                accepted = native.cuda().thought_attention(*arguments, out, lse, _stream())
-        if not accepted:
-            _refuse(arguments)
-        return out, lse
-    expected, lse = reference(*arguments)
-    return out.copy_(expected), lse
+    if not _runs_natively(query):
+        out, lse = _fake(arguments)
+        expected, exact_lse = reference(*arguments)
+        return out.copy_(expected), lse.copy_(exact_lse)
+    outputs = _fake(arguments) if all_outputs else (_empty_output(query), None)
+    if query.is_cpu:
+        on_cpu: Callable[..., bool] = cpu.thought_attention
+        accepted = on_cpu(*arguments, *outputs, torch.get_num_threads())
+    else:
+        with torch.cuda.device(query.device):
+            accepted = cuda().thought_attention(*arguments, *outputs, _stream())
+    if not accepted:
+        _refuse(arguments)
+    return outputs  # type: ignore[return-value]  # the lse is None only where nobody asked for it
+
+
+def _empty_output(query: Tensor) -> Tensor:
+    """An output laid out as the query, so that a model's transposed view comes back as one; its rows contiguous."""
+    out = torch.empty_like(query)
+    return out if out.stride(-1) == 1 else query.new_empty(query.shape)
 
 
 def _fake(arguments: tuple[Any, ...]) -> Tensors:
-    """An output laid out as the query, so that a model's transposed view comes back as one; its rows contiguous."""
     query: Tensor = arguments[0]
-    out = torch.empty_like(query)
-    if out.stride(-1) != 1:
-        out = query.new_empty(query.shape)
     lse_dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
-    return out, query.new_empty(query.shape[:-1], dtype=lse_dtype)
+    return _empty_output(query), query.new_empty(query.shape[:-1], dtype=lse_dtype)
 
 
 def _backward(d_out: Tensor, outputs: Tensors, arguments: tuple[Any, ...]) -> Tensors:
@@ -196,27 +205,22 @@ def _backward(d_out: Tensor, outputs: Tensors, arguments: tuple[Any, ...]) -> Te
         return reference_backward(d_out, outputs, a)
     out, lse = outputs
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-    gradients = tuple(torch.empty_like(x) for x in a[:_INPUTS])
+    gradients = tuple(torch.empty_like(x) for x in a.inputs)
     if a.query.is_cpu:
-        accepted = native.cpu.thought_attention_backward(
-            *arguments, out, d_out, lse, *gradients, torch.get_num_threads()
-        )
+        on_cpu: Callable[..., bool] = cpu.thought_attention_backward
+        accepted = on_cpu(*arguments, out, d_out, lse, *gradients, torch.get_num_threads())
     else:
-        cuda = native.cuda()
-        size = cuda.thought_attention_backward_workspace(
-            *a.query.shape[:4], *a.text_key.shape[1:3], a.path_key.shape[3]
-        )
-        workspace = lse.new_empty(size)
+        module = cuda()
+        sizes = (*a.query.shape[:4], *a.text_key.shape[1:3], a.path_key.shape[3])
+        workspace = lse.new_empty(module.thought_attention_backward_workspace(*sizes))
         with torch.cuda.device(a.query.device):
-            accepted = cuda.thought_attention_backward(*arguments, out, d_out, lse, *gradients, workspace, _stream())
+            accepted = module.thought_attention_backward(*arguments, out, d_out, lse, *gradients, workspace, _stream())
     if not accepted:
         _refuse(arguments)
     return gradients
 
 
-_kernel = Kernel(
-    "thought_attention", Arguments, outputs=2, forward=_forward, fake=_fake, inputs=_INPUTS, backward=_backward
-)
+_kernel = Kernel("thought_attention", Arguments, outputs=2, forward=_forward, fake=_fake, inputs=5, backward=_backward)
 
 _CPU_DTYPES = {torch.float32, torch.bfloat16}
 _CUDA_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
@@ -224,8 +228,8 @@ _CUDA_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 def _runs_natively(query: Tensor) -> bool:
     if query.is_cpu:
-        return native.cpu is not None and query.dtype in _CPU_DTYPES and query.numel() > 0
-    return query.is_cuda and query.dtype in _CUDA_DTYPES and query.numel() > 0 and native.cuda() is not None
+        return cpu is not None and query.dtype in _CPU_DTYPES and query.numel() > 0
+    return query.is_cuda and query.dtype in _CUDA_DTYPES and query.numel() > 0 and cuda() is not None
 
 
 def _stream() -> int:

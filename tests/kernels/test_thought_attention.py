@@ -182,7 +182,7 @@ def test_large_scores_do_not_overflow():
     out, lse = thought_attention(*tensors, **options, return_lse=True)
     expected, expected_lse = reference(*[x.double() for x in tensors], **options)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-2)  # scores of 1e5 carry errors of 1e-2
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-6 * expected_lse.abs().max().item())
 
 
 def test_gradients_flow_through_the_reference():
