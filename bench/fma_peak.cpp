@@ -1,6 +1,7 @@
 // Ceilings of this machine: fp32 multiply-adds a second, bytes read a second, bf16 multiply-adds a second.
 //
-//   fma_peak THREADS MEGABYTES   prints   GFLOP/s  GB/s  and, with AVX512-BF16,  GFLOP/s of vdpbf16ps
+//   fma_peak THREADS MEGABYTES   prints   GFLOP/s  GB/s  and the GFLOP/s of bf16, where the ISA multiplies it: AMX
+//   tiles, else vdpbf16ps
 //
 // VECTOR_BYTES (64, 32 or 16) is the register width of the ISA that is compiled for; an ISA without
 // fused multiply-add is measured with a multiply and an add. 12 accumulators cover two units of
@@ -15,6 +16,10 @@
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
+#endif
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 typedef float Vector __attribute__((vector_size(VECTOR_BYTES)));
@@ -36,7 +41,37 @@ static void spin(long steps) {
   sink = total;
 }
 
-#ifdef __AVX512BF16__
+#ifdef __AMX_BF16__
+constexpr int tile_sums = 4, bf16_products = 16 * 16 * 32 * tile_sums / (accumulators * lanes);
+static_assert(bf16_products * accumulators * lanes <= 16 * 16 * 32 * tile_sums, "never more than is done");
+
+// Four sums of 16 x 16 over 32 products, all of ones.
+static void spin_bf16(long steps) {
+  alignas(64) static const unsigned char config[64] = {
+      1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 64, 0,  64, 0,  64, 0,  64, 0, 64, 0, 64, 0, 0, 0, 0, 0,
+      0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 0,  0, 0,  0, 0,  0, 0, 0, 0, 0};
+  alignas(64) static const std::vector<unsigned short> ones(512, 0x3f80);
+  float out[256];
+  _tile_loadconfig(config);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_loadd(4, ones.data(), 64);
+  _tile_loadd(5, ones.data(), 64);
+  for (long step = 0; step < steps; ++step) {
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_dpbf16ps(1, 4, 5);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+  _tile_stored(0, out, 64);
+  _tile_release();
+  sink = out[0];
+}
+#elif defined(__AVX512BF16__)
+constexpr int bf16_products = 2;
+
 static void spin_bf16(long steps) {
   const __m512 factor = _mm512_set1_ps(factor_source), addend = _mm512_set1_ps(addend_source);
   const __m512bh a = _mm512_cvtne2ps_pbh(factor, factor), b = _mm512_cvtne2ps_pbh(addend, factor);
@@ -92,7 +127,11 @@ int main(int argc, char** argv) {
   const double fp32 = gflops(spin, 1, threads);
   std::printf("%.1f %.1f", fp32, read_gbs(threads, std::atol(argv[2])));
 #ifdef __AVX512BF16__
-  std::printf(" %.1f", gflops(spin_bf16, 2, threads));
+#ifdef __AMX_BF16__
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  if (syscall(SYS_arch_prctl, request_permission, tile_data) != 0) return 1;
+#endif
+  std::printf(" %.1f", gflops(spin_bf16, bf16_products, threads));
 #endif
   std::printf("\n");
 }

@@ -19,6 +19,7 @@ ISA_FLAGS: dict[str, tuple[list[str], int]] = {
     "avx2": (["-march=x86-64-v3"], 32),
     "avx512": (["-march=x86-64-v4"], 64),
     "avx512_bf16": (["-march=x86-64-v4", "-mavx512bf16"], 64),
+    "amx": (["-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"], 64),
     "neon": ([], 16),
 }
 # Far above any cache share of two cores, yet read in a fraction of a second.
@@ -29,7 +30,7 @@ READ_MEGABYTES = 512
 class Machine:
     """The machine record. `fma_gflops` and `read_gbs` are None where `ceilings` says why.
 
-    `bf16_gflops` is the peak of vdpbf16ps; None too where the ISA has no such instruction.
+    `bf16_gflops` is the peak of AMX tiles, else of vdpbf16ps; None too where the ISA has neither.
     """
 
     isa: str
