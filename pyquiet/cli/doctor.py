@@ -12,7 +12,7 @@ from pyquiet import __version__
 SUPPORTED = {
     "Python": ("3.11", "3.13"),
     "torch": ("2.11", "2.15"),
-    "transformers": ("5.17", "5.23"),
+    "transformers": ("5.17", "5.24"),
 }
 
 
