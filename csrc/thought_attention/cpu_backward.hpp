@@ -14,7 +14,6 @@
 #pragma once
 
 #include <cmath>
-#include <vector>
 
 #include "cpu_packed.hpp"
 
@@ -23,7 +22,7 @@ namespace PYQUIET_ISA {
 namespace {
 
 // Units that keep many cores busy; a (b, g) is cut into shares where there are fewer of them.
-constexpr int64_t kUnits = 32;
+constexpr int64_t kUnits = 16;
 
 // Consecutive positions whose rows are worked on together, as few rows short of whole tiles as can be.
 template <class E>
@@ -52,8 +51,9 @@ struct BackwardTile {
   alignas(64) uint16_t weight_left[kKeyBlock * kRows], d_score_left[kKeyBlock * kRows],
       d_score_right[kKeyBlock * kRows];
   alignas(64) uint16_t spare_packed[kMaxD * kKeyBlock];
-  std::vector<float> d_text_key, d_text_value;  // [S rounded up][padded_D]
-  std::vector<float> d_path_key, d_path_value;  // [positions of the chunk][P][padded_D]
+  Scratch<float> text_memory, path_memory;
+  float *d_text_key, *d_text_value;  // [S and a block][padded_D]
+  float *d_path_key, *d_path_value;  // [positions of the chunk][P][padded_D]
   Prefetch<E> prefetch;
 };
 
@@ -158,10 +158,10 @@ void text_gradients(const Problem<E>& p, int64_t b, int64_t g, BackwardTile<E>& 
     gemm<Start::zero, Layout::rows>(
         padded, set.vectors, {value.data, value.stride, tile.d_out_t, kRows, tile.d_score, kRows, p.D}, prefetch);
     differentiate(p, set, key0, n, padded, tile);
-    const auto to_key = [&](const float* weight, const float* rows, std::vector<float>& gradient) {
+    const auto to_key = [&](const float* weight, const float* rows, float* gradient) {
       gemm<Start::add, Layout::rows>(
-          padded, channels,
-          {weight, kRows, rows, p.padded_D, gradient.data() + key0 * p.padded_D, p.padded_D, set.rows}, prefetch);
+          padded, channels, {weight, kRows, rows, p.padded_D, gradient + key0 * p.padded_D, p.padded_D, set.rows},
+          prefetch);
     };
     to_key(tile.score, tile.d_out, tile.d_text_value);
     to_key(tile.d_score, tile.query, tile.d_text_key);
@@ -195,9 +195,9 @@ void packed_text_gradients(const Problem<E>& p, const PackedText<E>& text, int64
     pack_left(tile.d_score, kRows, padded, kVectors, d_score);
     const int64_t offset = key0 * p.padded_D;
     prefetch();
-    packed_gemm<true>(n, p.padded_D, kRows, weight, d_out_rows, tile.d_text_value.data() + offset, p.padded_D);
+    packed_gemm<true>(n, p.padded_D, kRows, weight, d_out_rows, tile.d_text_value + offset, p.padded_D);
     prefetch();
-    packed_gemm<true>(n, p.padded_D, kRows, d_score, query_rows, tile.d_text_key.data() + offset, p.padded_D);
+    packed_gemm<true>(n, p.padded_D, kRows, d_score, query_rows, tile.d_text_key + offset, p.padded_D);
     const int64_t depth = rounded_up(n, kDepth);
     const Packed by_key{tile.d_score_right, 2 * kRows};
     prefetch();
@@ -213,10 +213,10 @@ void own_position(const Problem<E>& p, int64_t b, int64_t g, int from, int to, i
                   BackwardTile<E>& tile) {
   const int64_t position = tile.text.row[from].position, offset = (slot * p.P + key0) * p.padded_D;
   const int channels = static_cast<int>(p.padded_D / kLanes);
-  const auto to_key = [&](const float* weight, const float* rows, std::vector<float>& gradient) {
+  const auto to_key = [&](const float* weight, const float* rows, float* gradient) {
     gemm<Start::add, Layout::rows>(
         n, channels,
-        {weight + from, kRows, rows + from * p.padded_D, p.padded_D, gradient.data() + offset, p.padded_D, to - from});
+        {weight + from, kRows, rows + from * p.padded_D, p.padded_D, gradient + offset, p.padded_D, to - from});
   };
   to_key(tile.score, tile.d_out, tile.d_path_value);
   to_key(tile.d_score, tile.query, tile.d_path_key);
@@ -281,8 +281,10 @@ template <class E>
 void chunk_gradients(const Problem<E>& p, const ThoughtAttentionBackward<E>& a, const PackedText<E>& text, int64_t b,
                      int64_t g, int64_t position, int64_t positions, int64_t then, BackwardTile<E>& tile) {
   const int64_t begin = position * p.group * p.Q, end = (position + positions) * p.group * p.Q;
-  tile.d_path_key.assign(positions * p.P * p.padded_D, 0.0f);
-  tile.d_path_value.assign(positions * p.P * p.padded_D, 0.0f);
+  const int64_t path_size = positions * p.P * p.padded_D;
+  tile.d_path_key = tile.path_memory.reserve(2 * path_size);
+  tile.d_path_value = tile.d_path_key + path_size;
+  std::fill_n(tile.d_path_key, 2 * path_size, 0.0f);
   for (int64_t flat = begin; flat < end; flat += kRows) {
     tile.text.see_text(p, b, g, flat, static_cast<int>(std::min<int64_t>(kRows, end - flat)));
     load_tile(p, a, b, tile);
@@ -297,9 +299,8 @@ void chunk_gradients(const Problem<E>& p, const ThoughtAttentionBackward<E>& a, 
   }
   for (int64_t i = 0; i < positions; ++i) {
     const int64_t offset = i * p.P * p.padded_D, t = position + i;
-    write_gradient(p, tile.d_path_key.data() + offset, p.P, 1, 0, a.d_path_key.at(b, g, t), a.d_path_key.stride[3]);
-    write_gradient(p, tile.d_path_value.data() + offset, p.P, 1, 0, a.d_path_value.at(b, g, t),
-                   a.d_path_value.stride[3]);
+    write_gradient(p, tile.d_path_key + offset, p.P, 1, 0, a.d_path_key.at(b, g, t), a.d_path_key.stride[3]);
+    write_gradient(p, tile.d_path_value + offset, p.P, 1, 0, a.d_path_value.at(b, g, t), a.d_path_value.stride[3]);
   }
 }
 
@@ -321,30 +322,33 @@ void thought_attention_backward(const ThoughtAttentionBackward<E>& a, int thread
   const Problem<E> p{a};
   const int64_t heads = p.B * p.G, chunk = positions_a_chunk(p), chunks = (p.T + chunk - 1) / chunk;
   const int64_t shares = std::min(chunks, (kUnits + heads - 1) / heads), size = (p.S + kKeyBlock) * p.padded_D;
-  std::vector<float> partial(shares > 1 ? 2 * heads * shares * size : 0);  // [heads][key, value][shares][size]
+  static thread_local Scratch<float> partial_memory;
+  float* const partial =
+      partial_memory.reserve(shares > 1 ? 2 * heads * shares * size : 0);  // [heads][key, value][shares]
 #pragma omp parallel num_threads(threads) if (heads * shares > 1)
   {
     static thread_local BackwardTile<E> tile;  // large, and kept for the next call
-    static thread_local Scratch scratch;
+    static thread_local Scratch<uint16_t> scratch;
     [[maybe_unused]] const TileUse use;
     PackedText<E> text{p, 3};
     if (p.packed) text.memory = scratch.reserve(text.matrices * text.matrix);
+    tile.d_text_key = tile.text_memory.reserve(2 * size);
+    tile.d_text_value = tile.d_text_key + size;
     int64_t packed_head = -1;
 #pragma omp for schedule(dynamic)
     for (int64_t unit = 0; unit < heads * shares; ++unit) {
       const int64_t head = unit / shares, b = head / p.G, g = head % p.G;
-      tile.d_text_key.assign(size, 0.0f);
-      tile.d_text_value.assign(size, 0.0f);
+      std::fill_n(tile.d_text_key, 2 * size, 0.0f);
       if (p.packed && head != packed_head) pack_head(p, text, packed_head = head, tile.spare_key);
       for (int64_t i = unit % shares; i < chunks; i += shares)
         chunk_gradients(p, a, text, b, g, i * chunk, std::min(chunk, p.T - i * chunk), (i + shares) * chunk, tile);
       if (shares > 1) {
-        float* to = partial.data() + (2 * head * shares + unit % shares) * size;
-        std::copy_n(tile.d_text_key.data(), size, to);
-        std::copy_n(tile.d_text_value.data(), size, to + shares * size);
+        float* to = partial + (2 * head * shares + unit % shares) * size;
+        std::copy_n(tile.d_text_key, size, to);
+        std::copy_n(tile.d_text_value, size, to + shares * size);
       } else {
-        write_gradient(p, tile.d_text_key.data(), p.S, 1, 0, a.d_text_key.at(b, g), a.d_text_key.stride[2]);
-        write_gradient(p, tile.d_text_value.data(), p.S, 1, 0, a.d_text_value.at(b, g), a.d_text_value.stride[2]);
+        write_gradient(p, tile.d_text_key, p.S, 1, 0, a.d_text_key.at(b, g), a.d_text_key.stride[2]);
+        write_gradient(p, tile.d_text_value, p.S, 1, 0, a.d_text_value.at(b, g), a.d_text_value.stride[2]);
       }
     }
     if (shares > 1) {
@@ -352,11 +356,14 @@ void thought_attention_backward(const ThoughtAttentionBackward<E>& a, int thread
       for (int64_t i = 0; i < 2 * heads; ++i) {
         const int64_t b = i / 2 / p.G, g = i / 2 % p.G;
         const View<E, 4>& to = i % 2 ? a.d_text_value : a.d_text_key;
-        write_gradient(p, partial.data() + i * shares * size, p.S, shares, size, to.at(b, g), to.stride[2]);
+        write_gradient(p, partial + i * shares * size, p.S, shares, size, to.at(b, g), to.stride[2]);
       }
     }
     scratch.trim();
+    tile.text_memory.trim();
+    tile.path_memory.trim();
   }
+  partial_memory.trim();
 }
 
 }  // namespace PYQUIET_ISA

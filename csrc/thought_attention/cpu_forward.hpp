@@ -308,7 +308,7 @@ void thought_attention_forward(const ThoughtAttention<E>& a, int threads) {
   // A thread that packs a head for itself finds it in its own cache; few heads are packed by all threads together.
   const bool by_head = p.packed && heads >= 4 * threads;
   PackedText<E> shared{p, 2};
-  static thread_local Scratch scratch;
+  static thread_local Scratch<uint16_t> scratch;
   if (p.packed && !by_head) shared.memory = scratch.reserve(heads * shared.matrices * shared.matrix);
 #pragma omp parallel num_threads(threads) if (items.items > 1)
   {

@@ -2,8 +2,6 @@
 // the products of a tile with it.
 #pragma once
 
-#include <memory>
-
 #include "cpu_rows.hpp"
 
 namespace pyquiet {
@@ -11,23 +9,6 @@ namespace PYQUIET_ISA {
 namespace {
 
 constexpr int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Memory that a thread keeps from call to call, so that the system need not hand out and clear its pages each time.
-class Scratch {
- public:
-  uint16_t* reserve(int64_t size) {
-    if (size > size_) memory_.reset(new uint16_t[size_ = size]);
-    return memory_.get();
-  }
-  void trim() {
-    constexpr int64_t kKept = int64_t{32} << 20;
-    if (size_ > kKept) memory_.reset(), size_ = 0;
-  }
-
- private:
-  std::unique_ptr<uint16_t[]> memory_;
-  int64_t size_ = 0;
-};
 
 // `matrices` left matrices a (b, g), of keys or values: by rows, [key][channel], or by columns, [channel][key]. Keys
 // from S on are zeros; there is a block of them more than S needs, since a block of keys may begin anywhere.

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 
 #include "../common/gemm.hpp"
 #include "../common/packed.hpp"
@@ -61,6 +62,25 @@ struct RowCursor {
   }
 
   int64_t first_head, group, Q, step, head, position;
+};
+
+// Memory that a thread keeps from call to call, so that the system need not hand out and clear its pages each time. Not
+// initialised.
+template <class T>
+class Scratch {
+ public:
+  T* reserve(int64_t size) {
+    if (size > size_) memory_.reset(new T[size_ = size]);
+    return memory_.get();
+  }
+  void trim() {
+    constexpr int64_t kKept = (int64_t{32} << 20) / sizeof(T);
+    if (size_ > kKept) memory_.reset(), size_ = 0;
+  }
+
+ private:
+  std::unique_ptr<T[]> memory_;
+  int64_t size_ = 0;
 };
 
 // The rows of a tile and the keys each of them sees, of the text or of the own path: first <= key < limit.
