@@ -1,6 +1,6 @@
-// The Python door of the CPU code: checks, unpacks, calls. Arrays come as addresses (int) that
-// Python has checked for device, dtype and layout; address 0 means "none". The GIL is released
-// around the work.
+// The Python door of the CPU code: checks, unpacks, calls. Kernels take tensors and check them; `uniforms` takes
+// addresses (int) that Python has checked for device, dtype and layout, 0 for "none". The GIL is released around the
+// work.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -33,7 +33,8 @@ bool has_amx() {
 #endif
 }
 
-// The features are asked one by one: g++ before 12 does not know the words x86-64-v2 to v4 here.
+// Every processor with these features has the rest of its level. They are asked one by one: g++ before 12 does not know
+// the words x86-64-v2 to v4 here.
 bool runs_here(Isa level) {
 #if defined(__x86_64__) || defined(_M_X64)
   switch (level) {

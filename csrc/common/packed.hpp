@@ -40,6 +40,7 @@ using U = Lanes<kLanes>::U;
 using Half = Lanes<kLanes>::Half;
 
 // x rounded to bfloat16, to nearest, ties to even: in the upper halves of words, the lower ones hold nothing of use.
+// A NaN of arithmetic stays one; one with all bits set would not.
 inline U rounded(F x) {
   U bits;
   std::memcpy(&bits, &x, sizeof x);

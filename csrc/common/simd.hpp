@@ -72,8 +72,8 @@ inline void store(BFloat16* p, V v) {
   using L = Lanes<kWidth<V>>;
   typename L::U bits;
   std::memcpy(&bits, &v, sizeof(V));
-  const typename L::U rounded = bits + 0x7fff + (bits >> 16 & 1);
-  bits = (bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded;
+  const typename L::U nearest = bits + 0x7fff + (bits >> 16 & 1);
+  bits = (bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : nearest;
   const typename L::Half half = __builtin_convertvector(bits >> 16, typename L::Half);
   std::memcpy(p, &half, sizeof half);
 }

@@ -41,7 +41,7 @@ bool read_options(const ThoughtArguments& from, ThoughtInputs<E>& a) {
     if (!(softcap >= 1e-30 && softcap <= 1e30)) return false;
     a.softcap = static_cast<float>(softcap);
   }
-  return std::fabs(from.scale) <= 1e30;
+  return std::fabs(from.scale) <= 1e30 && (a.softcap == 0 || std::fabs(from.scale) / a.softcap <= 1e30);
 }
 
 template <class E>
@@ -49,6 +49,7 @@ bool fits_contract(const ThoughtInputs<E>& a, Device device) {
   const auto [B, H, T, Q, D] = a.query.shape;
   const int64_t G = a.text_key.shape[1], S = a.text_key.shape[2], P = a.path_key.shape[3];
   if (D % 8 || D < 8 || D > 256 || G < 1 || H % G || Q < 1 || P < Q || S > INT32_MAX - 4096) return false;
+  if (P >= 1 << 23 || H * Q >= 1 << 30) return false;  // counted in 32 bits inside a tile
   if (!has_shape<const E, 5>(a.query, {B, H, T, Q, D}) || !has_shape<const E, 4>(a.text_key, {B, G, S, D}) ||
       !has_shape<const E, 4>(a.text_value, {B, G, S, D}) || !has_shape<const E, 5>(a.path_key, {B, G, T, P, D}) ||
       !has_shape<const E, 5>(a.path_value, {B, G, T, P, D}))

@@ -315,14 +315,16 @@ void thought_attention_forward(const ThoughtAttention<E>& a, int threads) {
     static thread_local ForwardTile<E> tile;  // large, and kept for the next call
     [[maybe_unused]] const TileUse use;
     if (by_head) {
+      static thread_local Scratch<uint16_t> own;  // declared where every thread comes by, or it would never be freed
       PackedText<E> text = shared;
-      text.memory = scratch.reserve(text.matrices * text.matrix);
+      text.memory = own.reserve(text.matrices * text.matrix);
 #pragma omp for schedule(dynamic)
       for (int64_t head = 0; head < heads; ++head) {
         for (int64_t block = 0; block < text.blocks; ++block) pack_block(p, text, head, 0, block, tile.spare_key);
         for (int64_t i = head * items.tiles; i < (head + 1) * items.tiles; ++i)
           attend_item(p, a, text, 0, items, i, i + 1, tile);
       }
+      own.trim();
     } else {
       if (p.packed) {
 #pragma omp for schedule(static)
@@ -332,7 +334,6 @@ void thought_attention_forward(const ThoughtAttention<E>& a, int threads) {
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < items.items; ++i) attend_item(p, a, shared, items.head(i), items, i, i + threads, tile);
     }
-    if (by_head) scratch.trim();
   }
   scratch.trim();
 }

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 
 #include "../common/gemm.hpp"
 #include "../common/packed.hpp"
@@ -65,12 +66,16 @@ struct RowCursor {
 };
 
 // Memory that a thread keeps from call to call, so that the system need not hand out and clear its pages each time. Not
-// initialised.
+// initialised; it begins at a cache line.
 template <class T>
 class Scratch {
  public:
   T* reserve(int64_t size) {
-    if (size > size_) memory_.reset(new T[size_ = size]);
+    if (size > size_) {
+      memory_.reset();
+      memory_.reset(static_cast<T*>(::operator new(size * sizeof(T), kLine)));
+      size_ = size;
+    }
     return memory_.get();
   }
   void trim() {
@@ -79,7 +84,11 @@ class Scratch {
   }
 
  private:
-  std::unique_ptr<T[]> memory_;
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(T* memory) const { ::operator delete(memory, kLine); }
+  };
+  std::unique_ptr<T, Free> memory_;
   int64_t size_ = 0;
 };
 

@@ -185,6 +185,7 @@ PYQUIET_DEVICE void store_rows(const float (&acc)[C::kTilesM][C::kTilesD][4], ty
                                const Inputs<typename C::E>& p, PointerOf pointer_of) {
   using E = typename C::E;
   const int lane = lane_index();
+  __syncwarp();  // other lanes may still read the rows that stood here
 #pragma unroll
   for (int m = 0; m < C::kTilesM; ++m)
 #pragma unroll

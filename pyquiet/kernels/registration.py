@@ -6,10 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 _LIBRARY = torch.library.Library("pyquiet", "DEF")
 _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
+# Whether functorch, a dispatch mode or a tracer is at work: each hides behind tensors of the plain type.
+_functorch = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracer = torch._C._get_tracing_state
 
 Arguments = tuple[Any, ...]
 Tensors = tuple[Tensor, ...]
@@ -23,14 +28,16 @@ class Kernel:
 
     Calling a kernel with a tuple of arguments runs `forward` directly (microseconds less than the dispatcher) where no
     input needs a gradient, through a torch.autograd.Function where one does, and through the registered op under a
-    compiler or for tensor subclasses.
+    compiler, a tracer, a transform of torch.func or a dispatch mode, and for tensor subclasses. No kernel is
+    differentiable twice: a gradient taken with `create_graph=True` raises when it is differentiated.
 
     Args:
         outputs: how many tensors `forward` returns. Only the first is differentiable.
         forward: (arguments, all_outputs) -> outputs; without `all_outputs` what follows the first may be missing.
         fake: arguments -> outputs of the same shapes, strides and dtypes, not computed.
         inputs: how many of the arguments, the first ones, are differentiable.
-        backward: (d_out, outputs, arguments) -> gradients of the inputs, laid out as `torch.empty_like` of each.
+        backward: (d_out, outputs, arguments) -> gradients of all inputs, laid out as `empty_rows_like` of each.
+        check: raises what is wrong with the arguments; called when a call has raised, so that it is named.
     """
 
     def __init__(
@@ -41,12 +48,14 @@ class Kernel:
         outputs: int,
         forward: Callable[[Arguments, bool], Tensors],
         fake: Callable[[Arguments], Tensors],
+        check: Callable[[Arguments], None],
         inputs: int = 0,
         backward: Callable[[Tensor, Tensors, Arguments], Tensors] | None = None,
     ) -> None:
-        self.forward, self.inputs = forward, inputs
+        self.forward, self.check, self.inputs = forward, check, inputs
         fields = signature.__annotations__
-        self.tensors = sum(kind in (Tensor, Tensor | None) for kind in fields.values())
+        self.tensors = tensors = sum(kind in (Tensor, Tensor | None) for kind in fields.values())
+        assert all(kind in (Tensor, Tensor | None) for kind in list(fields.values())[:tensors]), "tensors come first"
         _define(name, fields, outputs, lambda *args: forward(args, True), lambda *args: fake(args))
         self.op: Callable[..., Tensors] = getattr(torch.ops.pyquiet, name)
         if backward is None:
@@ -56,12 +65,15 @@ class Kernel:
             return backward(d_out, rest[:outputs], rest[outputs:])
 
         def fake_backward(d_out: Tensor, *rest: Any) -> Tensors:
-            return tuple(torch.empty_like(x) for x in rest[outputs : outputs + inputs])
+            return tuple(empty_rows_like(x) for x in rest[outputs : outputs + inputs])
+
+        def refuse(ctx: Any, *_: Tensor | None) -> None:
+            raise NotImplementedError(f"pyquiet::{name} is not differentiable twice")
 
         saved = {"d_out": Tensor} | {f"output_{i}": Tensor for i in range(outputs)}
         _define(f"{name}_backward", saved | fields, inputs, flat_backward, fake_backward)
         backward_op: Callable[..., Tensors] = getattr(torch.ops.pyquiet, f"{name}_backward")
-        tensors = self.tensors
+        torch.library.register_autograd(f"pyquiet::{name}_backward", refuse, lib=_LIBRARY)
 
         def save(ctx: Any, arguments: Arguments, results: Tensors) -> None:
             ctx.save_for_backward(*results, *arguments[:tensors])
@@ -77,6 +89,13 @@ class Kernel:
             wanted = [d if ctx.needs_input_grad[i] else None for i, d in enumerate(d_inputs)]
             return [*wanted, *none[inputs:]]
 
+        class Gradient(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *arguments: Any) -> Tensors:
+                return flat_backward(*arguments)
+
+            backward = staticmethod(refuse)
+
         class Direct(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *arguments: Any) -> Tensors:
@@ -85,9 +104,8 @@ class Kernel:
                 return results
 
             @staticmethod
-            @torch.autograd.function.once_differentiable
             def backward(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> Any:
-                return tuple(gradients(ctx, flat_backward, d_out))
+                return tuple(gradients(ctx, Gradient.apply, d_out))
 
         self._direct = Direct
         torch.library.register_autograd(
@@ -98,14 +116,38 @@ class Kernel:
         )
 
     def __call__(self, arguments: Arguments, all_outputs: bool = True) -> Tensors:
-        if is_compiling() or not _PLAIN.issuperset(map(type, arguments[: self.tensors])):
-            return self.op(*arguments)
-        if torch.is_grad_enabled():
-            for x in arguments[: self.inputs]:
-                if x.requires_grad:
-                    results: Tensors = self._direct.apply(*arguments)  # type: ignore[no-untyped-call]
-                    return results
-        return self.forward(arguments, all_outputs)
+        try:
+            if forward_ad._current_level >= 0:
+                self._refuse_tangents(arguments)
+            if (
+                is_compiling()
+                or _functorch() is not None
+                or _dispatch_modes()
+                or _tracer() is not None
+                or not _PLAIN.issuperset(map(type, arguments[: self.tensors]))
+            ):
+                return self.op(*arguments)
+            if torch.is_grad_enabled():
+                for x in arguments[: self.inputs]:
+                    if x.requires_grad:
+                        results: Tensors = self._direct.apply(*arguments)  # type: ignore[no-untyped-call]
+                        return results
+            return self.forward(arguments, all_outputs)
+        except (AttributeError, TypeError, RuntimeError):  # pybind11 says RuntimeError of what it cannot convert
+            self.check(arguments)
+            raise
+
+    def _refuse_tangents(self, arguments: Arguments) -> None:
+        if any(forward_ad.unpack_dual(x).tangent is not None for x in arguments[: self.inputs]):
+            raise NotImplementedError(
+                f"{self.op} has no forward-mode derivative; use reverse mode (torch.autograd.grad)"
+            )
+
+
+def empty_rows_like(x: Tensor) -> Tensor:
+    """An uninitialised tensor laid out as x, so that a transposed view gives one; its last dimension contiguous."""
+    out = torch.empty_like(x)
+    return out if out.stride(-1) == 1 else x.new_empty(x.shape)
 
 
 def _define(

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from pyquiet.kernels.registration import Kernel, Tensors
+from pyquiet.kernels.registration import Kernel, Tensors, empty_rows_like
 from pyquiet.native import cpu, cuda
 
 _MAX_HEAD_SIZE = 256
 _MAX_TEXT = 2**31 - 1 - 4096
+_MAX_PATH, _MAX_ROWS = 2**23 - 1, 2**30 - 1  # steps of a path, heads times query steps
 _MAX_FACTOR = 1e30  # float32 holds it and its inverse
 
 
@@ -99,12 +100,13 @@ def reference(
     a = Arguments(query, text_key, text_value, path_key, path_value, text_limits, text_start, scale, window, softcap)
     _check(a)
     S = text_key.shape[2]
-    _, _, tv, _, pv = _upcast(a)
-    scores = _scores(a)
-    weights = scores.softmax(-1)
-    out = torch.einsum("bhtqs,bhsd->bhtqd", weights[..., :S], tv)
-    out = out + torch.einsum("bhtqp,bhtpd->bhtqd", weights[..., S:], pv)
-    return out.to(query.dtype), scores.logsumexp(-1)
+    with torch.autocast(query.device.type, enabled=False):
+        _, _, tv, _, pv = _upcast(a)
+        scores = _scores(a)
+        weights = scores.softmax(-1)
+        out = torch.einsum("bhtqs,bhsd->bhtqd", weights[..., :S], tv)
+        out = out + torch.einsum("bhtqp,bhtpd->bhtqd", weights[..., S:], pv)
+        return out.to(query.dtype), scores.logsumexp(-1)
 
 
 def reference_backward(d_out: Tensor, outputs: Tensors, arguments: Arguments) -> Tensors:
@@ -115,24 +117,25 @@ def reference_backward(d_out: Tensor, outputs: Tensors, arguments: Arguments) ->
     """
     a = Arguments(*arguments)
     out, lse = outputs
-    S, group = a.text_key.shape[2], a.query.shape[1] // a.text_key.shape[1]
-    q, tk, tv, pk, pv = _upcast(a)
-    d, scores = d_out.to(q.dtype), _scores(a)
-    p = torch.exp(scores - lse[..., None])
-    delta = (out.to(q.dtype) * d).sum(-1, keepdim=True)
-    d_weights = torch.cat([torch.einsum("bhtqd,bhsd->bhtqs", d, tv), torch.einsum("bhtqd,bhtpd->bhtqp", d, pv)], -1)
-    ds = p * (d_weights - delta) * a.scale
-    if a.softcap is not None:
-        ds = ds * (1 - (scores.masked_fill(p == 0, 0) / a.softcap) ** 2)
-    text, own, p_text, p_own = ds[..., :S], ds[..., S:], p[..., :S], p[..., S:]
-    gradients = (
-        torch.einsum("bhtqs,bhsd->bhtqd", text, tk) + torch.einsum("bhtqp,bhtpd->bhtqd", own, pk),
-        *(torch.einsum("bhtqs,bhtqd->bhsd", w, x) for w, x in ((text, q), (p_text, d))),
-        *(torch.einsum("bhtqp,bhtqd->bhtpd", w, x) for w, x in ((own, q), (p_own, d))),
-    )
-    # The heads of a group share their keys and values.
-    summed = (gradients[0], *(x.unflatten(1, (-1, group)).sum(2) for x in gradients[1:]))
-    return tuple(torch.empty_like(x).copy_(dx) for x, dx in zip(a.inputs, summed, strict=True))
+    (G, S), H = a.text_key.shape[1:3], a.query.shape[1]
+    with torch.autocast(a.query.device.type, enabled=False):
+        q, tk, tv, pk, pv = _upcast(a)
+        d, scores = d_out.to(q.dtype), _scores(a)
+        p = torch.exp(scores - lse[..., None])
+        delta = (out.to(q.dtype) * d).sum(-1, keepdim=True)
+        d_weights = torch.cat([torch.einsum("bhtqd,bhsd->bhtqs", d, tv), torch.einsum("bhtqd,bhtpd->bhtqp", d, pv)], -1)
+        ds = p * (d_weights - delta) * a.scale
+        if a.softcap is not None:
+            ds = ds * (1 - (scores.masked_fill(p == 0, 0) / a.softcap) ** 2)
+        text, own, p_text, p_own = ds[..., :S], ds[..., S:], p[..., :S], p[..., S:]
+        gradients = (
+            torch.einsum("bhtqs,bhsd->bhtqd", text, tk) + torch.einsum("bhtqp,bhtpd->bhtqd", own, pk),
+            *(torch.einsum("bhtqs,bhtqd->bhsd", w, x) for w, x in ((text, q), (p_text, d))),
+            *(torch.einsum("bhtqp,bhtqd->bhtpd", w, x) for w, x in ((own, q), (p_own, d))),
+        )
+        # The heads of a group share their keys and values.
+        summed = (gradients[0], *(x.unflatten(1, (G, H // G)).sum(2) for x in gradients[1:]))
+        return tuple(empty_rows_like(x).copy_(dx) for x, dx in zip(a.inputs, summed, strict=True))
 
 
 def _upcast(a: Arguments) -> Tensors:
@@ -173,9 +176,11 @@ def _forward(arguments: tuple[Any, ...], all_outputs: bool) -> Tensors:
     query: Tensor = arguments[0]
     if not _runs_natively(query):
         out, lse = _fake(arguments)
+        if query.is_meta:
+            return out, lse
         expected, exact_lse = reference(*arguments)
         return out.copy_(expected), lse.copy_(exact_lse)
-    outputs = _fake(arguments) if all_outputs else (_empty_output(query), None)
+    outputs = _fake(arguments) if all_outputs else (empty_rows_like(query), None)
     if query.is_cpu:
         on_cpu: Callable[..., bool] = cpu.thought_attention
         accepted = on_cpu(*arguments, *outputs, torch.get_num_threads())
@@ -187,16 +192,10 @@ def _forward(arguments: tuple[Any, ...], all_outputs: bool) -> Tensors:
     return outputs  # type: ignore[return-value]  # the lse is None only where nobody asked for it
 
 
-def _empty_output(query: Tensor) -> Tensor:
-    """An output laid out as the query, so that a model's transposed view comes back as one; its rows contiguous."""
-    out = torch.empty_like(query)
-    return out if out.stride(-1) == 1 else query.new_empty(query.shape)
-
-
 def _fake(arguments: tuple[Any, ...]) -> Tensors:
     query: Tensor = arguments[0]
     lse_dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
-    return _empty_output(query), query.new_empty(query.shape[:-1], dtype=lse_dtype)
+    return empty_rows_like(query), query.new_empty(query.shape[:-1], dtype=lse_dtype)
 
 
 def _backward(d_out: Tensor, outputs: Tensors, arguments: tuple[Any, ...]) -> Tensors:
@@ -205,7 +204,7 @@ def _backward(d_out: Tensor, outputs: Tensors, arguments: tuple[Any, ...]) -> Te
         return reference_backward(d_out, outputs, a)
     out, lse = outputs
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-    gradients = tuple(torch.empty_like(x) for x in a.inputs)
+    gradients = tuple(empty_rows_like(x) for x in a.inputs)
     if a.query.is_cpu:
         on_cpu: Callable[..., bool] = cpu.thought_attention_backward
         accepted = on_cpu(*arguments, out, d_out, lse, *gradients, torch.get_num_threads())
@@ -220,7 +219,16 @@ def _backward(d_out: Tensor, outputs: Tensors, arguments: tuple[Any, ...]) -> Te
     return gradients
 
 
-_kernel = Kernel("thought_attention", Arguments, outputs=2, forward=_forward, fake=_fake, inputs=5, backward=_backward)
+_kernel = Kernel(
+    "thought_attention",
+    Arguments,
+    outputs=2,
+    forward=_forward,
+    fake=_fake,
+    check=lambda arguments: _check(Arguments(*arguments)),
+    inputs=5,
+    backward=_backward,
+)
 
 _CPU_DTYPES = {torch.float32, torch.bfloat16}
 _CUDA_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
@@ -243,6 +251,7 @@ def _refuse(arguments: tuple[Any, ...]) -> NoReturn:
 
 
 def _check(a: Arguments) -> None:
+    _check_types(a)
     query = a.query
     B, H, T, Q, D, G, S, P = _sizes(query, a.text_key, a.path_key)
     for name, tensor, shape in (
@@ -264,6 +273,20 @@ def _check(a: Arguments) -> None:
         raise ValueError(f"window must be at least 1, or None for no window, got {a.window}")
     if a.softcap is not None and not 1 / _MAX_FACTOR <= a.softcap <= _MAX_FACTOR:
         raise ValueError(f"softcap must be positive (1e-30 to 1e30), or None for no cap, got {a.softcap}")
+    if a.softcap is not None and not abs(a.scale) / a.softcap <= _MAX_FACTOR:
+        raise ValueError(f"scale / softcap must be at most {_MAX_FACTOR:g} in size, got {a.scale} / {a.softcap}")
+
+
+def _check_types(a: Arguments) -> None:
+    for name, value in zip(a._fields, a, strict=True):
+        kind: Any = Tensor
+        if name in ("scale", "window", "softcap"):
+            kind = int if name == "window" else int | float
+        if not isinstance(value, kind) and not (value is None and name in ("text_start", "window", "softcap")):
+            wanted = "a tensor" if kind is Tensor else "an int" if kind is int else "a number"
+            raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+        if isinstance(value, Tensor) and value.layout is not torch.strided:
+            raise TypeError(f"{name} has layout {value.layout}; give it dense, with .to_dense()")
 
 
 def _sizes(query: Tensor, text_key: Tensor, path_key: Tensor) -> tuple[int, ...]:
@@ -282,6 +305,10 @@ def _sizes(query: Tensor, text_key: Tensor, path_key: Tensor) -> tuple[int, ...]
         raise ValueError(f"query has H={H} heads, which is not a multiple of the G={G} heads of text_key")
     if not 1 <= Q <= P:
         raise ValueError(f"query has Q={Q} steps but path_key P={P}; 1 <= Q <= P must hold")
+    if P > _MAX_PATH or H * Q > _MAX_ROWS:
+        raise ValueError(
+            f"path_key has P={P} steps (at most {_MAX_PATH}), query H * Q={H * Q} rows a position (at most {_MAX_ROWS})"
+        )
     if S > _MAX_TEXT:
         raise ValueError(f"text_key has S={S} keys, more than {_MAX_TEXT}")
     return B, H, T, Q, D, G, S, P
@@ -298,7 +325,12 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torc
 
 def _check_range(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, S: int) -> None:
     _check_tensor(name, tensor, shape, torch.int64, device)
-    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor) or not tensor.numel():
+    if (
+        torch.compiler.is_compiling()
+        or isinstance(tensor, torch._subclasses.FakeTensor)
+        or tensor.is_meta
+        or not tensor.numel()
+    ):
         return
     low, high = (int(x) for x in tensor.aminmax())
     if low < 0 or high > S:

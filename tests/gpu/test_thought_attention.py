@@ -1,8 +1,5 @@
 """Thought attention on a CUDA device: output, log-sum-exp and gradients against the float64 reference."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,23 +7,15 @@ from pyquiet import native
 from pyquiet.kernels import thought_attention
 from pyquiet.kernels.thought_attention import reference
 
+from ..kernels.test_thought_attention import SHAPES as CPU_SHAPES
+from ..kernels.test_thought_attention import broken, make
+
 pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _cpu_tests():
-    path = Path(__file__).parents[1] / "kernels" / "test_thought_attention.py"
-    spec = importlib.util.spec_from_file_location("cpu_thought_attention_tests", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cpu_tests = _cpu_tests()
 # B, H, G, T, P, Q, D, S, window, softcap, left padding
 SHAPES = [
-    *cpu_tests.SHAPES,
+    *CPU_SHAPES,
     (2, 8, 8, 64, 8, 8, 64, 64, None, None, False),
     (1, 8, 2, 200, 8, 8, 128, 200, None, None, True),
     (1, 4, 1, 33, 16, 16, 64, 300, 100, 20.0, True),
@@ -56,7 +45,7 @@ def on_device(value):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_reference(shape, dtype):
     """float32 to 5e-6 of the largest element, half precision to two steps of its rounding of it."""
-    tensors, options = cpu_tests.make(*shape, dtype=dtype)
+    tensors, options = make(*shape, dtype=dtype)
     d_out = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     exact = run([x.double() for x in tensors], options, d_out, reference)
     there = [x.cuda() for x in tensors]
@@ -70,7 +59,7 @@ def test_equals_the_reference(shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_repeats_give_the_same_bits(dtype):
-    tensors, options = cpu_tests.make(2, 8, 4, 150, 6, 6, 64, 150, None, None, True, dtype=dtype)
+    tensors, options = make(2, 8, 4, 150, 6, 6, 64, 150, None, None, True, dtype=dtype)
     tensors, options = [x.cuda() for x in tensors], {name: on_device(value) for name, value in options.items()}
     d_out = torch.randn_like(tensors[0])
     first, second = (
@@ -80,7 +69,7 @@ def test_repeats_give_the_same_bits(dtype):
 
 
 def test_a_limit_out_of_range_gives_nan_in_its_rows_alone():
-    tensors, options = cpu_tests.make(1, 2, 1, 20, 3, 3, 64, 30, None, None, False)
+    tensors, options = make(1, 2, 1, 20, 3, 3, 64, 30, None, None, False)
     tensors = [x.cuda() for x in tensors]
     limits = options["text_limits"].cuda()
     expected = thought_attention(*tensors, text_limits=limits, scale=0.1)
@@ -105,7 +94,7 @@ def test_bad_arguments_are_named(error, named, change):
         change(arguments)
 
     with pytest.raises(error, match=named):
-        thought_attention(**cpu_tests.broken(move_and_change))
+        thought_attention(**broken(move_and_change))
 
 
 def test_a_thinking_model_on_the_device_agrees_with_the_cpu():

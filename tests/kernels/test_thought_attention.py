@@ -7,11 +7,14 @@ import sys
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyquiet import native
 from pyquiet.kernels import thought_attention
 from pyquiet.kernels.thought_attention import reference
+
+from ..allocations import allocations
 
 # B, H, G, T, P, Q, D, S, window, softcap, left padding
 SHAPES = [
@@ -220,25 +223,16 @@ def test_compiles_without_a_graph_break():
     assert torch.equal(compiled(*tensors), twice(*tensors))
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the elements of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.numel())
-        return out
-
-
 @pytest.mark.skipif(native.cpu is None, reason="the reference forms all scores")
 def test_no_tensor_of_scores():
     tensors, options = make(1, 1, 1, 512, 2, 2, 8, 512, None, None, False)
-    with LargestTensor() as largest:
-        thought_attention(*tensors, **options)
-    assert largest.elements <= 512 * 2 * 8  # the output
+    _, largest = allocations(lambda: thought_attention(*tensors, **options))
+    assert largest <= 4 * 512 * 2 * 8  # the output
+    _, largest = allocations(lambda: reference(*tensors, **options))
+    assert largest >= 4 * 512 * 2 * 512  # the recorder sees scores where they are formed
+
+
+PATHS = ("path_key", "path_value")
 
 
 def broken(change):
@@ -276,6 +270,18 @@ def broken(change):
         (ValueError, "softcap", lambda a: a.update(softcap=1e-50)),
         (ValueError, "scale", lambda a: a.update(scale=1e300)),
         (ValueError, "scale", lambda a: a.update(scale=math.nan)),
+        (ValueError, "scale / softcap", lambda a: a.update(scale=1e30, softcap=1e-30)),
+        (
+            ValueError,
+            "P=8388608",
+            lambda a: a.update({x: a[x][:, :, :, :1].expand(-1, -1, -1, 2**23, -1) for x in PATHS}),
+        ),
+        (TypeError, "scale", lambda a: a.update(scale=None)),
+        (TypeError, "window", lambda a: a.update(window=2.5)),
+        (TypeError, "softcap", lambda a: a.update(softcap="a")),
+        (TypeError, "text_limits", lambda a: a.update(text_limits=None)),
+        (TypeError, "text_key", lambda a: a.update(text_key=None)),
+        (TypeError, "query", lambda a: a.update(query=None)),
     ],
 )
 def test_bad_arguments_are_named(dtype, error, named, change):
@@ -304,3 +310,65 @@ def test_compiles_with_gradients():
 
     compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*tensors), total(*tensors))
+
+
+def a_call():
+    """(f, q): thought attention as a function of the query alone."""
+    (q, *others), options = make(2, 4, 2, 5, 4, 3, 24, 9, None, None, True)
+    return lambda q: thought_attention(q, *others, **options), q
+
+
+def test_transforms_and_tracers_meet_the_op():
+    f, q = a_call()
+    expected = f(q)
+    assert torch.equal(torch.func.functionalize(f)(q), expected)
+    assert torch.equal(torch.func.vmap(f)(torch.stack([q, 2 * q]))[0], expected)
+    graph = make_fx(f)(2 * q)
+    assert torch.equal(graph(q), expected)
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_forward_mode_is_refused(needs_grad):
+    f, q = a_call()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        f(forward_ad.make_dual(q.clone().requires_grad_(needs_grad), q))
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(f, (q,), (q,))
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_second_derivative_is_refused(registered, monkeypatch):
+    f, q = a_call()
+    q.requires_grad_()
+    if registered:
+        monkeypatch.setattr("pyquiet.kernels.registration.is_compiling", lambda: True)
+    (gradient,) = torch.autograd.grad(f(q).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="not differentiable twice"):
+        gradient.square().sum().backward()
+
+
+def test_gradients_of_overlapping_views():
+    """`empty_like` of such a view has no contiguous rows; its gradient must have."""
+    base = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    tensors, options = make(2, 4, 4, 17, 1, 1, 40, 9, None, None, False)
+    tensors[0] = base.as_strided((2, 4, 17, 1, 40), (8, 1, 2, 1, 1)).requires_grad_()
+    dense = tensors[0].detach().contiguous().requires_grad_()
+    view_gradient = torch.autograd.grad(thought_attention(*tensors, **options).square().sum(), tensors[0])
+    dense_gradient = torch.autograd.grad(thought_attention(dense, *tensors[1:], **options).square().sum(), dense)
+    torch.testing.assert_close(view_gradient, dense_gradient, rtol=0, atol=0)
+
+
+def test_meta_tensors_give_shapes():
+    tensors, options = make(2, 4, 2, 5, 4, 3, 24, 9, None, None, False)
+    options["text_limits"] = options["text_limits"].to("meta")
+    out, lse = thought_attention(*(x.to("meta") for x in tensors), **options, return_lse=True)
+    assert out.is_meta
+    assert out.shape == tensors[0].shape
+    assert lse.shape == out.shape[:-1]
+
+
+def test_autocast_does_not_reach_the_reference():
+    tensors, options = make(1, 2, 1, 5, 2, 2, 16, 7, None, None, False)
+    expected = reference(*tensors, **options)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(reference(*tensors, **options)[0], expected)

@@ -6,15 +6,14 @@ Every allocation of torch on the CPU is recorded by the profiler; nothing is tim
 from __future__ import annotations
 
 import functools
-import gc
 import itertools
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from pyquiet.quiet_star.thinking import Thinker
 
+from ..allocations import allocations
 from .thinkers import random_ids, thinker
 
 # From 768 tokens on SDPA takes larger blocks, a jump that has nothing to do with the thoughts.
@@ -31,17 +30,6 @@ TINY = {
 
 def text_of(length):
     return random_ids(1, length) % (TINY["vocab_size"] - 3) + 3
-
-
-def allocations(call):
-    """(peak of live bytes, bytes of the largest single allocation) while the call runs."""
-    gc.collect()  # what earlier tests left must not be freed, and counted, during the call
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    assert sizes
-    return max(itertools.accumulate(sizes)), max(sizes)
 
 
 @torch.no_grad()
