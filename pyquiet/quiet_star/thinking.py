@@ -94,7 +94,10 @@ class Text:
 
 @dataclass
 class Round:
-    """Thoughts after T0 positions: END's hidden state [B, T0, N, d], tokens and log_probs [B, T0, N, m]."""
+    """Thoughts after T0 positions: END's hidden state [B, T0, N, d], tokens and log_probs [B, T0, N, m].
+
+    END's hidden state has d = 0 where only the tokens were asked for.
+    """
 
     text_hidden: Tensor | None  # [B, n, d] of the text rows that went along
     end_hidden: Tensor
@@ -128,8 +131,11 @@ class Thinker:
         embeds = self.model.embed(input_ids)
         return self._run(embeds, self._text_positions(input_ids.shape[1]), text_rows=input_ids.shape[1])
 
-    def think(self, limits: Tensor, new_text: Tensor | None = None) -> Round:
-        """Thinks where `limits` [B, T0] (text columns seen, new ones included) says; reads `new_text` [B, n] along."""
+    def think(self, limits: Tensor, new_text: Tensor | None = None, *, tokens_only: bool = False) -> Round:
+        """Thinks where `limits` [B, T0] (text columns seen, new ones included) says; reads `new_text` [B, n] along.
+
+        `tokens_only` spares the last forward, which the thought's tokens do not need.
+        """
         m, N = self.model.config.thought_tokens, self.options.thoughts
         n = 0 if new_text is None else new_text.shape[1]
         text_positions = self._text_positions(n)
@@ -144,6 +150,9 @@ class Thinker:
             token, log_prob = self._draw(hidden[..., -1, :], limits, k)  # [B, T0, N]
             tokens.append(token)
             log_probs.append(log_prob)
+            if tokens_only and k == m - 1:
+                hidden = hidden[..., :0]
+                break
             rows = self.model.embed(token.flatten(1))[:, :, None]  # [B, T0 * N, 1, d]
             if k == m - 1:
                 rows = torch.cat([rows, self.model.end.expand_as(rows)], 2)

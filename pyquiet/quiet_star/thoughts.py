@@ -2,7 +2,8 @@
 
 A forward's rows are first text, then thought paths, path by path. Text rows go through the base's own attention
 function and mask; path rows through the thought attention kernel. No model code is touched: the base's configuration
-names our function while a `thinking` context is open, and the layout travels to it as a keyword argument.
+names our function while a `thinking` context is open, and the layout travels to it as a keyword argument, which, other
+than a context variable, is there again when activation checkpointing recomputes a layer in the backward pass.
 """
 
 import sys
@@ -118,9 +119,12 @@ class ThoughtCache(Cache):
 
 @dataclass
 class ThoughtLayout:
-    """What the rows of one forward are: `text_rows` of text, then `steps` rows of each of `paths` paths."""
+    """What the rows of one forward are: `text_rows` of text, then `steps` rows of each of `paths` paths.
 
-    cache: ThoughtCache
+    Without a cache the forward is packed: its rows are the whole text and whole paths, and gradients flow.
+    """
+
+    cache: ThoughtCache | None
     text_rows: int
     paths: int = 0
     steps: int = 0
@@ -129,37 +133,59 @@ class ThoughtLayout:
     copies: int = 1  # paths that share these rows (START, before the thoughts of a position part)
     text_limits: Tensor | None = None  # int64 [B, paths]
     text_start: Tensor | None = None  # int64 [B], the left padding
+    base_attention: str = field(default="", init=False)  # the base's own attention function
     layers_seen: int = field(default=0, init=False)
 
 
 _layout: ContextVar[ThoughtLayout | None] = ContextVar("pyquiet_layout", default=None)
-_base_name: ContextVar[str] = ContextVar("pyquiet_base_attention")
 
 
 @contextmanager
-def thinking(base: PreTrainedModel) -> Iterator[None]:
+def thinking(base: PreTrainedModel, *, packed: bool = False) -> Iterator[None]:
     """Lends the base our attention function; on leaving, it is as it was.
 
-    Activation checkpointing is off meanwhile: it would take the cache away.
+    Activation checkpointing would take the cache away, so it is off meanwhile. A packed forward has none: there it
+    stays on, and its function lends ours again when the backward pass, long after, runs a layer once more.
     """
     # This runs at every forward: one walk, and no lookup that nn.Module answers slowly for what is not there.
     attributes = [(module, vars(module)) for module in base.modules()]
     checkpointed = [module for module, own in attributes if own.get("gradient_checkpointing")]
     configs = list({id(own["config"]): own["config"] for _, own in attributes if "config" in own}.values())
+    attribute = "_gradient_checkpointing_func" if packed else "gradient_checkpointing"
+    before = [(module, vars(module)[attribute]) for module in checkpointed if attribute in vars(module)]
+    try:
+        for module, value in before:
+            setattr(module, attribute, _lending(value, configs) if packed else False)
+        with _lent(configs):
+            yield
+    finally:
+        for module, value in before:
+            setattr(module, attribute, value)
+
+
+@contextmanager
+def _lent(configs: list[Any]) -> Iterator[None]:
     names = [config._attn_implementation for config in configs]
-    token = _base_name.set(base.config.get_text_config()._attn_implementation)
     try:
         for config in configs:
             config._attn_implementation = ATTENTION_NAME
-        for module in checkpointed:
-            module.gradient_checkpointing = False
         yield
     finally:
         for config, name in zip(configs, names, strict=True):
             config._attn_implementation = name
-        for module in checkpointed:
-            module.gradient_checkpointing = True
-        _base_name.reset(token)
+
+
+def _lending(checkpoint: Callable[..., Any], configs: list[Any]) -> Callable[..., Any]:
+    """The checkpoint function, for layers that need our attention whenever they run."""
+
+    def run(layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def lent(*inputs: Any) -> Any:
+            with _lent(configs):
+                return layer(*inputs)
+
+        return checkpoint(lent, *args, **kwargs)
+
+    return run
 
 
 def run_rows(
@@ -176,23 +202,29 @@ def run_rows(
     Raises:
         NotImplementedError: some attention layer of the base did not follow the attention interface.
     """
-    layout.cache.expect(layout)
+    packed = layout.cache is None
+    if layout.cache is not None:
+        layout.cache.expect(layout)
+    elif mask is None:  # without one, transformers would look for texts packed one after another
+        mask = position_ids.new_ones(len(position_ids), layout.text_rows)
+    config = base.config.get_text_config()
+    layout.base_attention = config._attn_implementation
     token = _layout.set(layout)
     try:
-        with thinking(base):
+        with thinking(base, packed=packed):
             output = base.base_model(
                 inputs_embeds=embeds,
                 attention_mask=mask,
                 position_ids=position_ids,
                 past_key_values=layout.cache,
-                use_cache=True,
+                use_cache=not packed,
                 thought_layout=layout,
             )
     finally:
         _layout.reset(token)
-    if layout.layers_seen != len(layout.cache.layers):
+    if layout.layers_seen != config.num_hidden_layers:
         raise NotImplementedError(
-            f"{type(base).__name__} cannot think: only {layout.layers_seen} of its {len(layout.cache.layers)} layers "
+            f"{type(base).__name__} cannot think: only {layout.layers_seen} of its {config.num_hidden_layers} layers "
             "passed the thoughts' layout through the transformers attention interface, so its output would be wrong"
         )
     hidden: Tensor = output.last_hidden_state
@@ -207,7 +239,10 @@ def _attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The registered attention function: query [B, H, rows, D], key and value [B, G, S, D] of the text."""
+    """The registered attention function: query [B, H, rows, D], key and value [B, G, S, D] of the text.
+
+    In a packed forward they are [B, G, rows, D], those of the paths after those of the text.
+    """
     layout: ThoughtLayout | None = kwargs.pop("thought_layout", None)
     if layout is None:
         raise NotImplementedError(
@@ -216,34 +251,44 @@ def _attention(
     _refuse_unsupported(module, query, value, kwargs)
     layout.layers_seen += 1
     n = layout.text_rows
+    query, path_query = _split_rows(query, n)
+    own: tuple[Tensor, Tensor] | None = None
+    if layout.cache is None:
+        key, path_key = _split_rows(key, n)
+        value, path_value = _split_rows(value, n)
+        sizes = (layout.paths, layout.steps)
+        own = path_key.unflatten(2, sizes), path_value.unflatten(2, sizes)
+    elif layout.paths:
+        own = layout.cache.layers[module.layer_idx].open_paths()
     parts = []
     if n:
         if (position_ids := kwargs.get("position_ids")) is not None:
             kwargs["position_ids"] = position_ids[..., :n]
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(_base_name.get(), _eager(module))
-        parts.append(attend(module, query[:, :, :n], key, value, attention_mask, **kwargs)[0])
-    if layout.paths:
-        parts.append(_attend_paths(module, query[:, :, n:], key, value, layout, kwargs))
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(layout.base_attention, _eager(module))
+        parts.append(attend(module, query, key, value, attention_mask, **kwargs)[0])
+    if own is not None:
+        parts.append(_attend_paths((path_query, key, value, *own), layout, kwargs))
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), None
 
 
-def _attend_paths(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: ThoughtLayout,
-    kwargs: dict[str, Any],
-) -> Tensor:
+def _split_rows(rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Rows [B, heads, rows, D] of text and of paths; unlike two slices, their gradients are put together once."""
+    text, paths = rows.split([n, rows.shape[2] - n], 2)
+    return text, paths
+
+
+def _attend_paths(tensors: tuple[Tensor, ...], layout: ThoughtLayout, kwargs: dict[str, Any]) -> Tensor:
     assert layout.text_limits is not None
-    D = query.shape[-1]
+    query, *others = tensors
+    D, device = query.shape[-1], query.device.type
+    # Under autocast a model's queries, keys and values may come in different types.
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     scale = kwargs.get("scaling")
-    tensors = [query.unflatten(2, (layout.paths, layout.steps)), key, value]
-    tensors += layout.cache.layers[module.layer_idx].open_paths()
+    inputs = [x.to(dtype) for x in (query.unflatten(2, (layout.paths, layout.steps)), *others)]
     if D % 8:  # the kernel wants head sizes that are multiples of 8
-        tensors = [functional.pad(x, (0, -D % 8)) for x in tensors]
+        inputs = [functional.pad(x, (0, -D % 8)) for x in inputs]
     out = thought_attention(
-        *tensors,
+        *inputs,
         text_limits=layout.text_limits,
         text_start=layout.text_start,
         scale=D**-0.5 if scale is None else scale,
@@ -280,10 +325,13 @@ def _eager(module: nn.Module) -> Callable[..., Any] | None:
 def _mask(*args: Any, **kwargs: Any) -> Any:
     """The registered mask function: the base's own mask, for the text rows alone."""
     layout = _layout.get()
-    make = ALL_MASK_ATTENTION_FUNCTIONS.get(_base_name.get())
+    make = None if layout is None else ALL_MASK_ATTENTION_FUNCTIONS.get(layout.base_attention)
     if layout is None or layout.text_rows == 0 or make is None:
         return None
-    return make(*args, **{**kwargs, "q_length": layout.text_rows})
+    sizes = {"q_length": layout.text_rows}
+    if layout.cache is None:
+        sizes["kv_length"] = layout.text_rows
+    return make(*args, **{**kwargs, **sizes})
 
 
 def check_supported(base: PreTrainedModel) -> None:
