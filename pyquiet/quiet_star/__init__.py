@@ -3,11 +3,14 @@
 from pyquiet.quiet_star.configuration import QuietStarConfig
 from pyquiet.quiet_star.generation import GeneratedThoughts, QuietStarGenerateOutput
 from pyquiet.quiet_star.modeling import QuietStarForCausalLM, Thoughts
+from pyquiet.quiet_star.objective import QuietStarObjective, ThinkingLoss
 
 __all__ = [
     "GeneratedThoughts",
     "QuietStarConfig",
     "QuietStarForCausalLM",
     "QuietStarGenerateOutput",
+    "QuietStarObjective",
+    "ThinkingLoss",
     "Thoughts",
 ]

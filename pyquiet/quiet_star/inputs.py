@@ -48,6 +48,15 @@ def check_context(config: QuietStarConfig, length: int) -> None:
         )
 
 
+def check_lookahead(lengths: Tensor, needed: int, lookahead: int) -> None:
+    """Raises ValueError unless one of the texts is long enough to learn from: longer than `needed` tokens."""
+    if (longest := int(lengths.max())) <= needed:
+        raise ValueError(
+            f"input_ids too short: the longest text has {longest} tokens, but with a lookahead of {lookahead} tokens "
+            f"after each thought one of at least {needed + 1} is needed; give longer texts or a smaller lookahead"
+        )
+
+
 def to_left_padding(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """The same rows with their padding moved to the left; each row's tokens are one run (`check_inputs`)."""
     T = input_ids.shape[1]

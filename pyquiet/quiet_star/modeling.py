@@ -23,6 +23,7 @@ from pyquiet.quiet_star.head import embedding_table, finish_logits, head_weight
 from pyquiet.quiet_star.inputs import check_context, check_inputs, check_no_nan
 from pyquiet.quiet_star.thinking import Round, Text, Thinker, ThoughtOptions, average, chunks
 from pyquiet.quiet_star.thoughts import check_supported
+from pyquiet.quiet_star.training import ThinkingTraining
 
 Think = Literal["always", "never"]
 
@@ -38,7 +39,7 @@ class Thoughts:
     base_log_probs: Tensor  # [B, T-1] of the true next token, without
 
 
-class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin):
+class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, PreTrainedModel, GenerationMixin):
     """A causal LM that thinks after every token: START, m sampled tokens, END, mixed into the next prediction.
 
     The prediction is (1 - w) * base + w * thought on the logits, in float32 at least; w is an unbounded scalar that the
@@ -205,7 +206,8 @@ class QuietStarForCausalLM(ThinkingGeneration, PreTrainedModel, GenerationMixin)
         """The thoughts' weights w [..., N] from base states [..., d] and END states [..., N, d]."""
         first = cast(nn.Linear, self.mixing_head[0])
         pair = torch.cat([hidden[..., None, :].expand_as(end_hidden), end_hidden], -1)
-        weight: Tensor = self.mixing_head(pair.to(first.weight.device, first.weight.dtype))[..., 0]
+        with torch.autocast(first.weight.device.type, enabled=False):  # 1 - w is 1 in bfloat16 for a small w
+            weight: Tensor = self.mixing_head(pair.to(first.weight.device, first.weight.dtype))[..., 0]
         return weight
 
     def mixed_logits(self, raw_base: Tensor, end_hidden: Tensor, weight: Tensor) -> Tensor:
