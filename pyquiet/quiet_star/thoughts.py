@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from pyquiet.kernels import thought_attention
 
 ATTENTION_NAME = "pyquiet_thoughts"
+_CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")  # transformers' layers, torch's wrappers
 _SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -149,18 +150,17 @@ def thinking(base: PreTrainedModel, *, packed: bool = False) -> Iterator[None]:
     """
     # This runs at every forward: one walk, and no lookup that nn.Module answers slowly for what is not there.
     attributes = [(module, vars(module)) for module in base.modules()]
-    checkpointed = [module for module, own in attributes if own.get("gradient_checkpointing")]
     configs = list({id(own["config"]): own["config"] for _, own in attributes if "config" in own}.values())
-    attribute = "_gradient_checkpointing_func" if packed else "gradient_checkpointing"
-    before = [(module, vars(module)[attribute]) for module in checkpointed if attribute in vars(module)]
+    switches = _CHECKPOINT_FUNCTIONS if packed else ("gradient_checkpointing",)
+    before = [(module, name, own[name]) for module, own in attributes for name in switches if own.get(name)]
     try:
-        for module, value in before:
-            setattr(module, attribute, _lending(value, configs) if packed else False)
+        for module, name, value in before:
+            setattr(module, name, _lending(value, configs) if packed else False)
         with _lent(configs):
             yield
     finally:
-        for module, value in before:
-            setattr(module, attribute, value)
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 @contextmanager
@@ -179,9 +179,9 @@ def _lending(checkpoint: Callable[..., Any], configs: list[Any]) -> Callable[...
     """The checkpoint function, for layers that need our attention whenever they run."""
 
     def run(layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def lent(*inputs: Any) -> Any:
+        def lent(*inputs: Any, **named: Any) -> Any:
             with _lent(configs):
-                return layer(*inputs)
+                return layer(*inputs, **named)
 
         return checkpoint(lent, *args, **kwargs)
 

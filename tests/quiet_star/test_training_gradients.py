@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
 from pyquiet import QuietStarObjective
 from pyquiet.quiet_star.thinking import Text
@@ -183,6 +189,26 @@ def test_activation_checkpointing_changes_nothing(name, attention, reentrant, dt
     assert plain.keys() == result.keys()
     for key, gradient in plain.items():
         assert torch.equal(gradient, result[key]), key
+
+
+@pytest.mark.parametrize("implementation", [CheckpointImpl.NO_REENTRANT, CheckpointImpl.REENTRANT], ids=str)
+def test_layers_in_checkpoint_wrappers(implementation):
+    """What FSDP's activation checkpointing makes of the layers."""
+    model, ids = thinker(m=2, dtype=torch.float32, attention="sdpa").train(), random_ids(2, 7)
+    plain = gradients(model, model.thinking_loss(ids, seed=0).loss)
+    kind = type(model.base.base_model.layers[0])
+    apply_activation_checkpointing(
+        model.base,
+        checkpoint_wrapper_fn=functools.partial(checkpoint_wrapper, checkpoint_impl=implementation),
+        check_fn=lambda module: isinstance(module, kind),
+    )
+    runs = Runs(model)
+    loss = model.thinking_loss(ids, seed=0).loss
+    forward = runs.count
+    wrapped = gradients(model, loss)
+    assert runs.count == forward + 1
+    for expected, actual in zip(plain.values(), wrapped.values(), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_a_failing_pass_leaves_the_base_as_it_was(monkeypatch):
