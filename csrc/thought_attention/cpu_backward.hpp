@@ -44,7 +44,7 @@ struct BackwardTile {
   alignas(64) float query[kRows * kMaxD], d_out[kRows * kMaxD], d_query[kRows * kMaxD];        // [kRows][padded_D]
   alignas(64) float score[kKeyBlock * kRows], d_score[kKeyBlock * kRows];                      // [key][row]
   alignas(64) float spare_key[2 * kKeyBlock * kMaxD], spare_value[kKeyBlock * kMaxD];
-  alignas(64) float lse[kRows], delta[kRows], ones[kRows];
+  alignas(64) float lse[kRows], delta[kRows];
   // In packed form: right matrices over channels and over rows; weights and their gradients, left and right.
   alignas(64) uint16_t query_channels[kMaxD * kRows], d_out_channels[kMaxD * kRows];
   alignas(64) uint16_t query_rows[kMaxD * kRows], d_out_rows[kMaxD * kRows];
@@ -100,7 +100,6 @@ void load_tile(const Problem<E>& p, const ThoughtAttentionBackward<E>& a, int64_
     copy_row(at(a.d_out, from), p.D, p.padded_D, tile.d_out + r * p.padded_D);
     tile.delta[r] = dot(at(a.out, from), at(a.d_out, from), p.D);
     tile.lse[r] = *a.lse.at(b, row.head, row.position, row.step) * kLog2E;
-    tile.ones[r] = 1.0f;
   }
   std::fill_n(tile.d_query_t, p.padded_D * kRows, 0.0f);
   std::fill_n(tile.d_query, set.rows * p.padded_D, 0.0f);
@@ -256,7 +255,7 @@ template <class E>
 void write_query_gradient(const Problem<E>& p, const ThoughtAttentionBackward<E>& a, int64_t b,
                           const BackwardTile<E>& tile) {
   const RowSet& set = tile.text;
-  from_lanes(set, p.D, tile.d_query_t, tile.ones, [&](int r, int64_t d, F text) {
+  from_lanes(set, p.D, tile.d_query_t, [&](int r, int64_t d, F text) {
     const Row& row = set.row[r];
     store_channels(a.d_query.at(b, row.head, row.position, row.step), d, p.D,
                    text + load(tile.d_query + r * p.padded_D + d));

@@ -237,10 +237,10 @@ void write_rows(const Problem<E>& p, const ThoughtAttention<E>& a, int64_t b, Fo
   const auto write = [&](int r, int64_t d, F text) {
     const Row& row = set.row[r];
     store_channels(a.out.at(b, row.head, row.position, row.step), d, p.D,
-                   text + load(tile.own_out + r * p.padded_D + d) * tile.own.rescale[r]);
+                   text * tile.text.rescale[r] + load(tile.own_out + r * p.padded_D + d) * tile.own.rescale[r]);
   };
   if (tile.text_in_lanes) {
-    from_lanes(set, p.D, tile.text_out_t, tile.text.rescale, write);
+    from_lanes(set, p.D, tile.text_out_t, write);
   } else {
     for (int r = 0; r < set.rows; ++r)
       for (int64_t d = 0; d < p.D; d += kLanes) write(r, d, F{});

@@ -1,5 +1,4 @@
-// The text of thought attention in packed form (packed.hpp), made once a call and shared by all tiles of a (b, g), and
-// the products of a tile with it.
+// The text of thought attention in packed form (packed.hpp), which the tiles of a (b, g) share.
 #pragma once
 
 #include "cpu_rows.hpp"
@@ -7,8 +6,6 @@
 namespace pyquiet {
 namespace PYQUIET_ISA {
 namespace {
-
-constexpr int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // `matrices` left matrices a (b, g), of keys or values: by rows, [key][channel], or by columns, [channel][key]. Keys
 // from S on are zeros; there is a block of them more than S needs, since a block of keys may begin anywhere.

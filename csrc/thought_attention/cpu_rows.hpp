@@ -21,13 +21,15 @@ constexpr int kRows = kHasTiles ? 64 : 48;  // rows of a tile: a multiple of 3 v
 constexpr int kKeyBlock = 64;               // keys between two rescalings
 constexpr int kMaxD = 256;
 
+constexpr int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 template <class E>
 struct Problem {
   const ThoughtInputs<E>& a;
   int64_t B = a.query.shape[0], H = a.query.shape[1], T = a.query.shape[2], Q = a.query.shape[3];
   int64_t D = a.query.shape[4], G = a.text_key.shape[1], S = a.text_key.shape[2], P = a.path_key.shape[3];
   int64_t group = H / G, rows = T * group * Q;
-  int64_t padded_D = (D + kLanes - 1) / kLanes * kLanes;
+  int64_t padded_D = rounded_up(D, kLanes);
   // Scores are kept in base 2; with a softcap the factor before tanh and the one after it are
   // apart.
   float factor = a.softcap > 0 ? a.scale / a.softcap : a.scale * kLog2E;
@@ -159,15 +161,14 @@ void to_lanes(const RowSet& set, int64_t D, RowOf row_of, float* lanes) {
   }
 }
 
-// Hands over(r, d, x) the vectors x of channels of row r that lanes[d * kRows + r] * scale[r] holds.
+// Hands over(r, d, x) the vectors x of channels of row r that lanes[d * kRows + r] holds.
 template <class Take>
-void from_lanes(const RowSet& set, int64_t D, const float* lanes, const float* scale, Take take) {
+void from_lanes(const RowSet& set, int64_t D, const float* lanes, Take take) {
   for (int r = 0; r < set.rows; r += kLanes)
     for (int64_t d = 0; d < D; d += kLanes) {
       F block[kLanes];
-      const F factor = load(scale + r);
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) block[i] = load(lanes + (d + i) * kRows + r) * factor;
+      for (int i = 0; i < kLanes; ++i) block[i] = load(lanes + (d + i) * kRows + r);
       transpose<kLanes>(block);
       const int rows = std::min(kLanes, set.rows - r);
       for (int i = 0; i < rows; ++i) take(r + i, d, block[i]);
@@ -201,7 +202,7 @@ struct Block {
   int64_t stride;
 };
 
-constexpr int rounded_keys(int n) { return (n + kGemmRows - 1) / kGemmRows * kGemmRows; }
+constexpr int rounded_keys(int n) { return static_cast<int>(rounded_up(n, kGemmRows)); }
 
 // Rows `first` .. first + n of an array of `length` rows, where they lie if they are floats and at least
 // rounded_keys(n) of them; else copied to `spare` [kKeyBlock][padded_D] and completed with zeros.

@@ -38,6 +38,11 @@ def finish_logits(base: PreTrainedModel, raw: Tensor) -> Tensor:
     return logits.view(raw.shape)
 
 
+def log_prob(logits: Tensor, token: Tensor) -> Tensor:
+    """Log-probabilities [...] of tokens [...] under logits [..., V]."""
+    return logits.log_softmax(-1).gather(-1, token[..., None])[..., 0]
+
+
 class _Hidden(BaseModelOutputWithPast):
     """A decoder's output of which only the last hidden state is known."""
 

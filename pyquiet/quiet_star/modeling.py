@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pyquiet.quiet_star.configuration import QuietStarConfig
 from pyquiet.quiet_star.generation import ThinkingGeneration
-from pyquiet.quiet_star.head import embedding_table, finish_logits, head_weight
+from pyquiet.quiet_star.head import embedding_table, finish_logits, head_weight, log_prob
 from pyquiet.quiet_star.inputs import check_context, check_inputs, check_no_nan
 from pyquiet.quiet_star.thinking import Round, Text, Thinker, ThoughtOptions, average, chunks
 from pyquiet.quiet_star.thoughts import check_supported
@@ -358,9 +358,9 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, PreTrainedModel
         for part in chunks(T - 1, B * (N + 1) * self.logits_size):
             target = input_ids[:, 1:][:, part]
             raw = self.raw_logits(hidden[:, part])
-            base.append(_gather(self.finish(raw), target))
+            base.append(log_prob(self.finish(raw), target))
             logits = self.mixed_logits(raw, end_hidden[:, part], weight[:, part])
-            mixed.append(_gather(logits, target[..., None].expand(-1, -1, N)))
+            mixed.append(log_prob(logits, target[..., None].expand(-1, -1, N)))
         return torch.cat(base, 1), torch.cat(mixed, 1)
 
     # -- what transformers asks of a model
@@ -387,10 +387,6 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, PreTrainedModel
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.base.set_output_embeddings(value)
-
-
-def _gather(logits: Tensor, target: Tensor) -> Tensor:
-    return logits.log_softmax(-1).gather(-1, target[..., None])[..., 0]
 
 
 def _tokenizer_at(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase | None:

@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from pyquiet.quiet_star.configuration import QuietStarConfig
+from pyquiet.quiet_star.head import log_prob
 from pyquiet.quiet_star.inputs import check_lookahead
 from pyquiet.quiet_star.objective import LogProbs, QuietStarObjective, ThinkingLoss, after, combine
 from pyquiet.quiet_star.thinking import Text, Thinker, ThoughtOptions, chunks
@@ -158,8 +159,8 @@ def _talk(
         raw, part = model.raw_logits(text), part.transpose(2, 3)  # [B, n + A - 1, V], [B, n, A, N, d]
         weight = model.mix(_shifted(text, n, A), part)
         logits = model.mixed_logits(_shifted(raw, n, A), part, weight)  # [B, n, A, N, V]
-        mixed = _gather(logits, target[..., None].expand(-1, -1, -1, N))
-        base = _gather(model.finish(raw[:, :n]), target[:, :, 0])
+        mixed = log_prob(logits, target[..., None].expand(-1, -1, -1, N))
+        base = log_prob(model.finish(raw[:, :n]), target[:, :, 0])
         return base, mixed.transpose(2, 3), weight.transpose(2, 3)
 
     parts = [
@@ -180,7 +181,7 @@ def _policy(model: "QuietStarForCausalLM", opening: Tensor, tokens: Tensor, temp
         logits = model.finish(model.raw_logits(part))
         if banned is not None:
             logits = logits.masked_fill(banned, -torch.inf)
-        return _gather(logits / temperature, target)
+        return log_prob(logits / temperature, target)
 
     parts = zip(opening.split(size, 1), tokens.split(size, 1), strict=True)
     return torch.cat([_recomputed(grade, part, target) for part, target in parts], 1)
@@ -195,10 +196,6 @@ def _pad_id(config: QuietStarConfig) -> int | None:
 def _shifted(rows: Tensor, n: int, A: int) -> Tensor:
     """[B, n, A, ...] from rows [B, n + A - 1, ...]: those at s = 0 .. A - 1 after each of the first n."""
     return torch.stack([rows[:, s : s + n] for s in range(A)], 2)
-
-
-def _gather(logits: Tensor, target: Tensor) -> Tensor:
-    return logits.log_softmax(-1).gather(-1, target[..., None])[..., 0]
 
 
 def _chunk(positions: int, elements_a_position: int) -> int:
