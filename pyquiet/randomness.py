@@ -35,6 +35,8 @@ class Purpose(enum.IntEnum):
     REVEAL = 7
     RESAMPLE = 8
     GUMBEL = 9
+    EPOCH = 10
+    CROP = 11
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +86,11 @@ def resolve_seed(seed: int | None) -> int:
     if seed is None:
         return int(torch.empty((), dtype=torch.int64).random_())
     return _check_seed(seed)
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """A seed of 52 bits for an epoch of training, so that a text's noise differs from epoch to epoch."""
+    return int(uniforms(Stream(seed, Purpose.EPOCH, position=epoch), 1).item() * 2**52)
 
 
 def uniforms(stream: Stream, rows: int, device: torch.device | str | None = None) -> Tensor:

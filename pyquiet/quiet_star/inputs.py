@@ -5,6 +5,8 @@ from torch import Tensor
 
 from pyquiet.quiet_star.configuration import QuietStarConfig
 
+IGNORED = -100  # the label of a token that is not to be predicted
+
 
 def check_inputs(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> None:
     """Raises TypeError or ValueError unless ids are int64 [B, T] in range and each row of the mask is one run."""
@@ -46,6 +48,21 @@ def check_context(config: QuietStarConfig, length: int) -> None:
             f"need {needed} positions, but the model's context (max_position_embeddings) is {context}; shorten the "
             "text or thought_tokens"
         )
+
+
+def check_labels(labels: Tensor | None, input_ids: Tensor, *, some: bool) -> None:
+    """Raises ValueError unless labels are None or, everywhere, -100 or the id, and not -100 alone where `some`."""
+    if labels is None:
+        return
+    if labels.shape != input_ids.shape:
+        raise ValueError(f"labels must have the shape {list(input_ids.shape)} of input_ids, got {list(labels.shape)}")
+    if ((labels != input_ids) & (labels != IGNORED)).any():
+        raise ValueError(
+            "labels must equal input_ids, or be -100 where a token is not to be predicted: after a thought the text "
+            "itself is read on; do not shift them"
+        )
+    if some and (labels[:, 1:] == IGNORED).all():
+        raise ValueError("labels are -100 at all tokens but the first of each text, so there is nothing to predict")
 
 
 def check_lookahead(lengths: Tensor, needed: int, lookahead: int) -> None:

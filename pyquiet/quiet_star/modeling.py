@@ -21,6 +21,7 @@ from pyquiet.quiet_star.configuration import QuietStarConfig
 from pyquiet.quiet_star.generation import ThinkingGeneration
 from pyquiet.quiet_star.head import embedding_table, finish_logits, head_weight, log_prob
 from pyquiet.quiet_star.inputs import check_context, check_inputs, check_no_nan
+from pyquiet.quiet_star.objective import QuietStarObjective, ThinkingLoss
 from pyquiet.quiet_star.thinking import Round, Text, Thinker, ThoughtOptions, average, chunks
 from pyquiet.quiet_star.thoughts import check_supported
 from pyquiet.quiet_star.training import ThinkingTraining
@@ -287,6 +288,8 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, PreTrainedModel
         labels: Tensor | None = None,
         *,
         think: Think = "always",
+        objective: QuietStarObjective | None = None,
+        target_counts: Tensor | None = None,
         seed: int | None = None,
         sequence_ids: Tensor | None = None,
         thoughts_per_token: int | None = None,
@@ -294,12 +297,13 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, PreTrainedModel
         thought_top_k: int | None = None,
         thought_top_p: float | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutput:
+    ) -> CausalLMOutput | ThinkingLoss:
         """Next-token logits [B, T, V] after thinking at every token; with labels [B, T] (-100: ignored), also the loss.
 
         With N > 1 the logits are log-probabilities averaged over the thoughts in probability. Arguments are those of
         `think_at_every_token`; `think="never"` is the base's own forward, which takes any further argument. No gradient
-        flows through a thinking forward.
+        flows through a thinking forward, but with an objective: then this is `thinking_loss`, behind the door that
+        wrappers (DistributedDataParallel, FSDP, autocast, PEFT) watch.
         """
         if think not in ("always", "never"):
             raise ValueError(f'think must be "always" or "never", got {think!r}')
@@ -310,6 +314,16 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, PreTrainedModel
             "use_cache",
         }:
             raise TypeError(f'forward with think="always" does not take {", ".join(sorted(unknown))}')
+        if objective is not None:
+            return self.thinking_loss(
+                input_ids,
+                attention_mask,
+                labels,
+                objective=objective,
+                seed=seed,
+                sequence_ids=sequence_ids,
+                target_counts=target_counts,
+            )
         options = (
             seed,
             thoughts_per_token,

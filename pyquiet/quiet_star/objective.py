@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyquiet.quiet_star.configuration import check_count
-from pyquiet.quiet_star.inputs import check_no_nan
+from pyquiet.quiet_star.inputs import IGNORED, check_no_nan
 
 Baseline = Literal["leave_one_out", "mean"]
 Reduction = Literal["sum", "mean"]
@@ -74,13 +74,25 @@ class QuietStarObjective:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
-    def target_counts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """int64 [A]: at how many positions of texts [B, T] the s-th token after the next, s < A, is there to predict.
+    def target_counts(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """int64 [A + 1]: at how many positions of texts [B, T] the s-th token after the next is to be predicted, s < A.
 
-        What the means divide by. Counts of several batches add up, so that their losses, each given the sum, do too.
+        The last entry counts the positions whose thoughts are rewarded. These are what the means divide by: counts of
+        several batches add up, so that their losses, each given the sum, do too.
         """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return _has_target(mask.bool(), self.lookahead).sum((0, 1))
+        mask = None if attention_mask is None else attention_mask.bool()
+        targets, rewarded = self._targets(input_ids, mask, labels)
+        return torch.cat([targets.sum((0, 1)), rewarded.sum()[None]])
+
+    def _targets(self, input_ids: Tensor, mask: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """bool [B, C, A]: the s-th token after the position's next one counts; bool [B, C]: so does its reward."""
+        real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+        A = self.lookahead
+        inside = real[:, :-1, None] & after(real, A)
+        targets = inside if labels is None else inside & after(labels != IGNORED, A)
+        return targets, inside[..., -1] & targets.any(-1)
 
     def advantages(self, rewards: Tensor) -> Tensor:
         """Advantages [..., N] of the thoughts of a position from their rewards [..., N]."""
@@ -111,7 +123,7 @@ class LogProbs:
 
 @dataclass
 class ThinkingLoss:
-    """A training loss and what went into it. Only `loss` carries a gradient; at padding, everything else is 0.
+    """A training loss and what went into it. Only `loss` has a gradient; where nothing is to be predicted, all is 0.
 
     Means are over what the terms average over; the policy term is without its weight, and 0 where that is 0.
     """
@@ -138,6 +150,7 @@ def combine(
     *,
     tokens: Tensor,
     drawn_log_probs: Tensor,
+    labels: Tensor | None = None,
     pad_token_id: int | None = None,
     target_counts: Tensor | None = None,
 ) -> ThinkingLoss:
@@ -148,16 +161,17 @@ def combine(
     """
     A, N = objective.lookahead, tokens.shape[2]
     real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
-    targets = _has_target(real, A)  # [B, C, A]
-    complete = targets[..., -1]
+    targets, complete = objective._targets(input_ids, mask, labels)
+    if target_counts is None:
+        target_counts = torch.cat([targets.sum((0, 1)), complete.sum()[None]])
+    counts, windows = target_counts[:A].to(targets.device), target_counts[A].to(targets.device)
     if objective.official:
         if pad_token_id is not None:
             targets = targets & (after(input_ids, A) != pad_token_id)
         # The release leaves out one position more than it must. It averages over the padding, which earns nothing.
         places = real.shape[1] - 1 - A
         complete = real[:, :-1] & (real[:, :-1].cumsum(1) <= places)
-    counts = targets.sum((0, 1)) if target_counts is None else target_counts.to(targets.device)
-    windows = counts.new_tensor(places * len(real)) if objective.official else counts[-1]
+        windows = torch.full_like(windows, places * len(real))
 
     thinking = targets[:, :, None].expand_as(log_probs.mixed)  # [B, C, N, A]
     base = (-log_probs.base).masked_fill(~targets[..., 0], 0)
@@ -171,23 +185,25 @@ def combine(
     else:
         base_nll = base.sum() / counts[0].clamp_min(1)
         mixed_nll = (mixed.sum((0, 1, 2)) / (N * counts).clamp_min(1)).mean()
+    graded = (N * windows).clamp_min(1)
     policy = torch.zeros_like(base_nll)
     if log_probs.thoughts is not None:
         losses = objective.policy_losses(rewards, log_probs.thoughts.masked_fill(~complete[..., None, None], 0))
-        policy = losses.sum() / (N * windows).clamp_min(1)
+        policy = losses.masked_fill(~complete[..., None], 0).sum() / graded
     loss = objective.base_weight * base_nll + objective.mixed_weight * mixed_nll + objective.policy_weight * policy
 
-    weights = log_probs.weight.detach()[thinking]
+    weights = log_probs.weight.detach()
+    weight_mean, weight_square = (masked_mean(x, thinking) for x in (weights, weights.square()))
     thought = real[:, :-1, None, None].expand_as(tokens)
     return ThinkingLoss(
         loss=loss,
         base_nll=base_nll.detach(),
         mixed_nll=mixed_nll.detach(),
         policy=policy.detach(),
-        reward=rewards.masked_fill(~complete[..., None], 0).sum() / (N * windows).clamp_min(1),
-        weight_mean=weights.mean(),
-        weight_std=weights.std(correction=0),
-        thought_entropy=-drawn_log_probs[thought].sum() / thought.sum().clamp_min(1),
+        reward=rewards.masked_fill(~complete[..., None], 0).sum() / graded,
+        weight_mean=weight_mean,
+        weight_std=(weight_square - weight_mean.square()).clamp_min(0).sqrt(),
+        thought_entropy=masked_mean(-drawn_log_probs, thought),
         tokens=tokens.masked_fill(~thought, -1),
         base_nlls=base.detach(),
         mixed_nlls=mixed.detach(),
@@ -195,13 +211,13 @@ def combine(
     )
 
 
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean [] of the values where the mask is true; 0 where it never is."""
+    return values.masked_fill(~mask, 0).sum() / mask.sum().clamp_min(1)
+
+
 def after(rows: Tensor, A: int) -> Tensor:
     """[B, C, A, ...]: the A entries of `rows` [B, C + 1, ...] that follow each of the first C; zeros past the end."""
     C = rows.shape[1] - 1
     rows = torch.cat([rows, rows.new_zeros((len(rows), A, *rows.shape[2:]))], 1)
     return torch.stack([rows[:, 1 + s : 1 + s + C] for s in range(A)], 2)
-
-
-def _has_target(real: Tensor, A: int) -> Tensor:
-    """bool [B, C, A]: the position holds a token, and so does the place of its s-th target."""
-    return real[:, :-1, None] & after(real, A)

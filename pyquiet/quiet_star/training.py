@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyquiet.quiet_star.configuration import QuietStarConfig
 from pyquiet.quiet_star.head import log_prob
-from pyquiet.quiet_star.inputs import check_lookahead
+from pyquiet.quiet_star.inputs import check_labels, check_lookahead
 from pyquiet.quiet_star.objective import LogProbs, QuietStarObjective, ThinkingLoss, after, combine
 from pyquiet.quiet_star.thinking import Text, Thinker, ThoughtOptions, chunks
 from pyquiet.quiet_star.thoughts import ThoughtLayout, run_rows
@@ -32,6 +32,7 @@ class ThinkingTraining:
         self: "QuietStarForCausalLM",
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
         *,
         objective: QuietStarObjective | None = None,
         seed: int | None = None,
@@ -43,6 +44,7 @@ class ThinkingTraining:
         Args:
             input_ids: int64 [B, T]. attention_mask: [B, T], 0 at padding, which may lie on either side; every token it
                 does not exclude is a target, the end of a text too.
+            labels: int64 [B, T], -100 at tokens that are not to be predicted, elsewhere input_ids; None predicts all.
             objective: None is `QuietStarObjective()`.
             seed: of the thoughts; None takes one from torch's generator. sequence_ids: int64 [B]; None numbers the
                 rows. A thought depends on both and its place, as in `think_at_every_token`; dropout is off for it.
@@ -53,16 +55,18 @@ class ThinkingTraining:
             `ThinkingLoss`; call `.loss.backward()`. Where attention is native, memory is linear in T.
 
         Raises:
-            ValueError, TypeError: as `think_at_every_token`; also no text is longer than the lookahead, or a NaN.
+            ValueError, TypeError: as `think_at_every_token`; also labels that are not the text's, a NaN, or, without
+                target_counts, no text longer than the lookahead.
         """
         objective = objective or QuietStarObjective()
         text, options = self._prepare(
             input_ids, attention_mask, (seed, objective.thoughts_per_token, 1.0, None, None, sequence_ids)
         )
-        if target_counts is not None and objective.official:
-            raise ValueError("target_counts: the official means are over non-zero losses, which nobody can count ahead")
-        if target_counts is None or not int(target_counts[-1]) or input_ids.shape[1] < 2:
+        check_labels(labels, input_ids, some=target_counts is None)
+        if target_counts is None:
             check_lookahead(text.length, objective.lookahead + objective.official, objective.lookahead)
+        elif objective.official:
+            raise ValueError("target_counts: the official means are over non-zero losses, which nobody can count ahead")
         tokens, drawn_log_probs = draw_thoughts(self, input_ids, text, options)
         return combine(
             objective,
@@ -71,6 +75,7 @@ class ThinkingTraining:
             text.mask,
             tokens=tokens,
             drawn_log_probs=drawn_log_probs,
+            labels=labels,
             pad_token_id=_pad_id(self.config),
             target_counts=target_counts,
         )

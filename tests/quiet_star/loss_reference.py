@@ -41,7 +41,13 @@ def nll(logits: Tensor, target: int) -> Tensor:
 
 
 def loss_of(
-    model: Any, texts: list[Tensor], tokens: Tensor, objective: Any, pad: int | None = None, width: int | None = None
+    model: Any,
+    texts: list[Tensor],
+    tokens: Tensor,
+    objective: Any,
+    pad: int | None = None,
+    width: int | None = None,
+    labels: list[Tensor] | None = None,
 ) -> Reference:
     """The loss of texts of several lengths, with the thoughts `tokens` [B, C, N, m] in right-padded columns."""
     N, A, m = objective.thoughts_per_token, objective.lookahead, tokens.shape[3]
@@ -52,7 +58,10 @@ def loss_of(
     log_probs: dict[tuple[int, ...], list[Tensor]] = {}
     for b, text in enumerate(texts):
         hidden = read(base, embed(text))
+        scored = [True] * len(text) if labels is None else (labels[b] != -100).tolist()
         for j in range(len(text) - 1):
+            if not scored[j + 1]:
+                continue
             out.base_nlls[b, j] = nll(explicit_logits(base, hidden[j]), text[j + 1])
         for i in range(len(text) - 1):
             for n in range(N):
@@ -65,6 +74,8 @@ def loss_of(
                         logits = torch.cat([logits[:-2], torch.full((2,), -1e10)])
                     log_probs.setdefault((b, i, n), []).append(-nll(logits, thought[k]))
                 for s in range(min(A, len(text) - 1 - i)):
+                    if not scored[i + 1 + s]:
+                        continue
                     w = mixing_weight(model, hidden[i + s], states[m + 1 + s])
                     state = (1 - w) * hidden[i + s] + w * states[m + 1 + s]
                     out.mixed_nlls[b, i, n, s] = nll(explicit_logits(base, state), text[i + 1 + s])
@@ -96,12 +107,14 @@ def policy(out: Reference, objective: Any, lengths: list[int], width: int, log_p
     total, places = torch.zeros((), dtype=torch.float64), 0
     for b, length in enumerate(lengths):
         for i in range(width - 1 - A if objective.official else length - A):
+            steps = [s for s in range(A) if (b, i, 0, s) in out.mixed_nlls]
+            if not steps and not objective.official:
+                continue  # nothing to be rewarded for
             places += 1
             if i >= length - 1:
                 continue  # padding: no target, no reward
             rewards = []
             for n in range(N):
-                steps = [s for s in range(A) if (b, i, n, s) in out.mixed_nlls]
                 reward = sum(float(out.base_nlls[b, i + s] - out.mixed_nlls[b, i, n, s]) for s in steps)
                 out.rewards[b, i, n] = reward
                 rewards.append(reward)

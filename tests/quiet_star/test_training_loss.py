@@ -28,13 +28,14 @@ def right_columns(values, mask):
     return out
 
 
-def check(model, objective, texts=TEXTS, side="right", seed=3, tolerance=1e-12):
+def check(model, objective, texts=TEXTS, side="right", seed=3, tolerance=1e-12, labels=None):
     """The loss of the texts and everything it is made of equal the reference; returns both."""
     ids, mask = padded(texts, side)
     with torch.no_grad():
-        actual = model.thinking_loss(ids, mask, objective=objective, seed=seed)
+        targets = None if labels is None else padded(labels, side)[0]
+        actual = model.thinking_loss(ids, mask, targets, objective=objective, seed=seed)
         tokens = right_columns(actual.tokens, mask)
-        expected = loss_reference.loss_of(model, texts, tokens, objective, pad=model.config.pad_token_id)
+        expected = loss_reference.loss_of(model, texts, tokens, objective, pad=model.config.pad_token_id, labels=labels)
     base, mixed, rewards = (right_columns(getattr(actual, x), mask) for x in ("base_nlls", "mixed_nlls", "rewards"))
     assert_close(
         torch.stack([base[k] for k in expected.base_nlls]), torch.stack([*expected.base_nlls.values()]), tolerance
@@ -216,7 +217,7 @@ def test_losses_of_parts_add_up():
     model, objective = thinker(m=2), QuietStarObjective()
     ids, mask = padded([*TEXTS, random_ids(1, 3, seed=9)[0]], "right")
     counts = objective.target_counts(ids, mask)
-    assert counts.tolist() == [7 + 5 + 2, 6 + 4 + 1, 5 + 3, 4 + 2]
+    assert counts.tolist() == [7 + 5 + 2, 6 + 4 + 1, 5 + 3, 4 + 2, 4 + 2]
     options = {"objective": objective, "seed": 0}
     numbers = torch.arange(3)
     whole = model.thinking_loss(ids, mask, **options)
@@ -228,6 +229,48 @@ def test_losses_of_parts_add_up():
     assert_close(sum(p.policy for p in parts), whole.policy, 1e-12)
     with pytest.raises(ValueError, match="target_counts"):
         model.thinking_loss(ids, objective=QuietStarObjective(official=True), target_counts=counts)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("official", [False, True])
+@pytest.mark.parametrize("lookahead", [1, 3])
+def test_only_labels_are_predicted(side, official, lookahead):
+    labels = [text.clone() for text in TEXTS]
+    labels[0][[1, 2, 6]] = -100
+    labels[1][:4] = -100  # a window of three without anything to predict
+    objective = QuietStarObjective(official=official, lookahead=lookahead)
+    masked, expected = check(thinker(m=2), objective, side=side, labels=labels)
+    whole, _ = check(thinker(m=2), objective, side=side)
+    assert abs(masked.loss - whole.loss) > 1e-4
+    assert int((masked.base_nlls != 0).sum()) == 7 - 3 + 5 - 3
+    if not official:
+        ids, mask = padded(TEXTS, side)
+        counts = objective.target_counts(ids, mask, padded(labels, side)[0])
+        assert counts[:lookahead].tolist() == [
+            sum(k[3] == s and k[2] == 0 for k in expected.mixed_nlls) for s in range(lookahead)
+        ]
+        assert counts[lookahead] == len(expected.rewards) / 2
+
+
+def test_labels_that_are_not_the_texts():
+    model, ids = thinker(m=1), random_ids(2, 6)
+    for labels, match in (
+        (other(ids), "must equal input_ids"),
+        (ids[:1], "shape"),
+        (ids.clone().fill_(-100), "nothing"),
+    ):
+        with pytest.raises(ValueError, match=rf"labels.*{match}"):
+            model.thinking_loss(ids, labels=labels)
+
+
+def test_forward_with_an_objective_is_the_loss():
+    model, ids, objective = thinker(m=2), random_ids(2, 7), QuietStarObjective(lookahead=2)
+    labels = ids.clone()
+    labels[0, :3] = -100
+    options = {"objective": objective, "seed": 5, "sequence_ids": torch.tensor([4, 2])}
+    out, expected = model(ids, labels=labels, **options), model.thinking_loss(ids, None, labels, **options)
+    assert torch.equal(out.loss, expected.loss)
+    assert out.loss.requires_grad
 
 
 @pytest.mark.parametrize("m", [0, 3])
