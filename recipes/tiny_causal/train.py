@@ -38,6 +38,8 @@ class Settings:
     warm_up: int = 200
     weight_decay: float = 0.1
     seed: int = 0
+    intermediate_size: int = 352
+    leave_out: tuple[str, ...] = ()  # books that another model is to learn from
 
 
 # Most steps see short crops; the longer ones teach the positions up to the context of 1024.
@@ -46,12 +48,12 @@ VALIDATE_EVERY = 500
 SAVE_EVERY = 250
 
 
-def model_config() -> LlamaConfig:
-    """1.90 million parameters: 6 query heads share 2 key/value heads; embeddings are tied."""
+def model_config(intermediate_size: int = Settings.intermediate_size) -> LlamaConfig:
+    """1.90 million parameters at the default size: 6 query heads share 2 key/value heads; embeddings are tied."""
     return LlamaConfig(
         vocab_size=2048,
         hidden_size=192,
-        intermediate_size=352,
+        intermediate_size=intermediate_size,
         num_hidden_layers=5,
         num_attention_heads=6,
         num_key_value_heads=2,
@@ -122,7 +124,7 @@ def load_checkpoint(file: Path, model: LlamaForCausalLM, optimizer: torch.optim.
     """The number of finished steps; ValueError when the checkpoint has other settings."""
     with safe_open(file, framework="pt") as saved:
         metadata = saved.metadata()
-        if json.loads(metadata["settings"]) != asdict(settings):
+        if metadata["settings"] != json.dumps(asdict(settings)):
             raise ValueError(
                 f"{file} was made with {metadata['settings']}, not {asdict(settings)}; "
                 "give the same settings or another work folder"
@@ -155,10 +157,15 @@ def train_step(model: Module, optimizer: torch.optim.AdamW, ids: Tensor, rate: f
 def train(data: Path, work: Path, settings: Settings, args: argparse.Namespace) -> None:
     work.mkdir(parents=True, exist_ok=True)
     books = read_books(data)
+    if unknown := set(settings.leave_out) - {book.name for book in books}:
+        raise ValueError(
+            f"--leave-out {' '.join(sorted(unknown))}: no such book in {data}; give the file's name without .txt"
+        )
+    books = [book for book in books if book.name not in settings.leave_out]
     tokenizer = load_or_train_tokenizer(work / "tokenizer.json", books)
     stream = encode_sections(tokenizer, [section for book in books for section in book.train])
     torch.manual_seed(settings.seed)
-    model = LlamaForCausalLM(model_config())
+    model = LlamaForCausalLM(model_config(settings.intermediate_size))
     optimizer = make_optimizer(model, settings)
     checkpoint, log = work / "checkpoint.safetensors", work / "log.jsonl"
     first = load_checkpoint(checkpoint, model, optimizer, settings) if checkpoint.exists() else 0
@@ -196,13 +203,20 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder for the tokenizer, checkpoint and log")
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--peak-rate", type=float, default=Settings.peak_rate)
+    parser.add_argument("--intermediate-size", type=int, default=Settings.intermediate_size)
+    parser.add_argument("--leave-out", nargs="*", default=[], metavar="BOOK", help="names of books not to train on")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-bf16", action="store_true", help="compute in float32 throughout")
     parser.add_argument("--compile", action="store_true", help="torch.compile; needs a compiler")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    settings = Settings(steps=args.steps, peak_rate=args.peak_rate)
+    settings = Settings(
+        steps=args.steps,
+        peak_rate=args.peak_rate,
+        intermediate_size=args.intermediate_size,
+        leave_out=tuple(args.leave_out),
+    )
     train(args.data, args.work, settings, args)
 
 
