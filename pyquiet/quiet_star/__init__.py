@@ -1,5 +1,8 @@
 """Quiet-STaR (arXiv 2403.09629): language models that think after every token before they predict the next."""
 
+from importlib import import_module
+from typing import Any
+
 from pyquiet.quiet_star.configuration import QuietStarConfig
 from pyquiet.quiet_star.generation import GeneratedThoughts, QuietStarGenerateOutput
 from pyquiet.quiet_star.modeling import QuietStarForCausalLM, Thoughts
@@ -11,6 +14,17 @@ __all__ = [
     "QuietStarForCausalLM",
     "QuietStarGenerateOutput",
     "QuietStarObjective",
+    "QuietStarTrainer",
+    "QuietStarTrainingArguments",
     "ThinkingLoss",
     "Thoughts",
 ]
+
+_TRAINING = {"QuietStarTrainer": "trainer", "QuietStarTrainingArguments": "arguments"}
+
+
+def __getattr__(name: str) -> Any:
+    """The trainers, imported when they are asked for: transformers' Trainer brings accelerate and more along."""
+    if name not in _TRAINING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_TRAINING[name]}"), name)

@@ -38,13 +38,14 @@ def check_inputs(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: i
             raise ValueError(f"attention_mask row {row} {what}; each row must be one unbroken run of tokens")
 
 
-def check_context(config: QuietStarConfig, length: int) -> None:
+def check_context(config: QuietStarConfig, length: int, thought_tokens: int | None = None) -> None:
     """Raises ValueError if a text of `length` tokens and the thought after its last pass the model's context."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    needed = length + config.thought_tokens + 2
+    m = config.thought_tokens if thought_tokens is None else thought_tokens
+    needed = length + m + 2
     if context is not None and needed > context:
         raise ValueError(
-            f"input_ids too long: {length} tokens and a thought of {config.thought_tokens} tokens with START and END "
+            f"input_ids too long: {length} tokens and a thought of {m} tokens with START and END "
             f"need {needed} positions, but the model's context (max_position_embeddings) is {context}; shorten the "
             "text or thought_tokens"
         )

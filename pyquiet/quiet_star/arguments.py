@@ -1,0 +1,88 @@
+"""The training arguments of `QuietStarTrainer`: those of transformers, the objective's and a curriculum."""
+
+import math
+from dataclasses import dataclass, field, fields
+
+from transformers import TrainingArguments
+
+from pyquiet.quiet_star.configuration import check_count
+from pyquiet.quiet_star.objective import Baseline, QuietStarObjective, Reduction
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the curriculum of Fast Quiet-STaR (arXiv 2505.17746): m, A, optimiser steps, peak learning rate."""
+
+    thought_tokens: int
+    lookahead: int
+    steps: int
+    learning_rate: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Stage":
+        """The stage written "m,A:steps" or "m,A:steps:learning_rate", e.g. "13,8:150:2e-6"."""
+        try:
+            sizes, steps, *rate = text.split(":")
+            thought_tokens, lookahead = (int(size) for size in sizes.split(","))
+            if len(rate) > 1:
+                raise ValueError
+            stage = cls(thought_tokens, lookahead, int(steps), float(rate[0]) if rate else None)
+        except ValueError:
+            raise ValueError(
+                f'curriculum: {text!r} is no stage; write "thought_tokens,lookahead:steps" or '
+                '"thought_tokens,lookahead:steps:learning_rate", for example "13,8:150:2e-6"'
+            ) from None
+        check_count("curriculum: thought_tokens", stage.thought_tokens, least=0)
+        check_count("curriculum: lookahead", stage.lookahead, least=1)
+        check_count("curriculum: steps", stage.steps, least=1)
+        if stage.learning_rate is not None and not 0 < stage.learning_rate < math.inf:
+            raise ValueError(f"curriculum: the learning rate of {text!r} must be positive")
+        return stage
+
+
+@dataclass
+class QuietStarTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` and how a model learns to think; see `QuietStarObjective` for its options.
+
+    With `curriculum`, a list of stages "m,A:steps[:learning_rate]", one run goes through them (arXiv 2505.17746):
+    START, END, the mixing head and the optimiser's state live on, the schedule goes on, and max_steps is their sum. A
+    stage's learning rate scales the schedule; without one it is `learning_rate`.
+
+    Raises:
+        ValueError, TypeError: an option is out of range.
+    """
+
+    thoughts_per_token: int = field(default=2, metadata={"help": "N, thoughts after each token."})
+    lookahead: int = field(default=4, metadata={"help": "A, tokens predicted after a thought."})
+    base_weight: float = 0.5
+    mixed_weight: float = 0.5
+    policy_weight: float | None = None
+    baseline: Baseline | None = None
+    relu: bool | None = None
+    over_steps: Reduction | None = None
+    policy_temperature: float | None = None
+    official: bool = field(default=False, metadata={"help": "The released code's loss, number for number."})
+    max_length: int = field(default=256, metadata={"help": "Longer texts are cropped at seeded places."})
+    head_learning_rate: float | None = field(default=None, metadata={"help": "Of the mixing head."})
+    meta_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of START and END as stored, which is embedding_scale times smaller."}
+    )
+    curriculum: list[str] | None = None
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator takes what it knows."})
+
+    def __post_init__(self) -> None:
+        _ = self.objective
+        check_count("max_length", self.max_length, least=2)
+        if stages := self.stages:
+            self.max_steps = sum(stage.steps for stage in stages)
+        super().__post_init__()
+
+    @property
+    def objective(self) -> QuietStarObjective:
+        """The objective that these arguments describe."""
+        return QuietStarObjective(**{option.name: getattr(self, option.name) for option in fields(QuietStarObjective)})
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The curriculum's stages; none without one."""
+        return [Stage.parse(stage) for stage in self.curriculum or ()]
