@@ -26,6 +26,7 @@ from pyquiet.randomness import Purpose, Stream, draw
 NtpObjective = Literal["released", "paper", "kl", "advantage"]
 
 _RELEASED_TEMPERATURE = 3.0
+_Grade = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass
@@ -105,17 +106,21 @@ def next_token_loss(
     if target_count is None and not targets.any():
         raise ValueError("input_ids: no text has a second token that labels let be predicted: nothing to learn")
 
-    copies, more, grade = 1, (), _nothing
+    more: tuple[Tensor, ...] = ()
+    grade: _Grade = _nothing
+    copies = 1
     if ntp_objective == "kl":
+        assert teacher is not None
         more = _thoughts(teacher, input_ids, attention_mask, options, targets)
         copies, grade = 1 + more[1].shape[1], _divergence(teacher)
     elif teacher_nlls is None:
+        assert teacher is not None
         teacher_nlls = mixed_nlls(teacher, input_ids, attention_mask, options)
     if ntp_objective == "released":
         more, grade = _addresses(text, targets, checked), _sampled(checked.seed)
     rows = _hidden(student, input_ids, text)[:, :-1][targets]  # [R, d]
     s, *graded = _graded(student, rows, input_ids[:, 1:][targets], grade, more, copies)
-    t = graded[1] if ntp_objective == "kl" else teacher_nlls[targets].to(s)
+    t = graded[1] if ntp_objective == "kl" or teacher_nlls is None else teacher_nlls[targets].to(s)
     losses = _losses(ntp_objective, s, t, graded)
 
     def spread(values: Tensor, fill: int = 0) -> Tensor:
@@ -215,7 +220,7 @@ def _graded(
     student: PreTrainedModel,
     rows: Tensor,
     tokens: Tensor,
-    grade: Callable[..., tuple[Tensor, ...]],
+    grade: _Grade,
     more: tuple[Tensor, ...],
     copies: int,
 ) -> list[Tensor]:
@@ -239,7 +244,7 @@ def _nothing(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
     return ()
 
 
-def _sampled(seed: int) -> Callable[..., tuple[Tensor, ...]]:
+def _sampled(seed: int) -> _Grade:
     """Grades an action drawn from the student: its -log p_3, and the action."""
 
     def grade(logits: Tensor, tokens: Tensor, sequence: Tensor, position: Tensor) -> tuple[Tensor, ...]:
@@ -249,7 +254,7 @@ def _sampled(seed: int) -> Callable[..., tuple[Tensor, ...]]:
     return grade
 
 
-def _divergence(teacher: QuietStarForCausalLM) -> Callable[..., tuple[Tensor, ...]]:
+def _divergence(teacher: QuietStarForCausalLM) -> _Grade:
     """Grades the student's law: the teacher's divergence from it, and the teacher's NLL of the token."""
 
     def grade(logits: Tensor, tokens: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
