@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from pyquiet import __version__
-from pyquiet.cli import doctor, think
+from pyquiet.cli import doctor, evaluate, think, train
 
-COMMANDS = (think, doctor)
+COMMANDS = (think, train, evaluate, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

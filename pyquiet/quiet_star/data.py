@@ -1,7 +1,10 @@
 """What a trainer feeds a thinking model: numbered texts, cropped at seeded places and padded on the right."""
 
-from collections.abc import Iterator, Sequence
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,3 +123,66 @@ def overlapping_pieces(ids: Sequence[int], max_length: int) -> list[Sequence[int
     """
     starts = range(0, max(1, len(ids) - max_length + 1), max_length)
     return [ids[start : start + 2 * max_length - 1] for start in starts]
+
+
+def tokenize(texts: Iterable[str], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
+    """Examples for `QuietStarTrainer`: documents as token ids, each with its end of text, in overlapping pieces.
+
+    Raises:
+        ValueError: there is no text.
+    """
+    examples = []
+    for text in texts:
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
+            ids = [*ids, tokenizer.eos_token_id]
+        examples += [{"input_ids": piece} for piece in overlapping_pieces(ids, max_length) if len(piece) > 1]
+    if not examples:
+        raise ValueError("the texts hold no two tokens; give longer ones")
+    return examples
+
+
+def read_texts(files: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """What the files say, in UTF-8; ValueError names one that is something else, OSError one that cannot be read."""
+    texts = []
+    for file in files:
+        try:
+            texts.append(Path(file).read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise ValueError(f"{file} is not UTF-8 text") from None
+    return texts
+
+
+def read_dataset(name: str, column: str) -> Iterable[str]:
+    """The documents in a column of a dataset's training split: a name or folder, or a json, csv, parquet or txt file.
+
+    Raises:
+        ImportError: the datasets library is missing. ValueError: no such column.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError("datasets is needed to read --dataset: pip install 'pyquiet[train]'") from None
+    kind = {".jsonl": "json", ".txt": "text"}.get(Path(name).suffix, Path(name).suffix[1:])
+    if Path(name).is_file():
+        rows = datasets.load_dataset(kind, data_files=name, split="train")
+    elif (Path(name) / "state.json").exists():
+        rows = datasets.load_from_disk(name)
+    else:
+        rows = datasets.load_dataset(name, split="train")
+    if column not in rows.column_names:
+        raise ValueError(f"the dataset {name} has no column {column!r}, only {', '.join(rows.column_names)}")
+    texts: Iterable[str] = rows[column]
+    return texts
+
+
+def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """The last checkpoint of a trainer that was written whole: its state, which comes last, can be read."""
+    found = Path(folder).glob("checkpoint-*/trainer_state.json")
+    for state in sorted(found, key=lambda state: int(state.parent.name.split("-")[1]), reverse=True):
+        try:
+            json.loads(state.read_text())
+        except ValueError:
+            continue
+        return str(state.parent)
+    return None

@@ -6,6 +6,7 @@ python recipes/tiny_causal/export.py WORK_FOLDER MODEL_FOLDER
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -20,8 +21,9 @@ SIZE_LIMIT = 4_000_000  # bytes of model.safetensors
 
 def trained_model(checkpoint: Path) -> LlamaForCausalLM:
     """The float32 model of a training checkpoint."""
-    model = LlamaForCausalLM(model_config())
     with safe_open(checkpoint, framework="pt") as saved, torch.no_grad():
+        settings = json.loads(saved.metadata()["settings"])
+        model = LlamaForCausalLM(model_config(settings["intermediate_size"]))
         for name, parameter in model.named_parameters():
             parameter.copy_(saved.get_tensor(f"weight/{name}"))
     return model.eval()

@@ -1,0 +1,296 @@
+"""The trainer: the same run whatever the batches, micro-batches, processes and interruptions; and what it logs."""
+
+from __future__ import annotations
+
+import copy
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import pyquiet
+from pyquiet import QuietStarObjective
+from pyquiet.randomness import epoch_seed
+
+from .thinkers import random_ids, thinker
+from .training_runs import arguments, examples, run, weights
+
+ROOT = Path(__file__).parents[2]
+
+
+def assert_same(actual, expected, tolerance=0.0):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_step_is_that_of_the_loss(tmp_path):
+    """One step of plain gradient descent, by hand."""
+    model = thinker(m=2)
+    expected = copy.deepcopy(model).train()
+    texts = examples(4, longest=9)
+    arguments_ = arguments(tmp_path, per_device_train_batch_size=4, max_steps=1, learning_rate=0.1)
+    trainer = run(model, arguments_, texts)
+
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    loss = expected.thinking_loss(**batch, objective=QuietStarObjective(), seed=epoch_seed(arguments_.seed, 0)).loss
+    loss.backward()
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter -= 0.1 * parameter.grad
+    assert_same(weights(model), weights(expected), 1e-12)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), abs=1e-6)  # float32, Trainer sums
+
+
+@pytest.mark.parametrize("changes", [{}, {"policy_weight": 2.0, "thoughts_per_token": 3}], ids=str)
+def test_micro_batches_make_the_joint_batch(tmp_path, changes):
+    texts = examples(16, longest=9)
+    joint, parts = thinker(m=2), thinker(m=2)
+    one = run(joint, arguments(tmp_path / "a", per_device_train_batch_size=8, **changes), texts)
+    two = run(
+        parts,
+        arguments(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=4, **changes),
+        texts,
+    )
+    assert_same(weights(parts), weights(joint), 1e-10)
+    for name in ("loss", "base_nll", "mixed_nll", "policy", "reward"):
+        values = [[log[name] for log in trainer.state.log_history if "loss" in log] for trainer in (one, two)]
+        assert values[0] == pytest.approx(values[1], abs=1e-6), name
+        assert any(values[0]), name
+
+
+def test_official_micro_batches_are_averaged(tmp_path):
+    """Their means are over non-zero losses: each has its own, and a step is the mean of them, as in the release."""
+    model, expected = thinker(m=2), thinker(m=2)
+    settings = {"official": True, "policy_weight": 1.0, "gradient_accumulation_steps": 2, "max_steps": 1}
+    trainer = run(model, arguments(tmp_path, learning_rate=0.1, **settings), examples(4, longest=9))
+    objective = QuietStarObjective(official=True, policy_weight=1.0)
+    for part in ((0, 1), (2, 3)):
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in part])
+        out = expected.thinking_loss(**batch, objective=objective, seed=epoch_seed(0, 0))
+        (out.loss / 2).backward()
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter -= 0.1 * parameter.grad
+    assert_same(weights(model), weights(expected), 1e-10)
+
+
+@pytest.mark.parametrize("at", [3, 4, 5])
+def test_a_resumed_run_is_the_unbroken_one(tmp_path, at):
+    """Epochs have four steps, so the run breaks off within one, at its end and in the next; dropout is on."""
+    texts = examples(16, longest=20)
+
+    def model():
+        return thinker("gpt2", m=2, dtype=torch.float32, resid_pdrop=0.1, embd_pdrop=0.1)
+
+    settings = {
+        "max_steps": 8,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "optim": "adamw_torch",
+        "lr_scheduler_type": "cosine",
+        "save_strategy": "steps",
+        "save_steps": at,
+        "max_length": 12,
+        "train_sampling_strategy": "random",
+    }
+    unbroken, resumed = model(), model()
+    first = run(unbroken, arguments(tmp_path, **settings), texts)
+    second = run(
+        resumed, arguments(tmp_path, **settings), texts, resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}")
+    )
+    assert_same(weights(resumed), weights(unbroken))
+    assert_same(
+        {str(k): v["exp_avg_sq"] for k, v in second.optimizer.state_dict()["state"].items()},
+        {str(k): v["exp_avg_sq"] for k, v in first.optimizer.state_dict()["state"].items()},
+    )
+    assert second.state.log_history[-2]["loss"] == first.state.log_history[-2]["loss"]
+
+
+def test_epochs_differ_in_crops_and_thoughts(tmp_path):
+    model, seen = thinker(m=2), []
+    loss = model.thinking_loss
+
+    def spy(input_ids, *args, **kwargs):
+        out = loss(input_ids, *args, **kwargs)
+        seen.append((input_ids, out.tokens))
+        return out
+
+    model.thinking_loss = spy
+    settings = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.0, "max_length": 8}
+    run(model, arguments(tmp_path, **settings), examples(4, longest=8))  # nothing to crop
+    assert torch.equal(seen[0][0], seen[1][0])
+    assert not torch.equal(seen[0][1], seen[1][1])
+    seen.clear()
+    run(model, arguments(tmp_path, **settings), [{"input_ids": random_ids(1, 40, seed=i)[0]} for i in range(4)])
+    assert not torch.equal(seen[0][0], seen[1][0])
+    assert not torch.equal(seen[1][0], seen[2][0])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_are_one_with_the_joint_batch(tmp_path, accumulate):
+    module = "tests.quiet_star.training_runs"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", module, str(tmp_path), str(accumulate)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = thinker(m=2)
+    settings = {"max_steps": 3, "optim": "adamw_torch", "gradient_accumulation_steps": accumulate}
+    trainer = run(
+        model, arguments(tmp_path / "one", per_device_train_batch_size=4, **settings), examples(24, longest=9)
+    )
+    assert_same(load_file(tmp_path / "two.safetensors"), weights(model), 1e-6)
+    logs = torch.load(tmp_path / "logs.pt")
+    for name in ("loss", "base_nll", "mixed_nll", "policy", "reward"):
+        expected = [log[name] for log in trainer.state.log_history if "loss" in log]
+        assert [log[name] for log in logs if "loss" in log] == pytest.approx(expected, abs=1e-6), name
+
+
+def test_logs_say_what_happened(tmp_path):
+    model = thinker(m=2)
+    texts = examples(4, longest=12)
+    trainer = run(
+        model,
+        arguments(tmp_path, max_steps=1, per_device_train_batch_size=4, learning_rate=0.0),
+        texts,
+        eval_dataset=texts,
+    )
+    log = trainer.state.log_history[0]
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    out = model.train().thinking_loss(**batch, seed=epoch_seed(0, 0))
+    for name in ("base_nll", "mixed_nll", "policy", "reward", "weight_mean", "weight_std", "thought_entropy"):
+        assert log[name] == pytest.approx(getattr(out, name).item(), abs=1e-9), name
+    targets = out.base_nlls != 0
+    base, gain = out.base_nlls[targets], (out.base_nlls - out.mixed_nlls[..., 0].mean(-1))[targets]
+    order = sorted(range(len(base)), key=lambda i: base[i])
+    hardest = order[-(len(base) // 10) :]
+    assert log["gain_decile_10"] == pytest.approx(sum(gain[i].item() for i in hardest) / len(hardest), abs=1e-9)
+    assert sum(name.startswith("gain_decile") for name in log) == 10
+    assert log["tokens_per_second"] > 0
+
+
+def test_evaluation_is_over_all_tokens_and_always_the_same(tmp_path):
+    model, texts = thinker(m=2), [{"input_ids": random_ids(1, 30, seed=i)[0]} for i in range(5)]
+    trainer = run(
+        model,
+        arguments(tmp_path, max_steps=2, learning_rate=0.0, max_length=10, thoughts_per_token=3),
+        texts,
+        eval_dataset=texts,
+    )
+    first, second = trainer.evaluate(), trainer.evaluate()
+    metrics = ("eval_loss", "eval_base_nll", "eval_mixed_nll", "eval_gain", "eval_gain_decile_1", "eval_gain_decile_10")
+    assert [first[x] for x in metrics] == [second[x] for x in metrics]
+    rows = [trainer.data_collator([trainer.eval_dataset[i]]) for i in range(5)]
+    base, mixed = [], []
+    for row in rows:
+        seed = epoch_seed(0, 2**32 - 1)
+        out = model.think_at_every_token(
+            row["input_ids"], seed=seed, sequence_ids=row["sequence_ids"], thoughts_per_token=3
+        )
+        base.append(-out.base_log_probs)
+        mixed.append(-(out.mixed_log_probs.exp().mean(-1).log()))
+    assert first["eval_base_nll"] == pytest.approx(torch.cat(base).mean().item(), abs=1e-9)
+    assert first["eval_mixed_nll"] == pytest.approx(torch.cat(mixed).mean().item(), abs=1e-9)
+    assert first["eval_gain"] == pytest.approx(first["eval_base_nll"] - first["eval_mixed_nll"], abs=1e-9)
+
+
+def test_rates_of_their_own(tmp_path):
+    model = thinker(m=2)
+    before = weights(model)
+    settings = {"max_steps": 1, "head_learning_rate": 0.0, "meta_learning_rate": 0.0, "learning_rate": 0.1}
+    run(model, arguments(tmp_path, **settings), examples(4, longest=9))
+    after = weights(model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not any(name.startswith(("mixing_head", "start_", "end_")) for name in moved)
+    assert any(name.startswith("base.") for name in moved)
+
+
+def test_a_curriculum_goes_through_its_stages(tmp_path):
+    model, seen = thinker(m=5), []
+    loss = model.thinking_loss
+
+    def spy(*args, objective, **kwargs):
+        out = loss(*args, objective=objective, **kwargs)
+        seen.append((out.tokens.shape[-1], out.mixed_nlls.shape[-1]))
+        return out
+
+    model.thinking_loss = spy
+    stages = ["3,4:2:0.02", "1,2:3:0.01"]
+    settings = {"curriculum": stages, "optim": "adamw_torch", "logging_steps": 1}
+    trainer = run(model, arguments(tmp_path, **settings), examples(8, longest=9))
+    assert seen == [(3, 4), (3, 4), (1, 2), (1, 2), (1, 2)]
+    assert model.config.thought_tokens == 1
+    rates = [log["learning_rate"] for log in trainer.state.log_history if "loss" in log]
+    assert rates == pytest.approx([0.02, 0.02, 0.01, 0.01, 0.01])
+    steps = {int(state["step"]) for state in trainer.optimizer.state.values()}
+    assert steps == {5}  # the optimiser's state lives on
+
+
+def test_a_curriculum_resumes_in_its_stage(tmp_path):
+    settings = {"curriculum": ["3,4:2", "1,2:3"], "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
+    unbroken, resumed, texts = thinker(m=5), thinker(m=5), examples(8, longest=9)
+    run(unbroken, arguments(tmp_path, **settings), texts)
+    run(resumed, arguments(tmp_path, **settings), texts, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same(weights(resumed), weights(unbroken))
+
+
+def test_bfloat16_computes_over_float32_weights(tmp_path):
+    model = thinker(m=2, dtype=torch.float32)
+    exact = copy.deepcopy(model)
+    settings = {"max_steps": 2, "learning_rate": 1e-5, "optim": "adamw_torch", "per_device_train_batch_size": 4}
+    run(model, arguments(tmp_path / "a", bf16=True, **settings), examples(8, longest=12))
+    run(exact, arguments(tmp_path / "b", **settings), examples(8, longest=12))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    pairs = [(model.state_dict()[name], value) for name, value in exact.state_dict().items()]
+    assert any(not torch.equal(a, b) for a, b in pairs)  # the products were rounded
+    assert max((a - b).abs().max() for a, b in pairs) <= 5e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activation_checkpointing_changes_nothing(tmp_path, checkpointing):
+    model, plain = thinker(m=2), thinker(m=2)
+    run(model, arguments(tmp_path / "a", gradient_checkpointing=checkpointing), examples(8, longest=9))
+    run(plain, arguments(tmp_path / "b"), examples(8, longest=9))
+    assert_same(weights(model), weights(plain))
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"model must be a QuietStarForCausalLM.*from_base"):
+        run(thinker(m=2).base, arguments(tmp_path), examples(2, longest=9))
+    with pytest.raises(ValueError, match=r"bfloat16.*float32"):
+        run(thinker(m=2, dtype=torch.bfloat16), arguments(tmp_path), examples(2, longest=9))
+    with pytest.raises(ValueError, match="context"):
+        run(thinker(m=2, max_position_embeddings=12), arguments(tmp_path, max_length=9), examples(2, longest=9))
+    with pytest.raises(ValueError, match="context"):
+        narrow = thinker(m=1, max_position_embeddings=12)
+        run(narrow, arguments(tmp_path, max_length=8, curriculum=["3,1:1"]), examples(2, longest=9))
+    for option, match in (
+        ({"lookahead": 0}, "lookahead"),
+        ({"baseline": "median"}, "baseline"),
+        ({"max_length": 1}, "max_length"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            arguments(tmp_path, **option)
+    for stage in ("5", "5,4", "5,4:0", "5,4:10:-1", "5,4:10:1e-6:2", "a,b:c"):
+        with pytest.raises(ValueError, match="curriculum"):
+            arguments(tmp_path, curriculum=[stage])
+
+
+def test_short_texts_do_not_stop_a_run(tmp_path):
+    """A batch without a single thought to reward, or a single token to predict."""
+    model = thinker(m=2)
+    texts = [{"input_ids": random_ids(1, length)[0]} for length in (1, 1, 2, 3)]
+    trainer = run(model, arguments(tmp_path, max_steps=2, per_device_train_batch_size=2), texts)
+    assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
+
+
+def test_saved_and_loaded(tmp_path):
+    model = thinker(m=2)
+    trainer = run(model, arguments(tmp_path), examples(4, longest=9))
+    trainer.save_model(tmp_path / "model")
+    loaded = pyquiet.QuietStarForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64)
+    assert_same(weights(loaded), weights(model))
