@@ -38,6 +38,21 @@ def check_inputs(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: i
             raise ValueError(f"attention_mask row {row} {what}; each row must be one unbroken run of tokens")
 
 
+def check_positions(positions: Tensor | None, input_ids: Tensor) -> Tensor:
+    """int64 [B, K]: the columns after which to think, all of input_ids [B, T] for None; else TypeError, ValueError."""
+    B, T = input_ids.shape
+    if positions is None:
+        return torch.arange(T, device=input_ids.device).expand(B, T)
+    if not isinstance(positions, Tensor) or positions.dtype != torch.int64:
+        got = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
+        raise TypeError(f"positions must be an int64 tensor of columns, got {got}")
+    if positions.shape[:-1] not in ((), (B,)) or not positions.numel():
+        raise ValueError(f"positions must be [K] or [{B}, K] with K of at least 1, got {list(positions.shape)}")
+    if (positions < 0).any() or (positions >= T).any():
+        raise ValueError(f"positions must lie in 0..{T - 1}, the columns of input_ids")
+    return positions.expand(B, -1)
+
+
 def check_context(config: QuietStarConfig, length: int, thought_tokens: int | None = None) -> None:
     """Raises ValueError if a text of `length` tokens and the thought after its last pass the model's context."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)

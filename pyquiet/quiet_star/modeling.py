@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from pyquiet.quiet_star.configuration import QuietStarConfig
 from pyquiet.quiet_star.generation import ThinkingGeneration
 from pyquiet.quiet_star.head import embedding_table, finish_logits, head_weight, log_prob
-from pyquiet.quiet_star.inputs import check_context, check_inputs, check_no_nan
+from pyquiet.quiet_star.inputs import check_context, check_inputs, check_no_nan, check_positions
 from pyquiet.quiet_star.objective import QuietStarObjective, ThinkingLoss
 from pyquiet.quiet_star.thinking import Round, Text, Thinker, ThoughtOptions, average, chunks
 from pyquiet.quiet_star.thoughts import check_supported
@@ -232,6 +232,7 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, PreTrainedModel
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
+        positions: Tensor | None = None,
         seed: int | None = None,
         sequence_ids: Tensor | None = None,
         thoughts_per_token: int | None = None,
@@ -243,6 +244,8 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, PreTrainedModel
 
         Args:
             input_ids: int64 [B, T]. attention_mask: [B, T], 0 at padding, which may lie on either side.
+            positions: int64 [K] or [B, K], the columns after which to think; None is all. With them, every field has K
+                columns, and the log-probabilities are 0 where a text ends.
             seed: of all draws; None takes one from torch's generator. A thought token depends on (seed, sequence id,
                 position without padding, thought, step) alone, not on the batch or on what is computed beside it.
             sequence_ids: int64 [B]; None numbers the rows.
@@ -252,8 +255,8 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, PreTrainedModel
             `Thoughts`. Memory grows linearly with T.
 
         Raises:
-            ValueError, TypeError: ids out of range, an empty row, a mask with holes, a text that with its thoughts
-                passes the model's context, NaN logits (the row is named), an option out of range.
+            ValueError, TypeError: ids or positions out of range, an empty row, a mask with holes, a text that with its
+                thoughts passes the model's context, NaN logits (the row is named), an option out of range.
         """
         text, options = self._prepare(
             input_ids,
@@ -267,18 +270,25 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, PreTrainedModel
                 sequence_ids,
             ),
         )
-        hidden, round_ = self._think_everywhere(input_ids, text, options)
+        columns = check_positions(positions, input_ids)
+        hidden, round_ = self._think_after(columns, input_ids, text, options)
         weight = self.mix(hidden, round_.end_hidden)
-        base, mixed = self._next_log_probs(input_ids, hidden, round_.end_hidden, weight)
-        check_no_nan(base, mixed)
+        T = input_ids.shape[1]
+        following = (columns + 1).clamp_max(T - 1)
+        base, mixed = self._log_probs(input_ids.gather(1, following), hidden, round_.end_hidden, weight)
         real = torch.ones_like(input_ids, dtype=torch.bool) if text.mask is None else text.mask
-        both = real[:, 1:] & real[:, :-1]
+        here = real.gather(1, columns)
+        both = here & real.gather(1, following) & (columns < T - 1)
+        base, mixed = base.masked_fill(~both, 0), mixed.masked_fill(~both[..., None], 0)
+        check_no_nan(base, mixed)
+        if positions is None:
+            base, mixed = base[:, :-1], mixed[:, :-1]
         return Thoughts(
-            tokens=round_.tokens.masked_fill(~real[:, :, None, None], -1),
-            log_probs=round_.log_probs.masked_fill(~real[:, :, None, None], 0),
-            weight=weight.masked_fill(~real[:, :, None], 0),
-            mixed_log_probs=mixed.masked_fill(~both[..., None], 0),
-            base_log_probs=base.masked_fill(~both, 0),
+            tokens=round_.tokens.masked_fill(~here[:, :, None, None], -1),
+            log_probs=round_.log_probs.masked_fill(~here[:, :, None, None], 0),
+            weight=weight.masked_fill(~here[:, :, None], 0),
+            mixed_log_probs=mixed,
+            base_log_probs=base,
         )
 
     def forward(
@@ -334,7 +344,7 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, PreTrainedModel
         )
         with torch.no_grad():
             text, checked = self._prepare(input_ids, attention_mask, options)
-            hidden, round_ = self._think_everywhere(input_ids, text, checked)
+            hidden, round_ = self._think_after(check_positions(None, input_ids), input_ids, text, checked)
             weight = self.mix(hidden, round_.end_hidden)
             raw = self.raw_logits(hidden)
             parts = [
@@ -355,26 +365,24 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, PreTrainedModel
         check_context(self.config, int(text.length.max()))
         return text, ThoughtOptions.checked(self.config.thoughts_per_token, input_ids.shape[0], *options)
 
-    def _think_everywhere(self, input_ids: Tensor, text: Text, options: ThoughtOptions) -> tuple[Tensor, Round]:
-        """Hidden states [B, T, d] of the text, read in one call as the base reads it, and the thoughts after it."""
-        B, T = input_ids.shape
+    def _think_after(
+        self, columns: Tensor, input_ids: Tensor, text: Text, options: ThoughtOptions
+    ) -> tuple[Tensor, Round]:
+        """Hidden states [B, K, d] at the columns [B, K] of the text, read as the base reads it, and thoughts there."""
         thinker = Thinker(self, text, options)
         hidden = thinker.read(input_ids)
-        limits = torch.arange(1, T + 1, device=input_ids.device).expand(B, T)
-        return hidden, thinker.think(limits)
+        index = columns[..., None].expand(-1, -1, hidden.shape[-1])
+        return hidden.gather(1, index), thinker.think(columns + 1)
 
-    def _next_log_probs(
-        self, input_ids: Tensor, hidden: Tensor, end_hidden: Tensor, weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the next tokens: base [B, T-1] and mixed [B, T-1, N], a chunk of positions at a time."""
-        B, T, N = weight.shape
-        base, mixed = [hidden.new_empty(B, 0, dtype=weight.dtype)], [weight[:, :0]]
-        for part in chunks(T - 1, B * (N + 1) * self.logits_size):
-            target = input_ids[:, 1:][:, part]
+    def _log_probs(self, target: Tensor, hidden: Tensor, end_hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the targets [B, K]: base [B, K] and mixed [B, K, N], a chunk of positions at a time."""
+        B, K, N = weight.shape
+        base, mixed = [], []
+        for part in chunks(K, B * (N + 1) * self.logits_size):
             raw = self.raw_logits(hidden[:, part])
-            base.append(log_prob(self.finish(raw), target))
+            base.append(log_prob(self.finish(raw), target[:, part]))
             logits = self.mixed_logits(raw, end_hidden[:, part], weight[:, part])
-            mixed.append(log_prob(logits, target[..., None].expand(-1, -1, N)))
+            mixed.append(log_prob(logits, target[:, part, None].expand(-1, -1, N)))
         return torch.cat(base, 1), torch.cat(mixed, 1)
 
     # -- what transformers asks of a model

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pyquiet.quiet_star.thinking import Text as Span
+from pyquiet.quiet_star.thinking import Thinker, ThoughtOptions
+
 from . import sequential_reference as reference
 from .architectures import ARCHITECTURES, ODD_HEADS
 from .thinkers import (
@@ -165,3 +168,54 @@ def test_an_explicit_seed_leaves_the_generator_of_torch_alone():
     model.think_at_every_token(ids, seed=1)
     model.generate(ids, max_new_tokens=2, seed=1, do_sample=True)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_chosen_positions_are_those_of_the_whole(side, dtype):
+    """Whatever else is computed beside them; columns may come in any order, twice, and differ from row to row."""
+    model = thinker(m=2, dtype=dtype)
+    ids, mask = padded([random_ids(1, 9)[0], random_ids(1, 6, seed=1)[0]], side)
+    whole = model.think_at_every_token(ids, mask, seed=3, thoughts_per_token=2)
+    for positions in (torch.tensor([8, 2, 5]), torch.tensor([[0, 7, 8, 3], [5, 5, 1, 8]])):
+        part = model.think_at_every_token(ids, mask, positions=positions, seed=3, thoughts_per_token=2)
+        columns = positions.expand(2, -1)
+        rows = torch.arange(2)[:, None]
+        assert torch.equal(part.tokens, whole.tokens[rows, columns])
+        for name in ("log_probs", "weight"):
+            assert_close(getattr(part, name), getattr(whole, name)[rows, columns], TOLERANCE[dtype])
+        for name in ("mixed_log_probs", "base_log_probs"):
+            expected = torch.cat([getattr(whole, name), torch.zeros_like(getattr(whole, name)[:, :1])], 1)
+            assert_close(getattr(part, name), expected[rows, columns], TOLERANCE[dtype])
+        assert part.mixed_log_probs.any()
+
+
+def test_thoughts_that_share_a_prefix_are_those_drawn_apart():
+    """The n-th of N thoughts is a single thought drawn at its index; here, N return sequences of one thought each."""
+    model, ids = thinker(m=2), random_ids(1, 6)
+    together = model.think_at_every_token(ids, seed=3, thoughts_per_token=3)
+    for n in range(3):
+        text, options = Span.of(ids, None), ThoughtOptions(seed=3, thoughts=1)
+        apart = Thinker(model, text, options, return_index=torch.tensor([n]))
+        hidden = apart.read(ids)
+        round_ = apart.think(torch.arange(1, 7)[None])
+        assert torch.equal(round_.tokens[:, :, 0], together.tokens[:, :, n])
+        assert_close(model.mix(hidden, round_.end_hidden)[..., 0], together.weight[..., n], 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("positions", "error"),
+    [
+        (torch.tensor([6]), ValueError),
+        (torch.tensor([-1]), ValueError),
+        (torch.tensor([[1], [2], [3]]), ValueError),
+        (torch.empty(0, dtype=torch.int64), ValueError),
+        (torch.tensor([1.0]), TypeError),
+        (torch.tensor([True]), TypeError),
+        ([1, 2], TypeError),
+    ],
+    ids=str,
+)
+def test_positions_out_of_range(positions, error):
+    with pytest.raises(error, match="positions"):
+        thinker(m=1).think_at_every_token(random_ids(2, 6), positions=positions)

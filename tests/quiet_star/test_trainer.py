@@ -265,8 +265,8 @@ def test_what_is_refused(tmp_path):
         run(thinker(m=2, dtype=torch.bfloat16), arguments(tmp_path), examples(2, longest=9))
     with pytest.raises(ValueError, match="context"):
         run(thinker(m=2, max_position_embeddings=12), arguments(tmp_path, max_length=9), examples(2, longest=9))
+    narrow = thinker(m=1, max_position_embeddings=12)
     with pytest.raises(ValueError, match="context"):
-        narrow = thinker(m=1, max_position_embeddings=12)
         run(narrow, arguments(tmp_path, max_length=8, curriculum=["3,1:1"]), examples(2, longest=9))
     for option, match in (
         ({"lookahead": 0}, "lookahead"),
