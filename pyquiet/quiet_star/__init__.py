@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import Any
 
 from pyquiet.quiet_star.configuration import QuietStarConfig
+from pyquiet.quiet_star.conversion import convert_released, load_released
 from pyquiet.quiet_star.generation import GeneratedThoughts, QuietStarGenerateOutput
 from pyquiet.quiet_star.modeling import QuietStarForCausalLM, Thoughts
 from pyquiet.quiet_star.objective import QuietStarObjective, ThinkingLoss
@@ -18,6 +19,8 @@ __all__ = [
     "QuietStarTrainingArguments",
     "ThinkingLoss",
     "Thoughts",
+    "convert_released",
+    "load_released",
 ]
 
 _TRAINING = {"QuietStarTrainer": "trainer", "QuietStarTrainingArguments": "arguments"}
