@@ -1,0 +1,38 @@
+"""Means and how far they may be off."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error, which is nan for a single value."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Estimate":
+        """The estimate from independent values [n], n >= 1."""
+        mean, error = mean_and_error(values.double())
+        return cls(float(mean), float(error))
+
+    def to_dict(self) -> dict[str, float | None]:
+        """`mean` and `standard_error` as JSON knows them: None for nan."""
+        return {"mean": finite(self.mean), "standard_error": finite(self.error)}
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g} +- {self.error:.2g}"
+
+
+def mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [...] of independent values [..., n] and its standard error, nan where n is 1."""
+    n, mean = values.shape[-1], values.mean(-1)
+    variance = (values - mean[..., None]).square().sum(-1) / (n - 1 or float("nan"))
+    return mean, (variance / n).sqrt()
+
+
+def finite(number: float) -> float | None:
+    """The number, or None where it is nan, which JSON has no word for."""
+    return None if number != number else number
