@@ -1,0 +1,53 @@
+"""The figure of a `DifficultyTable`: what thoughts gain, from the easiest tokens to the hardest."""
+
+import importlib.util
+import os
+
+from pyquiet.evaluation.difficulty import DifficultyTable
+from pyquiet.plotting.files import check_target, replacing
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_figure(path: str | os.PathLike[str]) -> None:
+    """Raises what `plot_gain_by_decile` would for that path, before there is anything to plot."""
+    if check_target(path).suffix.lower() not in FORMATS:
+        raise ValueError(f"figure {os.fspath(path)}: its name must end in one of {', '.join(FORMATS)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("figures need matplotlib: pip install 'pyquiet[plot]'")
+
+
+def plot_gain_by_decile(
+    table: DifficultyTable, path: str | os.PathLike[str], *, difficulty: str = "base entropy", title: str | None = None
+) -> None:
+    """Draws the gain of each bin as a bar with its standard error, the base NLL as a line, to a PNG, SVG or PDF file.
+
+    Args:
+        difficulty: what the tokens are ranked by, for the axis.
+
+    Raises:
+        ValueError: another ending of the file's name. OSError: it cannot be written.
+        ImportError: matplotlib is missing (`pip install 'pyquiet[plot]'`).
+    """
+    check_figure(path)
+    from matplotlib.figure import Figure
+
+    place = range(1, len(table.count) + 1)
+    error = table.gain_error.nan_to_num().tolist()
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    gain = figure.subplots()
+    gain.bar(place, table.gain.tolist(), yerr=error, capsize=3, color="tab:blue", label="gain")
+    gain.axhline(0, color="black", linewidth=0.8)
+    ends = zip(table.low.tolist(), table.high.tolist(), strict=True)
+    gain.set_xticks(place, [f"{i}\n{low:.2f}\nto {high:.2f}" for i, (low, high) in zip(place, ends, strict=True)])
+    gain.set_xlabel(f"tokens by {difficulty} (nats), the easiest first")
+    gain.set_ylabel("gain by thinking (nats a token)")
+    loss = gain.twinx()
+    loss.plot(place, table.base_nll.tolist(), color="tab:orange", marker="o", label="base NLL (right)")
+    loss.set_ylim(bottom=0)
+    loss.set_ylabel("base NLL (nats a token)")
+    handles = [*gain.get_legend_handles_labels()[0], *loss.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside lower right", ncols=2)
+    figure.suptitle(title or f"{int(table.count.sum())} tokens")
+    with replacing(path) as partial:
+        figure.savefig(partial, format=os.path.splitext(path)[1][1:].lower(), dpi=150)
