@@ -1,0 +1,163 @@
+"""`pyquiet evaluate`: what a model's thoughts are worth, token by token or question by question."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from pyquiet.cli.think import load_thinker, usable_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pyquiet import QuietStarForCausalLM
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "evaluate", help="measure what thoughts are worth", description="Measure what a model's thoughts are worth."
+    )
+    measures = parser.add_subparsers(title="measures", metavar="MEASURE", required=True)
+    _add_thoughts(measures)
+    _add_answers(measures)
+
+
+def _add_thoughts(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = measures.add_parser(
+        "thoughts",
+        help="the gain by thinking, from the easiest tokens of a text to the hardest",
+        description="Print how much more probable thoughts make the tokens of a text, by decile of difficulty.",
+    )
+    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="plain text, one document a file")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="of each document (default: all)")
+    parser.add_argument("--max-length", type=int, metavar="N", help="tokens read at a time (default: 256 at most)")
+    parser.add_argument(
+        "--by",
+        choices=["entropy", "loss"],
+        default="entropy",
+        help="difficulty: what the base expects to lose at a token, or does lose, which flatters (default: entropy)",
+    )
+    parser.add_argument("--plot", metavar="FILE", help="draw the table to a .png, .svg or .pdf file")
+    parser.add_argument("--html", metavar="FILE", help="write a page with every token, its thought on hover")
+    parser.add_argument("--html-tokens", type=int, default=5000, metavar="N", help="tokens on it (default: 5000)")
+    _add_common(parser, batch_size=8)
+    parser.set_defaults(run=run_thoughts)
+
+
+def _add_answers(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = measures.add_parser(
+        "answers",
+        help="right answers to the questions of GSM8K or CommonsenseQA",
+        description="Score direct answers with and without thoughts or, with --majority-vote, those reasoned aloud.",
+    )
+    parser.add_argument("--task", choices=["gsm8k", "commonsenseqa"], required=True)
+    parser.add_argument("--data", required=True, metavar="FILE", help="the task's JSON lines")
+    parser.add_argument("--items", type=int, metavar="N", help="the first N; with --majority-vote, of a shuffle (128)")
+    parser.add_argument("--think", choices=["both", "always", "never"], default="both")
+    parser.add_argument("--max-length", type=int, default=256, metavar="N", help="tokens of question and answer (256)")
+    vote = parser.add_argument_group("majority vote (gsm8k)")
+    vote.add_argument("--majority-vote", action="store_true", help="reason step by step, and count the answers")
+    vote.add_argument("--samples", type=int, default=8, metavar="N", help="votes on a question (default: 8)")
+    vote.add_argument("--temperature", type=float, default=0.9, help="of the samples (default: 0.9)")
+    vote.add_argument("--max-new-tokens", type=int, default=384, metavar="N", help="of reasoning (default: 384)")
+    _add_common(parser, batch_size=16)
+    parser.set_defaults(run=run_answers)
+
+
+def _add_common(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    parser.add_argument("--model", metavar="DIR", help="a causal or thinking model (default: the embedded one)")
+    parser.add_argument(
+        "--thoughts-per-token", type=int, metavar="N", help="thoughts to average (default: the model's)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same thoughts (default: 0)")
+    parser.add_argument("--batch-size", type=int, default=batch_size, metavar="N")
+    parser.add_argument("--device", default="cpu", help="where to run, as torch names it (default: cpu)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run_thoughts(args: argparse.Namespace) -> int:
+    from pyquiet.evaluation import opening_ids, thinking_gains, token_ids
+    from pyquiet.plotting import check_figure, check_target, plot_gain_by_decile, write_thoughts_page
+    from pyquiet.quiet_star.data import read_texts
+
+    for name in ("max_tokens", "html_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(args, name)}")
+    if args.plot:
+        check_figure(args.plot)
+    if args.html:
+        check_target(args.html)
+    texts = read_texts(args.text)
+    model, tokenizer = _model(args)
+    gains = thinking_gains(
+        model,
+        [token_ids(tokenizer, text)[: args.max_tokens] for text in texts],
+        opening=opening_ids(tokenizer),
+        max_length=args.max_length,
+        **_options(args),
+    )
+    table = gains.table(args.by)
+    report = {"model": args.model, "text": args.text, "by": args.by, "seed": args.seed, **table.to_dict()}
+    print(json.dumps(report, indent=2) if args.json else f"base {args.by} and NLL in nats\n{table}")
+    title = f"Thoughts on {', '.join(args.text)}"
+    if args.plot:
+        plot_gain_by_decile(table, args.plot, difficulty=f"base {args.by}", title=title)
+    if args.html:
+        write_thoughts_page(gains, tokenizer, args.html, by=args.by, title=title, limit=args.html_tokens)
+    return 0
+
+
+def run_answers(args: argparse.Namespace) -> int:
+    from pyquiet.evaluation import TASKS, direct_answers, majority_vote
+
+    if args.items is not None and args.items < 1:
+        raise ValueError(f"--items must be 1 or more, got {args.items}")
+    if args.majority_vote and args.task != "gsm8k":
+        raise ValueError("--majority-vote counts numbers: use it with --task gsm8k")
+    task = TASKS[args.task]
+    items = task.read(args.data)
+    model, tokenizer = _model(args)
+    think: Any = ("never", "always") if args.think == "both" else (args.think,)
+    report: dict[str, Any] = {"model": args.model, "task": args.task, "seed": args.seed}
+    if args.majority_vote:
+        votes = {
+            word: majority_vote(
+                model,
+                tokenizer,
+                items,
+                think=word,
+                count=args.items or 128,
+                samples=args.samples,
+                temperature=args.temperature,
+                max_new_tokens=args.max_new_tokens,
+                **_options(args),
+            )
+            for word in think
+        }
+        report |= {word: vote.to_dict() for word, vote in votes.items()}
+        words = "\n".join(f"{word:<7}{vote}" for word, vote in votes.items())
+    else:
+        chosen = items[: args.items]
+        scores = direct_answers(
+            model, tokenizer, chosen, task.symbols, think=think, max_length=args.max_length, **_options(args)
+        )
+        report |= scores.to_dict()
+        words = str(scores)
+    print(json.dumps(report, indent=2) if args.json else words)
+    return 0
+
+
+def _model(args: argparse.Namespace) -> "tuple[QuietStarForCausalLM, PreTrainedTokenizerBase]":
+    device = usable_device(args.device)
+    model, tokenizer = load_thinker(args.model, None)
+    model.to(device)
+    return model, tokenizer
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "seed": args.seed,
+        "thoughts_per_token": args.thoughts_per_token,
+        "batch_size": args.batch_size,
+        "progress": not args.quiet,
+    }
