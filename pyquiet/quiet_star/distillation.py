@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pyquiet.quiet_star.head import embedding_table, finish_logits, head_weight, log_prob
-from pyquiet.quiet_star.inputs import IGNORED, check_inputs, check_labels, check_no_nan
+from pyquiet.quiet_star.inputs import IGNORED, check_inputs, check_labels, check_no_nan, check_positions
 from pyquiet.quiet_star.modeling import QuietStarForCausalLM
 from pyquiet.quiet_star.thinking import Text, ThoughtOptions, average
 from pyquiet.quiet_star.training import _chunk, _recomputed, _without_dropout
@@ -286,8 +286,9 @@ def _thoughts(
     """Hidden states [R, d] of the text, [R, N, d] of END after its thoughts, and the thoughts' weights [R, N]."""
     with _without_dropout(teacher), torch.autocast(input_ids.device.type, enabled=False):
         text, checked = teacher._prepare(input_ids, attention_mask, options)
-        hidden, round_ = teacher._think_everywhere(input_ids, text, checked)
-        hidden, end_hidden = hidden[:, :-1][targets], round_.end_hidden[:, :-1][targets]
+        columns = check_positions(None, input_ids)[:, :-1]
+        hidden, round_ = teacher._think_after(columns, input_ids, text, checked)
+        hidden, end_hidden = hidden[targets], round_.end_hidden[targets]
         return hidden, end_hidden, teacher.mix(hidden, end_hidden)
 
 
