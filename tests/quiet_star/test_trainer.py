@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +14,7 @@ from pyquiet import QuietStarObjective
 from pyquiet.randomness import epoch_seed
 
 from .thinkers import random_ids, thinker
-from .training_runs import arguments, examples, run, weights
-
-ROOT = Path(__file__).parents[2]
+from .training_runs import arguments, examples, in_processes, run, weights
 
 
 def assert_same(actual, expected, tolerance=0.0):
@@ -133,11 +128,7 @@ def test_epochs_differ_in_crops_and_thoughts(tmp_path):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_processes_are_one_with_the_joint_batch(tmp_path, accumulate):
-    module = "tests.quiet_star.training_runs"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", module, str(tmp_path), str(accumulate)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_processes(2, "distributed", tmp_path, str(accumulate))
     model = thinker(m=2)
     settings = {"max_steps": 3, "optim": "adamw_torch", "gradient_accumulation_steps": accumulate}
     trainer = run(
@@ -148,6 +139,14 @@ def test_two_processes_are_one_with_the_joint_batch(tmp_path, accumulate):
     for name in ("loss", "base_nll", "mixed_nll", "policy", "reward"):
         expected = [log[name] for log in trainer.state.log_history if "loss" in log]
         assert [log[name] for log in logs if "loss" in log] == pytest.approx(expected, abs=1e-6), name
+
+
+def test_sharded_weights_get_the_same_gradients(tmp_path):
+    in_processes(2, "sharded", tmp_path)
+    model, ids = thinker(m=2).train(), random_ids(4, 9)
+    model.thinking_loss(ids, seed=1).loss.backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert_same(load_file(tmp_path / "gradients.safetensors"), expected, 1e-12)
 
 
 def test_logs_say_what_happened(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
-from pyquiet import QuietStarTrainer, QuietStarTrainingArguments
+from pyquiet import QuietStarObjective, QuietStarTrainer, QuietStarTrainingArguments
 
 from .thinkers import random_ids, thinker
 
@@ -54,12 +56,25 @@ def weights(model: Any) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def main(folder: Path, accumulate: int) -> None:
-    torch.set_num_threads(1)
-    model = thinker(m=2)
+def in_processes(count: int, *words: str | Path) -> None:
+    """Runs this file as a program with these words in several processes; they must all succeed."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", "-m", "tests.quiet_star.training_runs", *map(str, words)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def distributed(folder: Path, accumulate: str) -> None:
+    """A run of the trainer, the batch spread over the processes."""
     settings = arguments(
-        folder / "two", max_steps=3, optim="adamw_torch", gradient_accumulation_steps=accumulate, ddp_backend="gloo"
+        folder / "two",
+        max_steps=3,
+        optim="adamw_torch",
+        gradient_accumulation_steps=int(accumulate),
+        ddp_backend="gloo",
     )
+    model = thinker(m=2)
     trainer = run(model, settings, examples(24, longest=9))
     assert trainer.args.world_size == 2
     if trainer.is_world_process_zero():
@@ -68,5 +83,38 @@ def main(folder: Path, accumulate: int) -> None:
     trainer.accelerator.end_training()
 
 
+def sharded_by_hand(folder: Path) -> None:
+    """The gradients of a step whose weights are spread over the processes, layer by layer (FSDP2, on the CPU)."""
+    torch.distributed.init_process_group("gloo")
+    rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    mesh = torch.distributed.init_device_mesh("cpu", (count,))
+    model, ids, objective = thinker(m=2).train(), random_ids(2 * count, 9), QuietStarObjective()
+    for part in (*model.base.model.layers, model):
+        fully_shard(part, mesh=mesh)
+    rows = torch.arange(2 * rank, 2 * rank + 2)
+    counts = objective.target_counts(ids)
+    out = model(ids[rows], objective=objective, seed=1, sequence_ids=rows, target_counts=counts)
+    (count * out.loss).backward()  # the mean over processes is taken
+    gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    if rank == 0:
+        save_file(gradients, folder / "gradients.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def sharded_on_gpus(folder: Path) -> None:
+    """A run of the trainer under FSDP2 through accelerate."""
+    layers = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    settings = arguments(
+        folder / "fsdp", use_cpu=False, max_steps=3, fsdp="full_shard auto_wrap", fsdp_config=layers, bf16=False
+    )
+    trainer = run(thinker(m=2, dtype=torch.float32), settings, examples(24, longest=9))
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    if trainer.is_world_process_zero():
+        save_file({name: value.cpu().contiguous() for name, value in state.items()}, folder / "fsdp.safetensors")
+    trainer.accelerator.end_training()
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    torch.set_num_threads(1)
+    what, target, *words = sys.argv[1:]
+    {"distributed": distributed, "sharded": sharded_by_hand, "gpus": sharded_on_gpus}[what](Path(target), *words)
