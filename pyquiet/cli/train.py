@@ -58,16 +58,19 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     train.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="further training arguments")
     for option, (_, default, what) in OPTIONS.items():
         train.add_argument(option, default=default, metavar="X", help=what)
-    train.set_defaults(run=run)
+    train.set_defaults(run=lambda args: run(args))
 
 
 def run(args: argparse.Namespace) -> int:
+    from transformers import set_seed
+
     from pyquiet.quiet_star import QuietStarTrainer
     from pyquiet.quiet_star.data import last_checkpoint, read_dataset, read_texts, tokenize
 
     training = training_arguments(args)
     texts = read_texts(args.text) if args.text else read_dataset(args.dataset, args.dataset_column)
     eval_texts = read_texts(args.eval_text)
+    set_seed(training.seed)  # a fresh mixing head is random
     model, tokenizer = load_thinker(args.model, args.thought_tokens)
     trainer = QuietStarTrainer(
         model.float(),  # of weights in half precision, small steps would be lost
@@ -132,10 +135,10 @@ def show_lines(trainer: Any) -> None:
 def in_words(step: int, logs: dict[str, float]) -> str:
     """A line on a step's training loss or evaluation; empty for other logs."""
     for prefix, what in (("", "train"), ("eval_", "eval ")):
-        if f"{prefix}mixed_nll" in logs:
-            base, mixed = logs[f"{prefix}base_nll"], logs[f"{prefix}mixed_nll"]
+        if f"{prefix}gain" in logs:
+            base, gain = logs[f"{prefix}base_nll"], logs[f"{prefix}gain"]
             hardest = logs.get(f"{prefix}gain_decile_10", float("nan"))
-            line = f"step {step:6d}  {what}  base {base:.4f}  mixed {mixed:.4f}  hardest tenth {hardest:+.3f}"
+            line = f"step {step:6d}  {what}  base {base:.4f}  gain {gain:+.4f}  of the hardest tenth {hardest:+.4f}"
             if not prefix:
                 line += f"  reward {logs['reward']:+.4f}  w {logs['weight_mean']:+.4f}"
                 line += f"  {logs['tokens_per_second']:.0f} tokens/s"

@@ -29,11 +29,12 @@ class QuietStarTrainer(Trainer):
     whether the run was resumed. The loss of a step is that of the joint batch over micro-batches and processes, but
     with `official=True`, where each has its own means, as in the released code. Logs, besides Trainer's own:
 
-    - base_nll, mixed_nll (nats a token), policy, reward (nats a thought), weight_mean and weight_std of w,
-      thought_entropy (nats a thought token), tokens_per_second (of text, all processes);
-    - gain_decile_1 .. gain_decile_10: base NLL minus mixed NLL of the next token, in nats, over the tenths of tokens of
-      a micro-batch by base NLL. The hardest tenth is chosen by the loss that is compared, so part of its gain is
-      regression to the mean; `pyquiet.evaluation` chooses by entropy.
+    - base_nll, mixed_nll (nats a token; mixed over all A tokens after a thought), policy, reward (nats a thought),
+      weight_mean and weight_std of w, thought_entropy (nats a thought token), tokens_per_second (of text, all
+      processes);
+    - gain, base NLL minus mixed NLL of the next token in nats, and gain_decile_1 .. gain_decile_10, the same over the
+      tenths of the tokens of a micro-batch by base NLL. The hardest tenth is chosen by the loss that is compared, so
+      part of its gain is regression to the mean; `pyquiet.evaluation` chooses by entropy.
 
     Evaluation, on noise and crops of its own that never change, reports eval_loss, eval_base_nll, eval_mixed_nll (the
     next token's, thoughts averaged in probability), eval_gain and eval_gain_decile_1 .. 10.
@@ -230,7 +231,8 @@ class _Meter:
         parts = {name: getattr(out, name).detach() for name in ("base_nll", "mixed_nll", "policy", "reward")}
         local = {name: getattr(out, name).detach() for name in ("weight_mean", "weight_std", "thought_entropy")}
         base = out.base_nlls[targets]
-        local |= decile_gains(base, base - out.mixed_nlls[..., 0].mean(-1)[targets])
+        gain = base - out.mixed_nlls[..., 0].mean(-1)[targets]
+        local |= {"gain": gain.sum() / max(1, len(gain)), **decile_gains(base, gain)}
         mask = inputs.get("attention_mask")
         tokens = inputs["input_ids"].new_tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
         self._sum({**parts, "tokens": tokens}, 0 if joint else 1)

@@ -165,6 +165,7 @@ def test_logs_say_what_happened(tmp_path):
         assert log[name] == pytest.approx(getattr(out, name).item(), abs=1e-9), name
     targets = out.base_nlls != 0
     base, gain = out.base_nlls[targets], (out.base_nlls - out.mixed_nlls[..., 0].mean(-1))[targets]
+    assert log["gain"] == pytest.approx(gain.mean().item(), abs=1e-9)
     order = sorted(range(len(base)), key=lambda i: base[i])
     hardest = order[-(len(base) // 10) :]
     assert log["gain_decile_10"] == pytest.approx(sum(gain[i].item() for i in hardest) / len(hardest), abs=1e-9)
