@@ -15,6 +15,7 @@ class QuietStarConfig(PreTrainedConfig):
         embedding_scale: START and END are stored divided by this, so that a small learning rate moves them.
         official: parity with the released code: the vocabulary has two more rows, START and END, which take part in
             every softmax but are never sampled.
+        base_adapters: where PEFT adapters lie in the base, as `save_pretrained` records it; None if it has none.
 
     Raises:
         ValueError: thought_tokens < 0, thoughts_per_token < 1 or embedding_scale <= 0.
@@ -30,6 +31,7 @@ class QuietStarConfig(PreTrainedConfig):
         thoughts_per_token: int = 1,
         embedding_scale: float = 100.0,
         official: bool = False,
+        base_adapters: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         base = AutoConfig.for_model(**base_config) if isinstance(base_config, dict) else base_config
@@ -40,6 +42,7 @@ class QuietStarConfig(PreTrainedConfig):
             raise ValueError(f"embedding_scale must be positive, got {embedding_scale}")
         self.embedding_scale = embedding_scale
         self.official = official
+        self.base_adapters = base_adapters
         if base is not None:
             text = base.get_text_config()
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from pyquiet.quiet_star.adapters import AdaptedBase, lay_out_adapters, record_adapters, settle_adapters, unwrapped
 from pyquiet.quiet_star.configuration import QuietStarConfig
 from pyquiet.quiet_star.generation import ThinkingGeneration
 from pyquiet.quiet_star.head import embedding_table, finish_logits, head_weight, log_prob
@@ -40,7 +41,7 @@ class Thoughts:
     base_log_probs: Tensor  # [B, T-1] of the true next token, without
 
 
-class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, PreTrainedModel, GenerationMixin):
+class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, AdaptedBase, PreTrainedModel, GenerationMixin):
     """A causal LM that thinks after every token: START, m sampled tokens, END, mixed into the next prediction.
 
     The prediction is (1 - w) * base + w * thought on the logits, in float32 at least; w is an unbounded scalar that the
@@ -60,9 +61,13 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, PreTrainedModel
         super().__init__(config)
         if base is None:
             base = AutoModelForCausalLM.from_config(config.base_config)
+            if config.base_adapters is not None:
+                lay_out_adapters(base, config.base_adapters)
         else:
             for module in base.modules():
                 module._is_hf_initialized = True  # so that post_init leaves its weights alone
+        if config.base_adapters is not None:
+            settle_adapters(base, config.base_adapters)
         self.base = base
         table = embedding_table(base)
         width = table.shape[1]
@@ -95,13 +100,15 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, PreTrainedModel
         START and END start from the embedding of the first token of "---" (through `tokenizer`), of the id
         `start_init`, or, with neither, from the mean embedding. With a path, a tokenizer lying there is used. The
         head's last layer is zero, so a fresh model predicts what its base predicts. `official=True` works with two more
-        vocabulary rows, as the released code does, on a copy of the given model.
+        vocabulary rows, as the released code does, on a copy of the given model. A `PeftModel` is taken out of its
+        wrapper, its adapters in place: they train, with START, END and the head, and the rest of the base does not.
 
         Raises:
             NotImplementedError: the architecture cannot think (no attention interface, ALiBi, sinks, latent or
                 state-space attention); the message names it.
-            ValueError, TypeError: an argument is out of range.
+            ValueError, TypeError: an argument is out of range, or a `PeftModel` does not adapt layers.
         """
+        model = unwrapped(model)
         if not isinstance(model, PreTrainedModel | str | os.PathLike):
             raise TypeError(f"model must be a transformers causal LM or the path of one, got {type(model).__name__}")
         if not isinstance(model, PreTrainedModel):
@@ -127,6 +134,7 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, PreTrainedModel
             thought_tokens=thought_tokens,
             thoughts_per_token=thoughts_per_token,
             official=official,
+            base_adapters=record_adapters(model),
             dtype=model.dtype,
         )
         thinker = cls(config, model)
@@ -205,10 +213,10 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, PreTrainedModel
 
     def mix(self, hidden: Tensor, end_hidden: Tensor) -> Tensor:
         """The thoughts' weights w [..., N] from base states [..., d] and END states [..., N, d]."""
-        first = cast(nn.Linear, self.mixing_head[0])
+        first = next(self.mixing_head.parameters())
         pair = torch.cat([hidden[..., None, :].expand_as(end_hidden), end_hidden], -1)
-        with torch.autocast(first.weight.device.type, enabled=False):  # 1 - w is 1 in bfloat16 for a small w
-            weight: Tensor = self.mixing_head(pair.to(first.weight.device, first.weight.dtype))[..., 0]
+        with torch.autocast(first.device.type, enabled=False):  # 1 - w is 1 in bfloat16 for a small w
+            weight: Tensor = self.mixing_head(pair.to(first.device, first.dtype))[..., 0]
         return weight
 
     def mixed_logits(self, raw_base: Tensor, end_hidden: Tensor, weight: Tensor) -> Tensor:
