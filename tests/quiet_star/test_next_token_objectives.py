@@ -355,6 +355,15 @@ def test_bfloat16_and_autocast(objective):
     assert (half.student_nlls - exact.student_nlls).abs().max() < 0.1
 
 
+def test_the_teacher_is_asked_without_dropout():
+    student, teacher = pair("gpt2", resid_pdrop=0.5)
+    student.train()
+    asleep = fast(student, teacher, TEXTS, "advantage").teacher_nlls
+    again = fast(student, teacher.train(), TEXTS, "advantage")
+    assert torch.equal(again.teacher_nlls, asleep)
+    assert not torch.equal(fast(student, teacher, TEXTS, "advantage").student_nlls, again.student_nlls)
+
+
 def test_a_thinking_student_learns_with_its_base():
     student, teacher = pair()
     thinking = awake(pyquiet.QuietStarForCausalLM.from_base(student, thought_tokens=1))

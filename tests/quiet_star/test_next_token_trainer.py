@@ -206,12 +206,29 @@ def test_a_resumed_run_is_the_whole_one(tmp_path):
 
 
 def test_epochs_have_noise_of_their_own(tmp_path):
-    teacher = teacher_of()
-    trainer = trainer_of(tmp_path, student_of(), teacher, learning_rate=0.0, num_train_epochs=2, logging_steps=2)
+    """And as many thoughts as the arguments say."""
+    teacher, student = teacher_of(), student_of()
+    options = {"learning_rate": 0.0, "num_train_epochs": 2, "per_device_train_batch_size": 6}
+    for thoughts in (None, 3):
+        trainer = trainer_of(tmp_path, student, teacher, teacher_thoughts_per_token=thoughts, **options)
+        trainer.train()
+        for epoch, logs in enumerate(trainer.state.log_history[:2]):
+            expected = one_loss(student, teacher, range(6), epoch_seed(3, epoch), thoughts_per_token=thoughts)
+            assert logs["teacher_nll"] == pytest.approx(float(expected.teacher_nll), rel=1e-5)
+    assert trainer.state.log_history[0]["teacher_nll"] != pytest.approx(logs["teacher_nll"], rel=1e-4)
+
+
+def test_bfloat16_with_float32_weights(tmp_path):
+    student, teacher = student_of(), teacher_of()
+    exact = one_loss(student, teacher, range(6), epoch_seed(3, 0))
+    options = {"bf16": True, "per_device_train_batch_size": 6, "max_steps": 1, "learning_rate": 1e-6}
+    trainer = trainer_of(tmp_path, student, teacher, **options)
     trainer.train()
-    first, second = (logs["teacher_nll"] for logs in trainer.state.log_history[:2])
-    assert first != second
-    assert first == pytest.approx(second, rel=0.2)
+    logs = trainer.state.log_history[0]
+    assert 1e-5 < abs(logs["student_nll"] - float(exact.student_nll)) < 0.05
+    assert logs["teacher_nll"] == pytest.approx(float(exact.teacher_nll), rel=1e-5)
+    assert student.dtype == torch.float32
+    assert 0 < (weights_of(student) - weights_of(student_of())).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
