@@ -286,9 +286,10 @@ def _thoughts(
     """Hidden states [R, d] of the text, [R, N, d] of END after its thoughts, and the thoughts' weights [R, N]."""
     with _without_dropout(teacher), torch.autocast(input_ids.device.type, enabled=False):
         text, checked = teacher._prepare(input_ids, attention_mask, options)
-        columns = check_positions(None, input_ids)[:, :-1]
+        C = targets.shape[1]
+        columns = check_positions(None, input_ids)[:, : max(1, C)]  # a base reads no row of nothing
         hidden, round_ = teacher._think_after(columns, input_ids, text, checked)
-        hidden, end_hidden = hidden[targets], round_.end_hidden[targets]
+        hidden, end_hidden = hidden[:, :C][targets], round_.end_hidden[:, :C][targets]
         return hidden, end_hidden, teacher.mix(hidden, end_hidden)
 
 

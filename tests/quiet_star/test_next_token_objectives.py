@@ -271,13 +271,12 @@ def test_micro_batches_add_up(objective):
 
 def test_a_part_without_targets_is_zero_and_has_gradients():
     student, teacher = pair()
-    ids = random_ids(2, 4)
     for objective in OBJECTIVES:
-        out = next_token_loss(
-            student, ids, labels=torch.full_like(ids, -100), ntp_objective=objective, teacher=teacher, target_count=5
-        )
-        assert out.loss == 0
-        assert not any(x.any() for x in torch.autograd.grad(out.loss, list(student.parameters())))
+        for ids in (random_ids(2, 4), random_ids(2, 1)):
+            options = {"ntp_objective": objective, "teacher": teacher, "target_count": 5}
+            out = next_token_loss(student, ids, labels=torch.full_like(ids, -100), **options)
+            assert out.loss == 0
+            assert not any(x.any() for x in torch.autograd.grad(out.loss, list(student.parameters())))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
