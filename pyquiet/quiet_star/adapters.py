@@ -7,6 +7,7 @@ What a configuration has to tell beside the base's is where which layers lie: th
 import json
 import re
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,7 +99,7 @@ def record_adapters(base: PreTrainedModel) -> Record | None:
         names.setdefault(parameter, []).append(_clean(name))
     float32 = {_any_layer(n) for n, p in parameters.items() if base.dtype.itemsize < 4 and p.dtype == torch.float32}
     record: Record = {
-        "configs": {name: json.loads(json.dumps(config.to_dict(), default=sorted)) for name, config in configs.items()},
+        "configs": {name: _fields(config) for name, config in configs.items()},
         "active": status.active_adapters,
         "enabled": status.enabled,
         "trainable": sorted({_any_layer(name) for name, p in parameters.items() if p.requires_grad}),
@@ -136,10 +137,9 @@ def lay_out_adapters(base: PreTrainedModel, record: Record) -> None:
     except ImportError as error:
         names = ", ".join(record["configs"])
         raise ImportError(f"the base of this model has PEFT adapters ({names}): pip install 'peft>=0.19'") from error
-    for name, fields in record["configs"].items():
-        # Other initialisations compute from base weights, and change them: they are not there yet, or changed already.
-        initial = {"init_lora_weights": True} if "init_lora_weights" in fields else {}
-        inject_adapter_in_model(PeftConfig.from_peft_type(**fields | initial), base, name)
+    with warnings.catch_warnings(action="ignore"):  # PEFT has said them when the adapters were made
+        for name, fields in record["configs"].items():
+            inject_adapter_in_model(PeftConfig.from_peft_type(**fields), base, name)
     set_adapter(base, record["active"])
     for module in base.modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
@@ -150,13 +150,20 @@ def lay_out_adapters(base: PreTrainedModel, record: Record) -> None:
 
 
 def settle_adapters(base: PreTrainedModel, record: Record | None) -> None:
-    """Tells transformers that a base has adapters, or none, and the names of tied weights: adapter layers change them."""
+    """Tells transformers whether a base has adapters, and how tied weights are called: adapter layers rename them."""
     base._hf_peft_config_loaded = record is not None  # base.set_adapter, base.disable_adapters etc. work
     if record is None:
         vars(base).pop("_tied_weights_keys", None)  # the class's own again
     else:
         base._tied_weights_keys = record["tied"]
     base.all_tied_weights_keys = base.get_expanded_tied_weights_keys()
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=sorted))
+    if "init_lora_weights" in fields:
+        fields["init_lora_weights"] = True  # the others compute from base weights, and change them
+    return fields
 
 
 def _method(config: Any) -> str:
