@@ -284,6 +284,24 @@ def test_what_cannot_think_or_come_back_is_refused(config, name):
         from_base(peft.get_peft_model(build("llama", dtype=torch.float32), config))
 
 
+@torch.no_grad()
+def test_initialisations_that_need_data_are_not_run_again(tmp_path):
+    outside = wrapped(name="llama", dtype=torch.float32, attention="sdpa")
+    outside.peft_config["default"].init_lora_weights = "corda"
+    model = awake(from_base(outside, thought_tokens=1, start_init=7))
+    model.save_pretrained(tmp_path)
+    assert_same_model(from_pretrained(tmp_path), model)
+
+
+def test_what_its_configuration_does_not_describe_is_not_saved(tmp_path):
+    model = adapted(name="llama", dtype=torch.float32)
+    attention = model.base.model.layers[0].self_attn
+    attention.q_proj = attention.q_proj.base_layer
+    with pytest.raises(ValueError, match=r"LORA.*does not give back model\.layers\.0\.self_attn\.q_proj"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_merged_adapters_are_not_saved(tmp_path):
     outside = wrapped(name="llama", dtype=torch.float32)
     model = from_base(outside, thought_tokens=1)
