@@ -8,6 +8,8 @@ from pyquiet.zoo import load
 
 __version__ = "0.1.0"
 __all__ = [
+    "NextTokenTrainer",
+    "NextTokenTrainingArguments",
     "QuietStarConfig",
     "QuietStarForCausalLM",
     "QuietStarObjective",

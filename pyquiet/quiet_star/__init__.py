@@ -5,12 +5,15 @@ from typing import Any
 
 from pyquiet.quiet_star.configuration import QuietStarConfig
 from pyquiet.quiet_star.conversion import convert_released, load_released
+from pyquiet.quiet_star.distillation import next_token_loss
 from pyquiet.quiet_star.generation import GeneratedThoughts, QuietStarGenerateOutput
 from pyquiet.quiet_star.modeling import QuietStarForCausalLM, Thoughts
 from pyquiet.quiet_star.objective import QuietStarObjective, ThinkingLoss
 
 __all__ = [
     "GeneratedThoughts",
+    "NextTokenTrainer",
+    "NextTokenTrainingArguments",
     "QuietStarConfig",
     "QuietStarForCausalLM",
     "QuietStarGenerateOutput",
@@ -21,9 +24,17 @@ __all__ = [
     "Thoughts",
     "convert_released",
     "load_released",
+    "next_token_loss",
+    "teacher_nlls",
 ]
 
-_TRAINING = {"QuietStarTrainer": "trainer", "QuietStarTrainingArguments": "arguments"}
+_TRAINING = {
+    "NextTokenTrainer": "next_token",
+    "NextTokenTrainingArguments": "next_token",
+    "QuietStarTrainer": "trainer",
+    "QuietStarTrainingArguments": "arguments",
+    "teacher_nlls": "next_token",
+}
 
 
 def __getattr__(name: str) -> Any:

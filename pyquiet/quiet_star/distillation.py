@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pyquiet.quiet_star.head import embedding_table, finish_logits, head_weight, log_prob
-from pyquiet.quiet_star.inputs import IGNORED, check_inputs, check_labels, check_no_nan, check_positions
+from pyquiet.quiet_star.inputs import check_inputs, check_labels, check_no_nan, check_positions
 from pyquiet.quiet_star.modeling import QuietStarForCausalLM
+from pyquiet.quiet_star.objective import next_token_targets
 from pyquiet.quiet_star.thinking import Text, ThoughtOptions, average
-from pyquiet.quiet_star.training import _chunk, _recomputed, _without_dropout
+from pyquiet.quiet_star.training import chunk_size, recomputed, without_dropout
 from pyquiet.randomness import Purpose, Stream, draw
 
 NtpObjective = Literal["released", "paper", "kl", "advantage"]
@@ -155,13 +156,6 @@ def _losses(ntp_objective: NtpObjective, s: Tensor, t: Tensor, graded: list[Tens
     return (-gap).clamp_min(0) * graded[0] if ntp_objective == "released" else graded[0]
 
 
-def next_token_targets(input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-    """bool [B, C]: the next token is to be predicted; arguments as in `next_token_loss`."""
-    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    targets = real[:, 1:] & real[:, :-1]
-    return targets if labels is None else targets & (labels[:, 1:] != IGNORED)
-
-
 def answering_model(model: Any) -> PreTrainedModel:
     """The causal LM that answers without thoughts: the base of a thinking model, out of PEFT's wrapping."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -228,7 +222,7 @@ def _graded(
 
     `copies` is how many rows of logits one position takes.
     """
-    size = _chunk(max(1, len(rows)), copies * head_weight(student).shape[0])
+    size = chunk_size(max(1, len(rows)), copies * head_weight(student).shape[0])
 
     def graded(part: Tensor, tokens: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
         raw = student.get_output_embeddings()(part)
@@ -236,7 +230,7 @@ def _graded(
         return -log_prob(logits, tokens), *grade(logits, tokens, *more)
 
     pieces = zip(*(x.split(size) for x in (rows, tokens, *more)), strict=True)
-    parts = [_recomputed(graded, *piece) for piece in pieces]
+    parts = [recomputed(graded, *piece) for piece in pieces]
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
@@ -284,7 +278,7 @@ def _thoughts(
     targets: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states [R, d] of the text, [R, N, d] of END after its thoughts, and the thoughts' weights [R, N]."""
-    with _without_dropout(teacher), torch.autocast(input_ids.device.type, enabled=False):
+    with without_dropout(teacher), torch.autocast(input_ids.device.type, enabled=False):
         text, checked = teacher._prepare(input_ids, attention_mask, options)
         C = targets.shape[1]
         columns = check_positions(None, input_ids)[:, : max(1, C)]  # a base reads no row of nothing
@@ -308,7 +302,7 @@ def mixed_nlls(
     targets = next_token_targets(input_ids, attention_mask)
     states = _thoughts(teacher, input_ids, attention_mask, options, targets)
     tokens = input_ids[:, 1:][targets]
-    size = _chunk(max(1, len(tokens)), (1 + states[1].shape[1]) * teacher.logits_size)
+    size = chunk_size(max(1, len(tokens)), (1 + states[1].shape[1]) * teacher.logits_size)
     pieces = zip(*(x.split(size) for x in (tokens, *states)), strict=True)
     nlls = [-_mixed_log_probs(teacher, *part).gather(-1, token[:, None])[:, 0] for token, *part in pieces]
     out = nlls[0].new_zeros(targets.shape)

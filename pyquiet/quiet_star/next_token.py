@@ -5,7 +5,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, TrainingArguments
 
 from pyquiet.quiet_star.configuration import check_count
-from pyquiet.quiet_star.data import NumberedTexts, QuietStarCollator, numbered
+from pyquiet.quiet_star.data import NumberedTexts, QuietStarCollator
 from pyquiet.quiet_star.distillation import (
     NextTokenLoss,
     NtpObjective,
@@ -28,11 +28,10 @@ from pyquiet.quiet_star.distillation import (
     check_objective,
     mixed_nlls,
     next_token_loss,
-    next_token_targets,
 )
 from pyquiet.quiet_star.inputs import IGNORED, check_context
 from pyquiet.quiet_star.modeling import QuietStarForCausalLM
-from pyquiet.quiet_star.trainer import _EVALUATION, _Epochs, _Meter
+from pyquiet.quiet_star.seeded_trainer import SeededTrainer, check_trainable, data_seed, targets_in
 from pyquiet.randomness import epoch_seed
 
 _SAVE_EVERY = 60.0  # seconds
@@ -87,7 +86,7 @@ class NextTokenCollator(QuietStarCollator):
         return {**batch, "teacher_nlls": nn.functional.pad(nlls, (0, short))}
 
 
-class NextTokenTrainer(Trainer):
+class NextTokenTrainer(SeededTrainer):
     """Trains a model that answers at once on what a thinking teacher predicts; else as `transformers.Trainer`.
 
     The teacher is asked online, or long before (`teacher_nlls`, a column of the data). Its thoughts, and the actions
@@ -130,40 +129,28 @@ class NextTokenTrainer(Trainer):
         if teacher is not None and not hasattr(teacher, "hf_device_map"):
             teacher.to(args.device)
         self.teacher = teacher
-        self.seed = args.seed if args.data_seed is None else args.data_seed
-        self._meter = _Meter()
         pad = getattr(kwargs.get("processing_class"), "pad_token_id", None) or 0
         kwargs.setdefault("compute_metrics", next_token_metrics)
         super().__init__(
             student if isinstance(model, QuietStarForCausalLM) else model,
             args,
-            data_collator or NextTokenCollator(args.max_length, self.seed, pad),
-            numbered(train_dataset),
-            numbered(eval_dataset),
+            data_collator or NextTokenCollator(args.max_length, data_seed(args), pad),
+            train_dataset,
+            eval_dataset,
             **kwargs,
         )
-        self.model_accepts_loss_kwargs = True  # the loss is that of the joint batch
-        self.add_callback(_Epochs(self))
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of an optimiser step, and how many targets the joint batch has."""
-        self._meter.begin_step()
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches:
-            return batches, None
-        count = torch.stack([_targets(batch).sum() for batch in batches]).sum().to(device)
-        return batches, self.accelerator.reduce(count, "sum")
+    def _counts(self, inputs: dict[str, Any]) -> Tensor:
+        return targets_in(inputs).sum()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of a micro-batch, scaled so that the mean of its gradients over processes is the joint one's."""
-        out = self._grade(model, inputs, epoch_seed(self.seed, int(self.state.epoch or 0)), num_items_in_batch)
+        """The loss of a micro-batch, a part of the joint batch's where `num_items_in_batch` tells its count."""
+        out = self._grade(model, inputs, self.training_seed, num_items_in_batch)
         values = {name: getattr(out, name) for name in ("student_nll", "teacher_nll", "teacher_better")}
-        self._meter._sum(
-            {**values, "tokens": inputs["attention_mask"].sum()}, 0 if num_items_in_batch is not None else 1
-        )
-        loss = out.loss if num_items_in_batch is None else out.loss * self.accelerator.num_processes
+        self.meter.add({**values, "tokens": inputs["attention_mask"].sum()}, joint=num_items_in_batch is not None)
+        loss = self.joint(out.loss, num_items_in_batch)
         return (loss, out) if return_outputs else loss
 
     def _grade(self, model: Any, inputs: dict[str, Any], seed: int, count: Any) -> NextTokenLoss:
@@ -186,20 +173,14 @@ class NextTokenTrainer(Trainer):
         with self.accelerator.autocast():
             return _through(model, student, forward, inputs["input_ids"])
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's, with what the class says added to the training loss."""
-        if "loss" in logs:
-            logs.update(self._meter.read(self.accelerator))
-        super().log(logs, *args, **kwargs)
-
     @torch.no_grad()
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
         """The loss, NLLs [B, C] of the next token under student and teacher, and that token (-100: none)."""
         inputs = self._prepare_inputs(inputs)
-        targets = _targets(inputs)
-        out = self._grade(model, inputs, epoch_seed(self.seed, _EVALUATION), targets.sum())
+        targets = targets_in(inputs)
+        out = self._grade(model, inputs, self.evaluation_seed, targets.sum())
         if prediction_loss_only:
             return out.loss, None, None
         return out.loss, (out.student_nlls, out.teacher_nlls), inputs["input_ids"][:, 1:].masked_fill(~targets, IGNORED)
@@ -295,10 +276,6 @@ def _read(path: str | os.PathLike[str], about: dict[str, str]) -> list[Any]:
     return np.split(nlls, lengths.cumsum()[:-1])
 
 
-def _targets(inputs: dict[str, Any]) -> Tensor:
-    return next_token_targets(inputs["input_ids"], inputs.get("attention_mask"), inputs.get("labels"))
-
-
 def _through(model: Any, student: nn.Module, forward: Any, input_ids: Tensor) -> NextTokenLoss:
     """forward(input_ids=...), run as the student's own, so that what wraps it (DDP, FSDP) takes part."""
     own = vars(student).get("forward")
@@ -318,14 +295,7 @@ def _check(student: Any, teacher: QuietStarForCausalLM | None, args: NextTokenTr
         raise ValueError(
             "model has no trainable weight (a prompt of PEFT is none of its own); unfreeze some or add adapters"
         )
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"model: the trainable weight {name} is {parameter.dtype}, in which small steps are lost; load the "
-                "model in float32 (dtype=torch.float32) and set bf16=True in args to compute in bfloat16"
-            )
-    if args.n_gpu > 1:
-        raise ValueError("args: several GPUs in one process; launch with torchrun, or show it one")
+    check_trainable(student, args)
     if teacher is None:
         if args.ntp_objective == "kl":
             raise ValueError('teacher is None: ntp_objective="kl" compares whole laws, so it needs one')

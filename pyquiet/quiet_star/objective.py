@@ -211,6 +211,13 @@ def combine(
     )
 
 
+def next_token_targets(input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+    """bool [B, C]: there is a next token, and it is to be predicted."""
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    targets = real[:, 1:] & real[:, :-1]
+    return targets if labels is None else targets & (labels[:, 1:] != IGNORED)
+
+
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """The mean [] of the values where the mask is true; 0 where it never is."""
     return values.masked_fill(~mask, 0).sum() / mask.sum().clamp_min(1)

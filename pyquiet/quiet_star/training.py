@@ -91,7 +91,7 @@ def draw_thoughts(
     if not model.config.thought_tokens:
         empty = limits.new_empty(B, T - 1, options.thoughts, 0)
         return empty, empty.to(torch.float32)
-    with _without_dropout(model):
+    with without_dropout(model):
         thinker = Thinker(model, text, options)
         thinker.read(input_ids)
         round_ = thinker.think(limits, tokens_only=True)
@@ -153,7 +153,7 @@ def _talk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Base log-probabilities [B, C], mixed ones and weights [B, C, N, A], from talk [B, C, N, A, d]."""
     B, C, N, A, _ = talk.shape
-    size = _chunk(C, B * (N * A + 1) * model.logits_size)
+    size = chunk_size(C, B * (N * A + 1) * model.logits_size)
     # Chunk c mixes with the text rows of its own positions and of the A - 1 that follow.
     pieces = functional.pad(hidden, (0, 0, 0, A - 2)).split(size, 1)
     reach = 1 + -(-(A - 1) // size)
@@ -169,7 +169,7 @@ def _talk(
         return base, mixed.transpose(2, 3), weight.transpose(2, 3)
 
     parts = [
-        _recomputed(grade, part, target, *pieces[i : i + reach])
+        recomputed(grade, part, target, *pieces[i : i + reach])
         for i, (part, target) in enumerate(zip(talk.split(size, 1), targets.split(size, 1), strict=True))
     ]
     base, mixed, weight = (torch.cat(x, 1) for x in zip(*parts, strict=True))
@@ -179,7 +179,7 @@ def _talk(
 def _policy(model: "QuietStarForCausalLM", opening: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     """Log-probabilities [B, C, N, m] of the thought tokens from the rows before them, [B, C, N, m, d]."""
     B, C, N, m = tokens.shape
-    size = _chunk(C, B * N * m * model.logits_size)
+    size = chunk_size(C, B * N * m * model.logits_size)
     banned = model.banned_ids(opening.device)
 
     def grade(part: Tensor, target: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def _policy(model: "QuietStarForCausalLM", opening: Tensor, tokens: Tensor, temp
         return log_prob(logits / temperature, target)
 
     parts = zip(opening.split(size, 1), tokens.split(size, 1), strict=True)
-    return torch.cat([_recomputed(grade, part, target) for part, target in parts], 1)
+    return torch.cat([recomputed(grade, part, target) for part, target in parts], 1)
 
 
 def _pad_id(config: QuietStarConfig) -> int | None:
@@ -203,18 +203,18 @@ def _shifted(rows: Tensor, n: int, A: int) -> Tensor:
     return torch.stack([rows[:, s : s + n] for s in range(A)], 2)
 
 
-def _chunk(positions: int, elements_a_position: int) -> int:
+def chunk_size(positions: int, elements_a_position: int) -> int:
     part = next(chunks(positions, elements_a_position))
     return int(part.stop)
 
 
-def _recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:
+def recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:
     """function(*inputs), of which nothing but the inputs is kept for the backward pass."""
     return checkpoint(function, *inputs, use_reentrant=False) if torch.is_grad_enabled() else function(*inputs)
 
 
 @contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
+def without_dropout(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

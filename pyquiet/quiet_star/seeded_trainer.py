@@ -1,0 +1,136 @@
+"""What the trainers of thinking models share: noise, crops and losses that do not depend on how a batch is cut up."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from pyquiet.quiet_star.data import numbered
+from pyquiet.quiet_star.objective import next_token_targets
+from pyquiet.randomness import epoch_seed
+
+_EVALUATION = 2**32 - 1  # the epoch whose noise evaluation draws from
+
+
+class SeededTrainer(Trainer):
+    """A Trainer whose steps have the loss of the joint batch over micro-batches and processes.
+
+    Subclasses say in `_counts` what the means of a batch divide by, and add to the meter what they log.
+    """
+
+    def __init__(
+        self, model: Any, args: Any, data_collator: Any, train_dataset: Any, eval_dataset: Any, **kwargs: Any
+    ) -> None:
+        self.meter = Meter()
+        super().__init__(model, args, data_collator, numbered(train_dataset), numbered(eval_dataset), **kwargs)
+        self.model_accepts_loss_kwargs = True  # where there are counts, the loss is that of the joint batch
+        self.add_callback(_Epochs(self))
+
+    @property
+    def training_seed(self) -> int:
+        """Of the noise of the epoch that the trainer is in."""
+        return epoch_seed(data_seed(self.args), int(self.state.epoch or 0))
+
+    @property
+    def evaluation_seed(self) -> int:
+        """Of the noise of evaluation, which is always the same."""
+        return epoch_seed(data_seed(self.args), _EVALUATION)
+
+    def _counts(self, inputs: dict[str, Any]) -> Tensor | None:
+        """What the means of a batch divide by; None where each micro-batch has its own."""
+        raise NotImplementedError
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of an optimiser step, and what the means of their joint batch divide by."""
+        self.meter.begin_step()
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [count for batch in batches if (count := self._counts(batch)) is not None]
+        if not counts:
+            return batches, None
+        return batches, self.accelerator.reduce(torch.stack(counts).sum(0).to(device), "sum")
+
+    def joint(self, loss: Tensor, counts: Tensor | None) -> Tensor:
+        """A part of a joint loss, scaled so that the mean of its gradients over processes is the whole's."""
+        return loss if counts is None else loss * self.accelerator.num_processes
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's, with what the class says added to the training loss."""
+        if "loss" in logs:
+            logs.update(self.meter.read(self.accelerator))
+        super().log(logs, *args, **kwargs)
+
+
+class Meter:
+    """Sums what the steps since the last log report, without waiting for the device."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}  # micro-batches that reported; those of a joint batch add up instead
+
+    def begin_step(self) -> None:
+        if not self.steps:
+            self.began = time.perf_counter()
+        self.steps += 1
+
+    def add(self, values: dict[str, Tensor], *, joint: bool) -> None:
+        """Takes a micro-batch's values []: parts of a joint batch's, which add up, or means of its own."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.double()
+            self.counts[name] = self.counts.get(name, 0) + (not joint)
+
+    def read(self, accelerator: Any) -> dict[str, float]:
+        """Means over the steps and over all processes; starts anew."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        device = self.sums[names[0]].device
+        sums = accelerator.reduce(torch.stack([self.sums[name] for name in names]), "sum").tolist()
+        counts = accelerator.reduce(torch.tensor([self.counts[name] for name in names], device=device), "sum").tolist()
+        totals = dict(zip(names, sums, strict=True))
+        tokens = totals.pop("tokens")
+        means = {
+            name: totals[name] / (count or self.steps)
+            for name, count in zip(names, counts, strict=True)
+            if name != "tokens"
+        }
+        means["tokens_per_second"] = tokens / (time.perf_counter() - self.began)
+        self.__init__()  # type: ignore[misc]
+        return means
+
+
+class _Epochs(TrainerCallback):
+    """Tells the training data the epoch, from which its crops are drawn."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
+
+
+def data_seed(args: Any) -> int:
+    """The seed of data and noise in training arguments."""
+    return int(args.seed if args.data_seed is None else args.data_seed)
+
+
+def targets_in(inputs: dict[str, Any]) -> Tensor:
+    """bool [B, T - 1] of a batch: there is a next token, and it is to be predicted."""
+    return next_token_targets(inputs["input_ids"], inputs.get("attention_mask"), inputs.get("labels"))
+
+
+def check_trainable(model: nn.Module, args: Any) -> None:
+    """Raises ValueError for trainable weights in half precision, and for several GPUs in one process."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"model: the trainable weight {name} is {parameter.dtype}, in which small steps are lost; load the "
+                "model in float32 (dtype=torch.float32) and set bf16=True in args to compute in bfloat16"
+            )
+    if args.n_gpu > 1:
+        raise ValueError(
+            "args: several GPUs in one process; launch with torchrun, or show it one (CUDA_VISIBLE_DEVICES)"
+        )
