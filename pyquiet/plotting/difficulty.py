@@ -33,10 +33,9 @@ def plot_gain_by_decile(
     from matplotlib.figure import Figure
 
     place = range(1, len(table.count) + 1)
-    error = table.gain_error.nan_to_num().tolist()
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     gain = figure.subplots()
-    gain.bar(place, table.gain.tolist(), yerr=error, capsize=3, color="tab:blue", label="gain")
+    gain.bar(place, table.gain.tolist(), yerr=table.gain_error.tolist(), capsize=3, color="tab:blue", label="gain")
     gain.axhline(0, color="black", linewidth=0.8)
     ends = zip(table.low.tolist(), table.high.tolist(), strict=True)
     gain.set_xticks(place, [f"{i}\n{low:.2f}\nto {high:.2f}" for i, (low, high) in zip(place, ends, strict=True)])

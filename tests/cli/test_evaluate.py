@@ -92,7 +92,14 @@ def test_direct_answers(folder, thinker, capsys):
     assert report["task"] == "gsm8k"
 
 
-def test_majority_vote(folder, thinker, capsys):
+def test_majority_vote(folder, thinker, capsys, monkeypatch):
+    temperatures = []
+
+    def recorded(*arguments, **options):
+        temperatures.append(options["temperature"])
+        return majority_vote(*arguments, **options)
+
+    monkeypatch.setattr("pyquiet.evaluation.majority_vote", recorded)
     options = ["--samples", "2", "--max-new-tokens", "3", "--temperature", "0.5", "--items", "2", "--seed", "6"]
     assert evaluate(folder, "answers", "--majority-vote", *options, "--json", "--batch-size", "3") == 0
     report = json.loads(capsys.readouterr().out)
@@ -103,6 +110,7 @@ def test_majority_vote(folder, thinker, capsys):
     assert len(report["never"]["items"]) == 2
     assert evaluate(folder, "answers", "--majority-vote", *options, "--think", "always") == 0
     assert capsys.readouterr().out == f"always {expected}\n"
+    assert temperatures == [0.5] * 3
 
 
 @pytest.mark.parametrize(

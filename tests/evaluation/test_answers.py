@@ -111,6 +111,8 @@ def test_a_long_question_loses_its_beginning_and_the_answer_nothing(reader, by_c
     text = f"Q: {ITEMS[1].question}\nA: 3\n"[-20:]
     expected, _ = slow_scores(reader, 1, text, 18, DIGITS, think="never")
     assert result.scores["never"].probability[1].item() == pytest.approx(expected, rel=TOLERANCE["never"])
+    assert quiet(reader, by_character, ITEMS[:1], DIGITS, think=("never",), max_length=19).truncated == 0
+    assert quiet(reader, by_character, ITEMS[:1], DIGITS, think=("never",), max_length=18).truncated == 1
     with pytest.raises(ValueError, match="max_length=8 leaves no room"):
         quiet(reader, by_character, ITEMS, DIGITS, max_length=8)
 
@@ -124,6 +126,7 @@ def test_report(reader, by_character):
     accuracy = result.scores["never"].correct.double().mean().item()
     assert report["never"]["accuracy"]["mean"] == pytest.approx(accuracy)
     difference = p - result.scores["never"].probability
+    assert report["gain"]["mean"] == pytest.approx(difference.mean().item())
     assert report["gain"]["standard_error"] == pytest.approx(difference.std().item() / math.sqrt(5))
     assert (report["items"], report["truncated"]) == (5, 0)
     assert "5 items, 0 with a shortened question" in str(result)

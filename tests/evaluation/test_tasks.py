@@ -25,7 +25,9 @@ def pieces(pattern, words):
 
 def written(tmp_path, *records):
     file = tmp_path / "items.jsonl"
-    file.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records), encoding="utf-8")
+    file.write_text(
+        "\n".join(r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in records), encoding="utf-8"
+    )
     return file
 
 
@@ -99,6 +101,8 @@ def test_a_space_may_belong_to_the_symbol():
     ("pattern", "words", "answer"),
     [
         (r"[0-9]+|[^0-9]", [str(i) for i in range(100)], "42"),  # numbers in one token
+        (r"[0-9]+|[^0-9]", ["00", *(str(i) for i in range(100)), "\n"], "44"),
+        (r" (?=42)|42| ?[0-9]|[^0-9]", [" ", "42", *DIGITS, *(f" {d}" for d in DIGITS), "\n"], " 42"),
         (r"(?:42|[0-9])|[^0-9]", [*DIGITS, "42"], "42"),  # this number alone
         (r"[0-9]\n|[^\n]", [*DIGITS, *(f"{d}\n" for d in DIGITS)], "42"),  # the newline belongs to the digit
         (r"[^\n]+|\n", ["\n"], "42"),  # unknown words

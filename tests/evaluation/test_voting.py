@@ -140,6 +140,20 @@ def test_a_thinking_models_votes_do_not_depend_on_the_batch(reader, by_character
     assert len(set(written)) == len(written) == 6
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_draws_are_counted_by_item_and_sample(by_character, batch_size):
+    model = Scripted(lambda prompt: "1")
+    model.think_at_every_token = None  # what tells a thinking model
+    quiet(model, by_character, ITEMS, samples=3, batch_size=batch_size, seed=9, thoughts_per_token=2)
+    ids = [options["sequence_ids"].tolist() for options in model.options]
+    assert ids[::2] == ids[1::2]  # of reasoning and of its answer
+    assert [i for batch in ids[::2] for i in batch] == [
+        i + 2**24 * sample for i in chosen_items(5, 5) for sample in range(3)
+    ]
+    for options in model.options:
+        assert (options["think"], options["seed"], options["thoughts_per_token"]) == ("always", 9, 2)
+
+
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_model_that_does_not_think_leaves_torchs_generator_as_it_was(reader, by_character, plain, monkeypatch):
     texts = []

@@ -78,11 +78,14 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
         partial.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "link").hardlink_to(path)
     with replacing(path) as partial:
         partial.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
-    assert list(tmp_path.iterdir()) == [path]
+    assert (tmp_path / "link").read_text() == "old"  # a new file took the name
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_importing_needs_nothing_optional():
