@@ -3,10 +3,25 @@
 Speed does not depend on the values of the weights; nothing here says anything about quality.
 """
 
+from typing import Any
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import pyquiet
+
 SHAPES: dict[str, LlamaConfig] = {
+    # Small enough for training steps of the Quiet-STaR release: one key head a query head, so it repeats none.
+    "llama-1m": LlamaConfig(
+        vocab_size=2048,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    ),
     # The shape of the well-known 15M stories model.
     "llama-15m": LlamaConfig(
         vocab_size=32000,
@@ -47,4 +62,17 @@ def random_model(name: str, seed: int = 0) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
+    return model.eval()
+
+
+def random_thinker(name: str, **options: Any) -> Any:
+    """Return a thinking model on a random base, with w other than 0 and an END other than START.
+
+    `options` are those of `QuietStarForCausalLM.from_base`.
+    """
+    model = pyquiet.QuietStarForCausalLM.from_base(random_model(name), start_init=7, **options)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        model.mixing_head[-1].weight.normal_(std=1.0, generator=generator)
+        model.end_embedding.normal_(std=2e-4, generator=generator)
     return model.eval()

@@ -85,10 +85,14 @@ def comparison(row: Row) -> str:
 
 
 def memory(ours: Row, rows: list[Row]) -> list[str]:
-    """Return a line of what each method of the row's problem takes at its peak; none where nobody measured it."""
+    """Return a line each of what the methods of the row's problem take at their peak, and save, where it is known."""
     same = [row for row in rows if (row["table"], row.get("shape")) == (ours["table"], ours["shape"])]
-    known = sorted((row["peak_mib"], row["method"]) for row in same if row.get("peak_mib") is not None)
-    return [" " * 16 + "peak MiB: " + ", ".join(f"{method} {mib:.0f}" for mib, method in known)] if known else []
+    printed = []
+    for word in ("peak", "saved"):
+        known = sorted((row[f"{word}_mib"], row["method"]) for row in same if row.get(f"{word}_mib") is not None)
+        if known:
+            printed.append(" " * 16 + f"{word} MiB: " + ", ".join(f"{method} {mib:.0f}" for mib, method in known))
+    return printed
 
 
 def figures(row: Row) -> str:
