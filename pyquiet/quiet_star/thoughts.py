@@ -6,11 +6,13 @@ names our function while a `thinking` context is open, and the layout travels to
 than a context variable, is there again when activation checkpointing recomputes a layer in the backward pass.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -216,9 +218,9 @@ def run_rows(
                 inputs_embeds=embeds,
                 attention_mask=mask,
                 position_ids=position_ids,
-                past_key_values=layout.cache,
                 use_cache=not packed,
                 thought_layout=layout,
+                **{_cache_argument(base.base_model.__class__): layout.cache},
             )
     finally:
         _layout.reset(token)
@@ -229,6 +231,12 @@ def run_rows(
         )
     hidden: Tensor = output.last_hidden_state
     return hidden
+
+
+@cache
+def _cache_argument(network: type[nn.Module]) -> str:
+    """What a network's forward calls its cache: another name since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"
 
 
 def _attention(
