@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from pyquiet.cli.think import load_thinker, usable_device
+from pyquiet.cli.think import MODEL_HELP, load_thinker, usable_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +64,7 @@ def _add_answers(measures: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _add_common(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    parser.add_argument("--model", metavar="DIR", help="a causal or thinking model (default: the embedded one)")
+    parser.add_argument("--model", metavar="DIR", help=MODEL_HELP)
     parser.add_argument(
         "--thoughts-per-token", type=int, metavar="N", help="thoughts to average (default: the model's)"
     )

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pyquiet import QuietStarForCausalLM
 
 DEFAULT_MODEL = "tiny-causal"
+MODEL_HELP = "folder of a causal or thinking model, or an embedded one's name: tiny-causal (default), tiny-thinker"
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -23,7 +24,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "answer as it comes. A plain causal LM is wrapped; until it has learned to mix its "
         "thoughts in, its answer is that of the plain model.",
     )
-    parser.add_argument("--model", metavar="DIR", help="a causal or thinking model (default: the embedded one)")
+    parser.add_argument("--model", metavar="DIR", help=MODEL_HELP)
     parser.add_argument("--prompt", metavar="TEXT", help="what to continue (default: standard input)")
     parser.add_argument("--show-thoughts", action="store_true", help="print each token with the thought before it")
     parser.add_argument("--think", choices=["always", "never"], default="always", help="never: the plain model")
@@ -106,39 +107,46 @@ def usable_device(name: str) -> "torch.device":
 def load_thinker(
     path: str | None, thought_tokens: int | None
 ) -> "tuple[QuietStarForCausalLM, PreTrainedTokenizerBase]":
-    """The thinking model at `path` (None: the embedded one), wrapped if it is a plain causal LM, and its tokenizer."""
+    """The thinking model in a folder or embedded, a plain causal LM wrapped, and its tokenizer."""
     from safetensors import SafetensorError
 
-    from pyquiet import QuietStarForCausalLM, load
+    from pyquiet import QuietStarForCausalLM
+    from pyquiet.zoo import available
 
-    wrap: dict[str, Any] = {} if thought_tokens is None else {"thought_tokens": thought_tokens}
-    if path is None:
-        base, tokenizer = load(DEFAULT_MODEL)
-        return QuietStarForCausalLM.from_base(base, tokenizer=tokenizer, **wrap), tokenizer
-    if not os.path.isfile(os.path.join(path, "config.json")):
-        raise ValueError(f"--model {path}: no model folder (a folder with a config.json); give the path of one")
+    path = DEFAULT_MODEL if path is None else path
+    if not os.path.isfile(os.path.join(path, "config.json")) and path not in available():
+        raise ValueError(
+            f"--model {path}: no model folder (a folder with a config.json); give the path of one, or the name of an "
+            f"embedded model ({', '.join(available())})"
+        )
     try:
-        return load_folder(path, wrap)
+        model, tokenizer = load_model(path)
     except SafetensorError as error:
         raise ValueError(f"--model {path}: its weights cannot be read ({error}); copy the model anew") from None
-
-
-def load_folder(path: str, wrap: dict[str, Any]) -> "tuple[QuietStarForCausalLM, PreTrainedTokenizerBase]":
-    """The thinking model in a folder, wrapped with the options `wrap` if it is a plain one, and its tokenizer."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    from pyquiet import QuietStarForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if AutoConfig.from_pretrained(path).model_type != "quiet_star":
-        return QuietStarForCausalLM.from_base(path, tokenizer=tokenizer, **wrap).eval(), tokenizer
-    model = QuietStarForCausalLM.from_pretrained(path).eval()
-    if wrap.get("thought_tokens", model.config.thought_tokens) != model.config.thought_tokens:
+    if not isinstance(model, QuietStarForCausalLM):
+        wrap: dict[str, Any] = {} if thought_tokens is None else {"thought_tokens": thought_tokens}
+        model = QuietStarForCausalLM.from_base(model, tokenizer=tokenizer, **wrap)
+    elif thought_tokens not in (None, model.config.thought_tokens):
         raise ValueError(
-            f"--thought-tokens {wrap['thought_tokens']}: this model learned thoughts of "
-            f"{model.config.thought_tokens} tokens; leave the option out"
+            f"--thought-tokens {thought_tokens}: this model learned thoughts of {model.config.thought_tokens} tokens; "
+            "leave the option out"
         )
-    return model, tokenizer
+    return model.eval(), tokenizer
+
+
+def load_model(path: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The causal LM, thinking or plain, in a folder or embedded under that name, and its tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from pyquiet import load
+
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        return load(path)
+    config = AutoConfig.from_pretrained(path)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"--model {path}: a {config.model_type} is no causal language model")
+    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
 
 
 class Printer:

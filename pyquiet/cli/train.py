@@ -1,9 +1,11 @@
 """`pyquiet train`: teach a model to think."""
 
 import argparse
+import os
+import tempfile
 from typing import TYPE_CHECKING, Any
 
-from pyquiet.cli.think import load_thinker
+from pyquiet.cli.think import MODEL_HELP, load_thinker
 
 if TYPE_CHECKING:
     from pyquiet import QuietStarTrainingArguments
@@ -41,7 +43,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "command goes on from the last checkpoint in --output. Start it with torchrun for several processes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    train.add_argument("--model", metavar="DIR", help="a causal or thinking model (default: the embedded one)")
+    train.add_argument("--model", metavar="DIR", help=MODEL_HELP)
     data = train.add_mutually_exclusive_group(required=True)
     data.add_argument("--text", nargs="+", metavar="FILE", help="plain text, one document a file")
     data.add_argument("--dataset", metavar="NAME", help="of the datasets library, or a json, csv, parquet or txt file")
@@ -68,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     from pyquiet.quiet_star.data import last_checkpoint, read_dataset, read_texts, tokenize
 
     training = training_arguments(args)
+    os.makedirs(args.output, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.output).close()  # an output that cannot be written is known before the training
     texts = read_texts(args.text) if args.text else read_dataset(args.dataset, args.dataset_column)
     eval_texts = read_texts(args.eval_text)
     set_seed(training.seed)  # a fresh mixing head is random

@@ -73,9 +73,21 @@ class QuietStarTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         _ = self.objective
         check_count("max_length", self.max_length, least=2)
+        for name in ("head_learning_rate", "meta_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 <= rate < math.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, got {rate}")
+        prepare(self)
+        if isinstance(self.curriculum, str):
+            raise TypeError(f"curriculum must be a list of stages, got the string {self.curriculum!r}")
         if stages := self.stages:
-            self.max_steps = sum(stage.steps for stage in stages)
+            total = sum(stage.steps for stage in stages)
+            if self.max_steps not in (-1, total):  # type: ignore[has-type]
+                raise ValueError(f"max_steps must be left out, or be the {total} steps of the curriculum's stages")
+            self.max_steps = total
         super().__post_init__()
+        if any(stage.learning_rate for stage in self.stages) and not self.learning_rate > 0:
+            raise ValueError("learning_rate must be positive where stages of the curriculum have rates of their own")
 
     @property
     def objective(self) -> QuietStarObjective:
@@ -86,3 +98,15 @@ class QuietStarTrainingArguments(TrainingArguments):
     def stages(self) -> list[Stage]:
         """The curriculum's stages; none without one."""
         return [Stage.parse(stage) for stage in self.curriculum or ()]
+
+
+def prepare(args: TrainingArguments) -> None:
+    """What the trainers of thinking models need of transformers' arguments, before these are completed.
+
+    Raises:
+        ValueError: columns that transformers does not know, the epoch's among them, are to be removed.
+    """
+    if args.remove_unused_columns:
+        raise ValueError("remove_unused_columns must be False: the collator takes the columns that it knows")
+    if args.greater_is_better is None and (args.metric_for_best_model or "").endswith("_nll"):
+        args.greater_is_better = False

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from pyquiet.quiet_star.configuration import check_count
 from pyquiet.quiet_star.inputs import IGNORED
@@ -45,18 +45,20 @@ class NumberedTexts(Dataset[dict[str, Any]]):
 
 
 class _NumberedStream(IterableDataset[dict[str, Any]]):
-    """The same for examples that come one by one."""
+    """The same for examples that come one by one; each of several workers numbers its own."""
 
     def __init__(self, examples: Any) -> None:
         self.examples = examples
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for index, example in enumerate(self.examples):
-            yield {"sequence_ids": index, "epoch": self.epoch, **example}
+            yield {"sequence_ids": first + step * index, "epoch": int(self._epoch), **example}
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
         if hasattr(self.examples, "set_epoch"):
             self.examples.set_epoch(epoch)
 
@@ -82,6 +84,8 @@ class QuietStarCollator:
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         rows = [self._row(example) for example in examples]
+        if len({tuple(row) for row in rows}) > 1:
+            raise ValueError("labels: some examples of a batch have them and some have not; give them to all or none")
         fill = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
         columns = {
             name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=fill[name])
@@ -129,10 +133,12 @@ def tokenize(texts: Iterable[str], tokenizer: Any, max_length: int) -> list[dict
     """Examples for `QuietStarTrainer`: documents as token ids, each with its end of text, in overlapping pieces.
 
     Raises:
-        ValueError: there is no text.
+        ValueError: there is no text, or an empty one.
     """
     examples = []
-    for text in texts:
+    for number, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"text {number} is empty or no text: {text!r}; drop it")
         ids = tokenizer(text, verbose=False)["input_ids"]
         if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
             ids = [*ids, tokenizer.eos_token_id]
@@ -178,7 +184,7 @@ def read_dataset(name: str, column: str) -> Iterable[str]:
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     """The last checkpoint of a trainer that was written whole: its state, which comes last, can be read."""
-    found = Path(folder).glob("checkpoint-*/trainer_state.json")
+    found = [file for file in Path(folder).glob("checkpoint-*/trainer_state.json") if file.parent.name[11:].isdigit()]
     for state in sorted(found, key=lambda state: int(state.parent.name.split("-")[1]), reverse=True):
         try:
             json.loads(state.read_text())

@@ -46,7 +46,7 @@ def check_positions(positions: Tensor | None, input_ids: Tensor) -> Tensor:
     if not isinstance(positions, Tensor) or positions.dtype != torch.int64:
         got = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
         raise TypeError(f"positions must be an int64 tensor of columns, got {got}")
-    if positions.shape[:-1] not in ((), (B,)) or not positions.numel():
+    if positions.ndim not in (1, 2) or positions.shape[:-1] not in ((), (B,)) or not positions.numel():
         raise ValueError(f"positions must be [K] or [{B}, K] with K of at least 1, got {list(positions.shape)}")
     if (positions < 0).any() or (positions >= T).any():
         raise ValueError(f"positions must lie in 0..{T - 1}, the columns of input_ids")

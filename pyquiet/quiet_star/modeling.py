@@ -308,6 +308,7 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, AdaptedBase, Pr
         think: Think = "always",
         objective: QuietStarObjective | None = None,
         target_counts: Tensor | None = None,
+        may_be_empty: bool = False,
         seed: int | None = None,
         sequence_ids: Tensor | None = None,
         thoughts_per_token: int | None = None,
@@ -341,6 +342,7 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, AdaptedBase, Pr
                 seed=seed,
                 sequence_ids=sequence_ids,
                 target_counts=target_counts,
+                may_be_empty=may_be_empty,
             )
         options = (
             seed,

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import EvalPrediction, TrainingArguments
 
+from pyquiet.quiet_star.arguments import prepare
 from pyquiet.quiet_star.configuration import check_count
 from pyquiet.quiet_star.data import NumberedTexts, QuietStarCollator
 from pyquiet.quiet_star.distillation import (
@@ -59,6 +60,7 @@ class NextTokenTrainingArguments(TrainingArguments):
         if self.teacher_thoughts_per_token is not None:
             check_count("teacher_thoughts_per_token", self.teacher_thoughts_per_token, least=1)
         check_count("max_length", self.max_length, least=2)
+        prepare(self)
         super().__post_init__()
 
 
@@ -167,7 +169,7 @@ class NextTokenTrainer(SeededTrainer):
             nll_weight=self.args.nll_weight,
             thoughts_per_token=self.args.teacher_thoughts_per_token,
             seed=seed,
-            sequence_ids=inputs["sequence_ids"],
+            sequence_ids=inputs.get("sequence_ids"),
             target_count=count,
         )
         with self.accelerator.autocast():
@@ -249,15 +251,21 @@ def teacher_nlls(
 def _about(
     teacher: QuietStarForCausalLM, texts: NumberedTexts, seed: int, epoch: int, thoughts: int | None
 ) -> dict[str, str]:
-    """What a file of NLLs is of; the mixing head stands for the teacher's weights."""
-    head, ids = hashlib.sha256(), hashlib.sha256()
-    for parameter in teacher.mixing_head.parameters():
-        head.update(parameter.detach().double().cpu().numpy().tobytes())
+    """What a file of NLLs is of."""
+    weights, ids = hashlib.sha256(), hashlib.sha256()
+    for name, tensor in teacher.state_dict().items():
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     for i in range(len(texts)):
-        ids.update(np.asarray(texts[i]["input_ids"], np.int64).tobytes())
-    options = (seed, epoch, teacher.config.thoughts_per_token if thoughts is None else thoughts)
-    names = ("seed", "epoch", "thoughts_per_token", "teacher", "dataset")
-    return dict(zip(names, (*map(str, options), head.hexdigest(), ids.hexdigest()), strict=True))
+        example = texts[i]
+        row = np.asarray(example["input_ids"], np.int64)
+        if example.get("attention_mask") is not None:
+            row = row[np.asarray(example["attention_mask"], bool)]
+        ids.update(np.int64(len(row)).tobytes() + row.tobytes())
+    thoughts = teacher.config.thoughts_per_token if thoughts is None else thoughts
+    options = (seed, epoch, thoughts, teacher.config.thought_tokens)
+    names = ("seed", "epoch", "thoughts_per_token", "thought_tokens", "teacher", "dataset")
+    return dict(zip(names, (*map(str, options), weights.hexdigest(), ids.hexdigest()), strict=True))
 
 
 def _write(path: str | os.PathLike[str], done: list[Any], about: dict[str, str]) -> None:

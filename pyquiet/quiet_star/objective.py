@@ -169,7 +169,7 @@ def combine(
         if pad_token_id is not None:
             targets = targets & (after(input_ids, A) != pad_token_id)
         # The release leaves out one position more than it must. It averages over the padding, which earns nothing.
-        places = real.shape[1] - 1 - A
+        places = max(0, real.shape[1] - 1 - A)
         complete = real[:, :-1] & (real[:, :-1].cumsum(1) <= places)
         windows = torch.full_like(windows, places * len(real))
 

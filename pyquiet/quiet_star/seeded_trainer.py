@@ -25,6 +25,7 @@ class SeededTrainer(Trainer):
         self, model: Any, args: Any, data_collator: Any, train_dataset: Any, eval_dataset: Any, **kwargs: Any
     ) -> None:
         self.meter = Meter()
+        self.current_epoch = 0
         super().__init__(model, args, data_collator, numbered(train_dataset), numbered(eval_dataset), **kwargs)
         self.model_accepts_loss_kwargs = True  # where there are counts, the loss is that of the joint batch
         self.add_callback(_Epochs(self))
@@ -32,7 +33,7 @@ class SeededTrainer(Trainer):
     @property
     def training_seed(self) -> int:
         """Of the noise of the epoch that the trainer is in."""
-        return epoch_seed(data_seed(self.args), int(self.state.epoch or 0))
+        return epoch_seed(data_seed(self.args), self.current_epoch)
 
     @property
     def evaluation_seed(self) -> int:
@@ -47,10 +48,28 @@ class SeededTrainer(Trainer):
         """The micro-batches of an optimiser step, and what the means of their joint batch divide by."""
         self.meter.begin_step()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if any("sequence_ids" not in batch for batch in batches):
+            raise ValueError(
+                "data_collator must hand on sequence_ids [B] of the examples, which name their noise: without them "
+                "every batch would draw the same"
+            )
         counts = [count for batch in batches if (count := self._counts(batch)) is not None]
         if not counts:
             return batches, None
         return batches, self.accelerator.reduce(torch.stack(counts).sum(0).to(device), "sum")
+
+    def get_train_dataloader(self) -> Any:
+        """Trainer's, the examples numbered."""
+        self.train_dataset = numbered(self.train_dataset)  # type: ignore[has-type]
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Trainer's, the examples numbered."""
+        return super().get_eval_dataloader(eval_dataset if isinstance(eval_dataset, str) else numbered(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Trainer's, the examples numbered."""
+        return super().get_test_dataloader(numbered(test_dataset))
 
     def joint(self, loss: Tensor, counts: Tensor | None) -> Tensor:
         """A part of a joint loss, scaled so that the mean of its gradients over processes is the whole's."""
@@ -67,49 +86,59 @@ class Meter:
     """Sums what the steps since the last log report, without waiting for the device."""
 
     def __init__(self) -> None:
-        self.steps = 0
+        self.reset()
+
+    def reset(self) -> None:
+        self.steps, self.began = 0, time.perf_counter()
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}  # micro-batches that reported; those of a joint batch add up instead
+        self.counts: dict[str, int] = {}  # micro-batches that had such a mean; no entry where parts add up
 
     def begin_step(self) -> None:
         if not self.steps:
             self.began = time.perf_counter()
         self.steps += 1
 
-    def add(self, values: dict[str, Tensor], *, joint: bool) -> None:
-        """Takes a micro-batch's values []: parts of a joint batch's, which add up, or means of its own."""
+    def add(self, values: dict[str, Tensor], *, joint: bool, known: bool = True) -> None:
+        """Takes a micro-batch's values []: parts of a joint batch's, which add up, or means of its own.
+
+        Every process must give the same names; a mean that a micro-batch does not have is not `known`, and 0.
+        """
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.double()
-            self.counts[name] = self.counts.get(name, 0) + (not joint)
+            if not joint:
+                self.counts[name] = self.counts.get(name, 0) + known
 
     def read(self, accelerator: Any) -> dict[str, float]:
         """Means over the steps and over all processes; starts anew."""
-        names = sorted(self.sums)
+        names = list(self.sums)
         if not names:
             return {}
-        device = self.sums[names[0]].device
-        sums = accelerator.reduce(torch.stack([self.sums[name] for name in names]), "sum").tolist()
-        counts = accelerator.reduce(torch.tensor([self.counts[name] for name in names], device=device), "sum").tolist()
-        totals = dict(zip(names, sums, strict=True))
-        tokens = totals.pop("tokens")
+        counts = [self.counts.get(name, 0) for name in names]
+        sums = torch.stack([self.sums[name] for name in names])
+        totals = accelerator.reduce(torch.stack([sums, sums.new_tensor(counts)]), "sum").tolist()
         means = {
-            name: totals[name] / (count or self.steps)
-            for name, count in zip(names, counts, strict=True)
-            if name != "tokens"
+            name: total / (count if name in self.counts else self.steps)
+            for name, total, count in zip(names, *totals, strict=True)
+            if count or name not in self.counts
         }
-        means["tokens_per_second"] = tokens / (time.perf_counter() - self.began)
-        self.__init__()  # type: ignore[misc]
+        means["tokens_per_second"] = totals[0][names.index("tokens")] / (time.perf_counter() - self.began)
+        del means["tokens"]
+        self.reset()
         return means
 
 
 class _Epochs(TrainerCallback):
-    """Tells the training data the epoch, from which its crops are drawn."""
+    """Counts the epochs, and tells the training data, whose crops depend on them; a stream's state says too little."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: SeededTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.current_epoch = int(state.epoch or 0) - 1
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
+        self.trainer.current_epoch += 1
+        self.trainer.train_dataset.set_epoch(self.trainer.current_epoch)
 
 
 def data_seed(args: Any) -> int:

@@ -24,17 +24,18 @@ class QuietStarTrainer(SeededTrainer):
     """Trains a `QuietStarForCausalLM`; everything not said here is as in `transformers.Trainer`.
 
     Noise and crops depend on (seed, epoch, index of the example) alone: not on the batch, the number of processes or
-    whether the run was resumed. The loss of a step is that of the joint batch over micro-batches and processes, but
-    with `official=True`, where each has its own means, as in the released code. Logs, besides Trainer's own:
+    whether the run was resumed (streams, of unknown length, begin their epochs anew then). The loss of a step is that
+    of the joint batch over micro-batches and processes, but with `official=True`, where each has its own means, as in
+    the released code. Logs, besides Trainer's own:
 
     - base_nll, mixed_nll (nats a token; mixed over all A tokens after a thought), policy, reward (nats a thought),
       weight_mean and weight_std of w, thought_entropy (nats a thought token), tokens_per_second (of text, all
       processes);
     - gain, base NLL minus mixed NLL of the next token in nats, and gain_decile_1 .. gain_decile_10, the same over the
-      tenths of the tokens of a micro-batch by base NLL. The hardest tenth is chosen by the loss that is compared, so
-      part of its gain is regression to the mean; `pyquiet.evaluation` chooses by entropy.
+      tenths of the tokens of a micro-batch, of ten or more, by base NLL. The hardest tenth is chosen by the loss that
+      is compared, so part of its gain is regression to the mean; `pyquiet.evaluation` chooses by entropy.
 
-    Evaluation, on noise and crops of its own that never change, reports eval_loss, eval_base_nll, eval_mixed_nll (the
+    Evaluation, on noise of its own and crops that never change, reports eval_loss, eval_base_nll, eval_mixed_nll (the
     next token's, thoughts averaged in probability), eval_gain and eval_gain_decile_1 .. 10.
 
     Args:
@@ -62,20 +63,21 @@ class QuietStarTrainer(SeededTrainer):
     ) -> None:
         if not isinstance(args, QuietStarTrainingArguments):
             raise TypeError(f"args must be QuietStarTrainingArguments, got {type(args).__name__}")
-        thinker = _thinker_in(model)
-        _check(thinker, args)
+        self.thinker = _thinker_in(model)
+        _check(self.thinker, args)
         self.objective = args.objective
         self.stages = args.stages
         pad = getattr(kwargs.get("processing_class"), "pad_token_id", None) or 0
         kwargs.setdefault("compute_metrics", thinking_metrics)
         collator = data_collator or QuietStarCollator(args.max_length, data_seed(args), pad)
         super().__init__(model, args, collator, train_dataset, eval_dataset, **kwargs)
+        self._enter_stage(0)
 
     # -- one step
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The micro-batches of an optimiser step, and what the means of their joint batch divide by."""
-        self._enter_stage()
+        self._enter_stage(self.state.global_step)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def compute_loss(
@@ -89,7 +91,8 @@ class QuietStarTrainer(SeededTrainer):
 
     def _think(self, model: Any, inputs: dict[str, Any], seed: int, counts: Tensor | None) -> ThinkingLoss:
         inputs = {name: x for name, x in inputs.items() if name in _INPUTS}
-        out: ThinkingLoss = model(**inputs, objective=self.objective, seed=seed, target_counts=counts)
+        options = {"objective": self.objective, "seed": seed, "target_counts": counts, "may_be_empty": True}
+        out: ThinkingLoss = model(**inputs, **options)
         return out
 
     def _counts(self, inputs: dict[str, Any]) -> Tensor | None:
@@ -103,22 +106,29 @@ class QuietStarTrainer(SeededTrainer):
         targets = targets_in(inputs)
         base = out.base_nlls[targets]
         gain = base - out.mixed_nlls[..., 0].mean(-1)[targets]
-        local |= {"gain": gain.sum() / max(1, len(gain)), **decile_gains(base, gain)}
+        deciles = decile_gains(base, gain)
+        none = {f"gain_decile_{k}": base.new_zeros(()) for k in range(1, DECILES + 1)}
         mask = inputs.get("attention_mask")
         tokens = inputs["input_ids"].new_tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
         self.meter.add({**parts, "tokens": tokens}, joint=joint)
         self.meter.add(local, joint=False)
+        self.meter.add({"gain": gain.sum() / max(1, len(gain))}, joint=False, known=len(gain) > 0)
+        self.meter.add(deciles or none, joint=False, known=bool(deciles))
 
     # -- a run
 
-    def _enter_stage(self) -> None:
-        step = self.state.global_step
+    def _enter_stage(self, step: int) -> None:
+        """Sets m and A to those of the stage that the step of this number, from 0, is in."""
         for stage in self.stages:
             if step < stage.steps:
-                _thinker_in(self.accelerator.unwrap_model(self.model)).config.thought_tokens = stage.thought_tokens
+                self.thinker.config.thought_tokens = stage.thought_tokens
                 self.objective = replace(self.objective, lookahead=stage.lookahead)
                 return
             step -= stage.steps
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._enter_stage((self.state.best_global_step or 1) - 1)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The optimiser; the mixing head, START and END have rates of their own where the arguments say so."""

@@ -38,6 +38,7 @@ class ThinkingTraining:
         seed: int | None = None,
         sequence_ids: Tensor | None = None,
         target_counts: Tensor | None = None,
+        may_be_empty: bool = False,
     ) -> ThinkingLoss:
         """The Quiet-STaR loss of a batch of texts, with gradients for the base, START, END and the mixing head.
 
@@ -50,22 +51,24 @@ class ThinkingTraining:
                 rows. A thought depends on both and its place, as in `think_at_every_token`; dropout is off for it.
             target_counts: `objective.target_counts` of a joint batch that this one is a part of; the losses of its
                 parts then add up to its own. None counts this batch alone.
+            may_be_empty: a batch without anything to predict, or to reward, has that term 0 instead of an error.
 
         Returns:
             `ThinkingLoss`; call `.loss.backward()`. Where attention is native, memory is linear in T.
 
         Raises:
-            ValueError, TypeError: as `think_at_every_token`; also labels that are not the text's, a NaN, or, without
-                target_counts, no text longer than the lookahead.
+            ValueError, TypeError: as `think_at_every_token`; also labels that are not the text's, a NaN, or nothing
+                to learn: no text is longer than the lookahead.
         """
         objective = objective or QuietStarObjective()
         text, options = self._prepare(
             input_ids, attention_mask, (seed, objective.thoughts_per_token, 1.0, None, None, sequence_ids)
         )
-        check_labels(labels, input_ids, some=target_counts is None)
-        if target_counts is None:
+        may_be_empty = may_be_empty or target_counts is not None
+        check_labels(labels, input_ids, some=not may_be_empty)
+        if not may_be_empty:
             check_lookahead(text.length, objective.lookahead + objective.official, objective.lookahead)
-        elif objective.official:
+        if target_counts is not None and objective.official:
             raise ValueError("target_counts: the official means are over non-zero losses, which nobody can count ahead")
         tokens, drawn_log_probs = draw_thoughts(self, input_ids, text, options)
         return combine(

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 import pyquiet
 from pyquiet import QuietStarObjective
+from pyquiet.quiet_star.data import QuietStarCollator
 from pyquiet.randomness import epoch_seed
 
 from .thinkers import random_ids, thinker
-from .training_runs import arguments, examples, in_processes, run, weights
+from .training_runs import arguments, examples, in_processes, mixed_examples, run, weights
 
 
 def assert_same(actual, expected, tolerance=0.0):
@@ -126,14 +127,39 @@ def test_epochs_differ_in_crops_and_thoughts(tmp_path):
     assert not torch.equal(seen[1][0], seen[2][0])
 
 
+def test_streams_have_noise_of_their_epoch(tmp_path):
+    """One of two steps an epoch, whose length the trainer does not know."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(examples(4, longest=8))
+
+    seeds, model = [], thinker(m=2)
+    loss = model.thinking_loss
+    model.thinking_loss = lambda *args, seed, **kwargs: seeds.append(seed) or loss(*args, seed=seed, **kwargs)
+    run(model, arguments(tmp_path, max_steps=6), Stream())
+    assert seeds == [epoch_seed(0, epoch) for epoch in (0, 0, 1, 1, 2, 2)]
+
+
+def test_noise_is_never_unnamed(tmp_path):
+    class Nameless(QuietStarCollator):
+        def __call__(self, rows):
+            batch = super().__call__(rows)
+            del batch["sequence_ids"]
+            return batch
+
+    with pytest.raises(ValueError, match="sequence_ids"):
+        run(thinker(m=1), arguments(tmp_path), examples(4, longest=8), data_collator=Nameless())
+    with pytest.raises(ValueError, match="remove_unused_columns"):
+        arguments(tmp_path, remove_unused_columns=True)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_processes_are_one_with_the_joint_batch(tmp_path, accumulate):
     in_processes(2, "distributed", tmp_path, str(accumulate))
     model = thinker(m=2)
     settings = {"max_steps": 3, "optim": "adamw_torch", "gradient_accumulation_steps": accumulate}
-    trainer = run(
-        model, arguments(tmp_path / "one", per_device_train_batch_size=4, **settings), examples(24, longest=9)
-    )
+    trainer = run(model, arguments(tmp_path / "one", per_device_train_batch_size=4, **settings), mixed_examples())
     assert_same(load_file(tmp_path / "two.safetensors"), weights(model), 1e-6)
     logs = torch.load(tmp_path / "logs.pt")
     for name in ("loss", "base_nll", "mixed_nll", "policy", "reward"):
@@ -181,7 +207,7 @@ def test_evaluation_is_over_all_tokens_and_always_the_same(tmp_path):
         texts,
         eval_dataset=texts,
     )
-    first, second = trainer.evaluate(), trainer.evaluate()
+    first, second = trainer.evaluate(), trainer.evaluate(list(texts))
     metrics = ("eval_loss", "eval_base_nll", "eval_mixed_nll", "eval_gain", "eval_gain_decile_1", "eval_gain_decile_10")
     assert [first[x] for x in metrics] == [second[x] for x in metrics]
     rows = [trainer.data_collator([trainer.eval_dataset[i]]) for i in range(5)]
@@ -200,13 +226,14 @@ def test_evaluation_is_over_all_tokens_and_always_the_same(tmp_path):
 
 def test_rates_of_their_own(tmp_path):
     model = thinker(m=2)
-    before = weights(model)
-    settings = {"max_steps": 1, "head_learning_rate": 0.0, "meta_learning_rate": 0.0, "learning_rate": 0.1}
-    run(model, arguments(tmp_path, **settings), examples(4, longest=9))
-    after = weights(model)
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert not any(name.startswith(("mixing_head", "start_", "end_")) for name in moved)
-    assert any(name.startswith("base.") for name in moved)
+    settings = {"max_steps": 1, "head_learning_rate": 0.3, "meta_learning_rate": 0.02, "learning_rate": 0.1}
+    trainer = run(model, arguments(tmp_path, **settings), examples(4, longest=9))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert rates.keys() == dict(model.named_parameters()).keys()
+    for name, rate in rates.items():
+        own = 0.3 if name.startswith("mixing_head") else 0.02 if name.startswith(("start_", "end_")) else 0.1
+        assert rate == own, name
 
 
 def test_a_curriculum_goes_through_its_stages(tmp_path):
@@ -228,6 +255,24 @@ def test_a_curriculum_goes_through_its_stages(tmp_path):
     assert rates == pytest.approx([0.02, 0.02, 0.01, 0.01, 0.01])
     steps = {int(state["step"]) for state in trainer.optimizer.state.values()}
     assert steps == {5}  # the optimiser's state lives on
+
+
+def test_a_curriculum_scales_the_schedule(tmp_path):
+    settings = {"curriculum": ["3,4:2:0.02", "1,2:2:0.01"], "lr_scheduler_type": "linear", "warmup_steps": 0}
+    trainer = run(thinker(m=5), arguments(tmp_path, learning_rate=0.02, **settings), examples(8, longest=9))
+    rates = [log["learning_rate"] for log in trainer.state.log_history if "loss" in log]
+    assert rates == pytest.approx([0.02 * 1, 0.02 * 0.75, 0.01 * 0.5, 0.01 * 0.25])
+
+
+def test_the_best_of_a_curriculum_thinks_as_it_learned_to(tmp_path):
+    model, texts = thinker(m=5), examples(8, longest=9)
+    settings = {"curriculum": ["3,4:1:1e-9", "1,2:1:5.0"], "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    settings |= {"save_strategy": "steps", "load_best_model_at_end": True, "metric_for_best_model": "mixed_nll"}
+    trainer = run(model, arguments(tmp_path, **settings), texts, eval_dataset=texts)
+    evaluations = [log["eval_mixed_nll"] for log in trainer.state.log_history if "eval_mixed_nll" in log]
+    assert evaluations[0] < evaluations[1]
+    assert trainer.state.best_metric == evaluations[0]  # the lowest
+    assert model.config.thought_tokens == 3
 
 
 def test_a_curriculum_resumes_in_its_stage(tmp_path):
@@ -275,17 +320,27 @@ def test_what_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=match):
             arguments(tmp_path, **option)
+    with pytest.raises(TypeError, match="curriculum"):
+        arguments(tmp_path, curriculum="5,4:10")
+    with pytest.raises(ValueError, match="max_steps"):
+        arguments(tmp_path, curriculum=["5,4:10"], max_steps=7)
+    with pytest.raises(ValueError, match="head_learning_rate"):
+        arguments(tmp_path, head_learning_rate=-0.1)
     for stage in ("5", "5,4", "5,4:0", "5,4:10:-1", "5,4:10:1e-6:2", "a,b:c"):
         with pytest.raises(ValueError, match="curriculum"):
             arguments(tmp_path, curriculum=[stage])
 
 
-def test_short_texts_do_not_stop_a_run(tmp_path):
+@pytest.mark.parametrize("official", [False, True])
+def test_short_texts_do_not_stop_a_run(tmp_path, official):
     """A batch without a single thought to reward, or a single token to predict."""
     model = thinker(m=2)
     texts = [{"input_ids": random_ids(1, length)[0]} for length in (1, 1, 2, 3)]
-    trainer = run(model, arguments(tmp_path, max_steps=2, per_device_train_batch_size=2), texts)
+    settings = {"official": official, "policy_weight": 1.0, "max_steps": 2, "per_device_train_batch_size": 2}
+    trainer = run(model, arguments(tmp_path, **settings), texts, eval_dataset=texts)
     assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
+    assert not any("gain_decile_1" in log for log in trainer.state.log_history)  # too few tokens for tenths
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
 
 
 def test_saved_and_loaded(tmp_path):

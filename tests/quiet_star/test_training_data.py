@@ -104,6 +104,8 @@ def test_bad_examples():
         collate([{"text": "words"}])
     with pytest.raises(ValueError, match="example 3 has no tokens"):
         collate([example([1], 3, attention_mask=[0])])
+    with pytest.raises(ValueError, match="labels"):
+        collate([example([1, 2]), example([1, 2], labels=[1, 2])])
     with pytest.raises(ValueError, match="max_length"):
         QuietStarCollator(max_length=1)
 
@@ -117,6 +119,9 @@ def test_documents_end_with_the_end_of_text():
     assert len(examples) > 2
     with pytest.raises(ValueError, match="no two tokens"):
         tokenize([], tokenizer, 50)
+    for nothing in ("", " \n", None):
+        with pytest.raises(ValueError, match="text 1 is empty"):
+            tokenize(["words", nothing], tokenizer, 50)
 
 
 def test_reading(tmp_path):
@@ -135,6 +140,8 @@ def test_reading(tmp_path):
 
 def test_the_last_whole_checkpoint(tmp_path):
     assert last_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-best" / "trainer_state.json").write_text("{}")
     for step, state in ((100, "{}"), (20, "{}"), (300, '{"broken'), (400, None)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
