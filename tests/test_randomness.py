@@ -71,9 +71,9 @@ def test_uniform_is_made_of_the_first_two_words_at_the_counter_of_the_design(rou
 
 
 def test_purposes_have_the_fixed_values_that_stored_runs_rely_on():
-    names = "THOUGHT ANSWER DRAFT ACCEPT RESIDUAL BONUS CANDIDATE REVEAL RESAMPLE GUMBEL"
+    names = "THOUGHT ANSWER DRAFT ACCEPT RESIDUAL BONUS CANDIDATE REVEAL RESAMPLE GUMBEL EPOCH CROP"
     assert [p.name for p in sorted(Purpose)] == names.split()
-    assert sorted(Purpose) == list(range(10))
+    assert sorted(Purpose) == list(range(12))
 
 
 def test_a_row_depends_on_its_address_alone(route):
