@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +127,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     what, target, *words = sys.argv[1:]
     {"distributed": distributed, "sharded": sharded_by_hand, "gpus": sharded_on_gpus}[what](Path(target), *words)
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may abort a process that ends by itself
