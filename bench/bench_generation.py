@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor, nn
-
-import pyquiet
+from torch import Tensor
 
 from .machine import Machine
-from .models import random_model
+from .models import random_thinker
 from .release_recompute import next_token
 from .timing import best_seconds, watched
 
@@ -36,13 +34,7 @@ SLOWDOWN_GOAL = 1.5 * (THOUGHT_TOKENS + 3)
 @pytest.fixture(scope="module")
 def thinker() -> Any:
     """A thinking model on random weights; its mixing weight and its END are not a fresh one's."""
-    model = pyquiet.QuietStarForCausalLM.from_base(random_model(MODEL), thought_tokens=THOUGHT_TOKENS, start_init=7)
-    generator = torch.Generator().manual_seed(1)
-    last = [layer for layer in model.mixing_head.modules() if isinstance(layer, nn.Linear)][-1]
-    with torch.no_grad():
-        last.weight.normal_(std=1.0, generator=generator)
-        model.end_embedding.normal_(std=2e-4, generator=generator)
-    return model.eval()
+    return random_thinker(MODEL, thought_tokens=THOUGHT_TOKENS)
 
 
 @pytest.fixture(scope="module")

@@ -77,8 +77,8 @@ def _add_common(parser: argparse.ArgumentParser, batch_size: int) -> None:
 
 def run_thoughts(args: argparse.Namespace) -> int:
     from pyquiet.evaluation import opening_ids, thinking_gains, token_ids
+    from pyquiet.files import read_texts
     from pyquiet.plotting import check_figure, check_target, plot_gain_by_decile, write_thoughts_page
-    from pyquiet.quiet_star.data import read_texts
 
     for name in ("max_tokens", "html_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

@@ -119,14 +119,14 @@ def load_thinker(
             f"--model {path}: no model folder (a folder with a config.json); give the path of one, or the name of an "
             f"embedded model ({', '.join(available())})"
         )
+    wrap: dict[str, Any] = {} if thought_tokens is None else {"thought_tokens": thought_tokens}
     try:
         model, tokenizer = load_model(path)
+        if not isinstance(model, QuietStarForCausalLM):
+            return QuietStarForCausalLM.from_base(model, tokenizer=tokenizer, **wrap).eval(), tokenizer
     except SafetensorError as error:
         raise ValueError(f"--model {path}: its weights cannot be read ({error}); copy the model anew") from None
-    if not isinstance(model, QuietStarForCausalLM):
-        wrap: dict[str, Any] = {} if thought_tokens is None else {"thought_tokens": thought_tokens}
-        model = QuietStarForCausalLM.from_base(model, tokenizer=tokenizer, **wrap)
-    elif thought_tokens not in (None, model.config.thought_tokens):
+    if thought_tokens not in (None, model.config.thought_tokens):
         raise ValueError(
             f"--thought-tokens {thought_tokens}: this model learned thoughts of {model.config.thought_tokens} tokens; "
             "leave the option out"
@@ -134,19 +134,17 @@ def load_thinker(
     return model.eval(), tokenizer
 
 
-def load_model(path: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The causal LM, thinking or plain, in a folder or embedded under that name, and its tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+def load_model(path: str) -> "tuple[PreTrainedModel | str, PreTrainedTokenizerBase]":
+    """The model embedded under that name or thinking in that folder, or the path of a plain one, and its tokenizer."""
+    from transformers import AutoConfig, AutoTokenizer
 
-    from pyquiet import load
+    from pyquiet import QuietStarForCausalLM, load
 
     if not os.path.isfile(os.path.join(path, "config.json")):
         return load(path)
-    config = AutoConfig.from_pretrained(path)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"--model {path}: a {config.model_type} is no causal language model")
-    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    thinks = AutoConfig.from_pretrained(path).model_type == "quiet_star"
+    return QuietStarForCausalLM.from_pretrained(path) if thinks else path, tokenizer
 
 
 class Printer:

@@ -60,14 +60,16 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     train.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="further training arguments")
     for option, (_, default, what) in OPTIONS.items():
         train.add_argument(option, default=default, metavar="X", help=what)
-    train.set_defaults(run=lambda args: run(args))
+    train.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     from transformers import set_seed
 
+    from pyquiet.files import read_texts
     from pyquiet.quiet_star import QuietStarTrainer
-    from pyquiet.quiet_star.data import last_checkpoint, read_dataset, read_texts, tokenize
+    from pyquiet.quiet_star.data import read_dataset, tokenize
+    from pyquiet.quiet_star.seeded_trainer import last_checkpoint
 
     training = training_arguments(args)
     os.makedirs(args.output, exist_ok=True)

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pyquiet.evaluation.prompts import continuation_ids
 
+DIGITS, LETTERS = "0123456789", "ABCDE"
+
 
 @dataclass(frozen=True)
 class AnswerItem:
@@ -69,9 +71,6 @@ def _read(
     if not items:
         raise ValueError(f"{os.fspath(path)} has no items")
     return items
-
-
-DIGITS, LETTERS = "0123456789", "ABCDE"
 
 
 @dataclass(frozen=True)

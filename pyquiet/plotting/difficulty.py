@@ -4,7 +4,7 @@ import importlib.util
 import os
 
 from pyquiet.evaluation.difficulty import DifficultyTable
-from pyquiet.plotting.files import check_target, replacing
+from pyquiet.files import check_target, replacing
 
 FORMATS = (".png", ".svg", ".pdf")
 

@@ -7,7 +7,7 @@ from html import escape
 from transformers import PreTrainedTokenizerBase
 
 from pyquiet.evaluation.difficulty import Difficulty, TokenGains
-from pyquiet.plotting.files import replacing
+from pyquiet.files import replacing
 from pyquiet.plotting.pieces import token_pieces, visible
 
 LEVELS = (0.01, 0.05, 0.2, 1.0)  # nats of gain or loss from which a token is coloured deeper

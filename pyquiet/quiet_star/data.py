@@ -1,7 +1,5 @@
 """What a trainer feeds a thinking model: numbered texts, cropped at seeded places and padded on the right."""
 
-import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,17 +146,6 @@ def tokenize(texts: Iterable[str], tokenizer: Any, max_length: int) -> list[dict
     return examples
 
 
-def read_texts(files: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """What the files say, in UTF-8; ValueError names one that is something else, OSError one that cannot be read."""
-    texts = []
-    for file in files:
-        try:
-            texts.append(Path(file).read_text(encoding="utf-8"))
-        except UnicodeDecodeError:
-            raise ValueError(f"{file} is not UTF-8 text") from None
-    return texts
-
-
 def read_dataset(name: str, column: str) -> Iterable[str]:
     """The documents in a column of a dataset's training split: a name or folder, or a json, csv, parquet or txt file.
 
@@ -180,15 +167,3 @@ def read_dataset(name: str, column: str) -> Iterable[str]:
         raise ValueError(f"the dataset {name} has no column {column!r}, only {', '.join(rows.column_names)}")
     texts: Iterable[str] = rows[column]
     return texts
-
-
-def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The last checkpoint of a trainer that was written whole: its state, which comes last, can be read."""
-    found = [file for file in Path(folder).glob("checkpoint-*/trainer_state.json") if file.parent.name[11:].isdigit()]
-    for state in sorted(found, key=lambda state: int(state.parent.name.split("-")[1]), reverse=True):
-        try:
-            json.loads(state.read_text())
-        except ValueError:
-            continue
-        return str(state.parent)
-    return None

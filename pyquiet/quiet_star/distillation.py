@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pyquiet.quiet_star.adapters import unwrapped
 from pyquiet.quiet_star.head import embedding_table, finish_logits, head_weight, log_prob
 from pyquiet.quiet_star.inputs import check_inputs, check_labels, check_no_nan, check_positions
 from pyquiet.quiet_star.modeling import QuietStarForCausalLM
@@ -158,7 +159,7 @@ def _losses(ntp_objective: NtpObjective, s: Tensor, t: Tensor, graded: list[Tens
 
 def answering_model(model: Any) -> PreTrainedModel:
     """The causal LM that answers without thoughts: the base of a thinking model, out of PEFT's wrapping."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrapped(model)
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"the student must be a transformers causal LM, got {type(inner).__name__}")
     return inner.base if isinstance(inner, QuietStarForCausalLM) else inner
@@ -204,8 +205,8 @@ def _hidden(student: PreTrainedModel, input_ids: Tensor, text: Text) -> Tensor:
     if text.mask is not None:
         padding["attention_mask"] = text.mask.long()
         if "position_ids" in inspect.signature(network.forward).parameters:
-            places = torch.arange(input_ids.shape[1], device=input_ids.device) - text.start[:, None]
-            padding["position_ids"] = torch.minimum(places.clamp_min(0), text.length[:, None] - 1)
+            columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+            padding["position_ids"] = text.positions(columns)
     hidden: Tensor = network(input_ids=input_ids, use_cache=False, **padding).last_hidden_state
     return hidden
 

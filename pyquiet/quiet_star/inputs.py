@@ -8,6 +8,11 @@ from pyquiet.quiet_star.configuration import QuietStarConfig
 IGNORED = -100  # the label of a token that is not to be predicted
 
 
+def real_tokens(input_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """bool [B, T]: no padding; None stands for a mask of ones."""
+    return torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+
+
 def check_inputs(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> None:
     """Raises TypeError or ValueError unless ids are int64 [B, T] in range and each row of the mask is one run."""
     if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):

@@ -21,7 +21,7 @@ from pyquiet.quiet_star.adapters import AdaptedBase, lay_out_adapters, record_ad
 from pyquiet.quiet_star.configuration import QuietStarConfig
 from pyquiet.quiet_star.generation import ThinkingGeneration
 from pyquiet.quiet_star.head import embedding_table, finish_logits, head_weight, log_prob
-from pyquiet.quiet_star.inputs import check_context, check_inputs, check_no_nan, check_positions
+from pyquiet.quiet_star.inputs import check_context, check_inputs, check_no_nan, check_positions, real_tokens
 from pyquiet.quiet_star.objective import QuietStarObjective, ThinkingLoss
 from pyquiet.quiet_star.thinking import Round, Text, Thinker, ThoughtOptions, average, chunks
 from pyquiet.quiet_star.thoughts import check_supported
@@ -284,7 +284,7 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, AdaptedBase, Pr
         T = input_ids.shape[1]
         following = (columns + 1).clamp_max(T - 1)
         base, mixed = self._log_probs(input_ids.gather(1, following), hidden, round_.end_hidden, weight)
-        real = torch.ones_like(input_ids, dtype=torch.bool) if text.mask is None else text.mask
+        real = real_tokens(input_ids, text.mask)
         here = real.gather(1, columns)
         both = here & real.gather(1, following) & (columns < T - 1)
         base, mixed = base.masked_fill(~both, 0), mixed.masked_fill(~both[..., None], 0)

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import EvalPrediction, TrainingArguments
 
+from pyquiet.files import replacing
 from pyquiet.quiet_star.arguments import prepare
 from pyquiet.quiet_star.configuration import check_count
 from pyquiet.quiet_star.data import NumberedTexts, QuietStarCollator
@@ -32,7 +33,7 @@ from pyquiet.quiet_star.distillation import (
 )
 from pyquiet.quiet_star.inputs import IGNORED, check_context
 from pyquiet.quiet_star.modeling import QuietStarForCausalLM
-from pyquiet.quiet_star.seeded_trainer import SeededTrainer, check_trainable, data_seed, targets_in
+from pyquiet.quiet_star.seeded_trainer import SeededTrainer, check_trainable, targets_in
 from pyquiet.randomness import epoch_seed
 
 _SAVE_EVERY = 60.0  # seconds
@@ -88,6 +89,14 @@ class NextTokenCollator(QuietStarCollator):
         return {**batch, "teacher_nlls": nn.functional.pad(nlls, (0, short))}
 
 
+def next_token_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Mean NLLs and the share of tokens that the teacher predicts better, of `NextTokenTrainer`'s predictions."""
+    keep = prediction.label_ids != IGNORED
+    student, teacher = (nlls[keep].astype(np.float64) for nlls in prediction.predictions)
+    means = {"student_nll": student, "teacher_nll": teacher, "teacher_better": teacher < student}
+    return {name: float(values.mean()) for name, values in means.items()}
+
+
 class NextTokenTrainer(SeededTrainer):
     """Trains a model that answers at once on what a thinking teacher predicts; else as `transformers.Trainer`.
 
@@ -112,6 +121,8 @@ class NextTokenTrainer(SeededTrainer):
     """
 
     args: NextTokenTrainingArguments
+    collator = NextTokenCollator
+    metrics = staticmethod(next_token_metrics)
 
     def __init__(
         self,
@@ -131,12 +142,10 @@ class NextTokenTrainer(SeededTrainer):
         if teacher is not None and not hasattr(teacher, "hf_device_map"):
             teacher.to(args.device)
         self.teacher = teacher
-        pad = getattr(kwargs.get("processing_class"), "pad_token_id", None) or 0
-        kwargs.setdefault("compute_metrics", next_token_metrics)
         super().__init__(
             student if isinstance(model, QuietStarForCausalLM) else model,
             args,
-            data_collator or NextTokenCollator(args.max_length, data_seed(args), pad),
+            data_collator,
             train_dataset,
             eval_dataset,
             **kwargs,
@@ -175,25 +184,9 @@ class NextTokenTrainer(SeededTrainer):
         with self.accelerator.autocast():
             return _through(model, student, forward, inputs["input_ids"])
 
-    @torch.no_grad()
-    def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Any, Any, Any]:
-        """The loss, NLLs [B, C] of the next token under student and teacher, and that token (-100: none)."""
-        inputs = self._prepare_inputs(inputs)
-        targets = targets_in(inputs)
-        out = self._grade(model, inputs, self.evaluation_seed, targets.sum())
-        if prediction_loss_only:
-            return out.loss, None, None
-        return out.loss, (out.student_nlls, out.teacher_nlls), inputs["input_ids"][:, 1:].masked_fill(~targets, IGNORED)
-
-
-def next_token_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Mean NLLs and the share of tokens that the teacher predicts better, of `NextTokenTrainer`'s predictions."""
-    keep = prediction.label_ids != IGNORED
-    student, teacher = (nlls[keep].astype(np.float64) for nlls in prediction.predictions)
-    means = {"student_nll": student, "teacher_nll": teacher, "teacher_better": teacher < student}
-    return {name: float(values.mean()) for name, values in means.items()}
+    def _evaluated(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        out = self._grade(model, inputs, self.evaluation_seed, targets_in(inputs).sum())
+        return out.loss, (out.student_nlls, out.teacher_nlls)
 
 
 def teacher_nlls(
@@ -269,10 +262,9 @@ def _about(
 
 
 def _write(path: str | os.PathLike[str], done: list[Any], about: dict[str, str]) -> None:
-    temporary = f"{os.fspath(path)}.{os.getpid()}"
     lengths = np.array([len(row) for row in done])
-    save_file({"nlls": np.concatenate(done), "lengths": lengths}, temporary, about)
-    Path(temporary).replace(path)
+    with replacing(path) as partial:
+        save_file({"nlls": np.concatenate(done), "lengths": lengths}, partial, about)
 
 
 def _read(path: str | os.PathLike[str], about: dict[str, str]) -> list[Any]:

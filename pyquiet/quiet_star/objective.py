@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyquiet.quiet_star.configuration import check_count
-from pyquiet.quiet_star.inputs import IGNORED, check_no_nan
+from pyquiet.quiet_star.inputs import IGNORED, check_no_nan, real_tokens
 
 Baseline = Literal["leave_one_out", "mean"]
 Reduction = Literal["sum", "mean"]
@@ -82,13 +82,13 @@ class QuietStarObjective:
         The last entry counts the positions whose thoughts are rewarded. These are what the means divide by: counts of
         several batches add up, so that their losses, each given the sum, do too.
         """
-        mask = None if attention_mask is None else attention_mask.bool()
-        targets, rewarded = self._targets(input_ids, mask, labels)
-        return torch.cat([targets.sum((0, 1)), rewarded.sum()[None]])
+        return _counts(*self.targets(real_tokens(input_ids, attention_mask), labels))
 
-    def _targets(self, input_ids: Tensor, mask: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """bool [B, C, A]: the s-th token after the position's next one counts; bool [B, C]: so does its reward."""
-        real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+    def targets(self, real: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """bool [B, C, A]: the s-th token after the next is to be predicted; bool [B, C]: the thought is rewarded.
+
+        `real` is bool [B, T], false at padding.
+        """
         A = self.lookahead
         inside = real[:, :-1, None] & after(real, A)
         targets = inside if labels is None else inside & after(labels != IGNORED, A)
@@ -160,10 +160,10 @@ def combine(
         ValueError: a log-probability is NaN; the row is named.
     """
     A, N = objective.lookahead, tokens.shape[2]
-    real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
-    targets, complete = objective._targets(input_ids, mask, labels)
+    real = real_tokens(input_ids, mask)
+    targets, complete = objective.targets(real, labels)
     if target_counts is None:
-        target_counts = torch.cat([targets.sum((0, 1)), complete.sum()[None]])
+        target_counts = _counts(targets, complete)
     counts, windows = target_counts[:A].to(targets.device), target_counts[A].to(targets.device)
     if objective.official:
         if pad_token_id is not None:
@@ -213,9 +213,14 @@ def combine(
 
 def next_token_targets(input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
     """bool [B, C]: there is a next token, and it is to be predicted."""
-    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    real = real_tokens(input_ids, attention_mask)
     targets = real[:, 1:] & real[:, :-1]
     return targets if labels is None else targets & (labels[:, 1:] != IGNORED)
+
+
+def _counts(targets: Tensor, rewarded: Tensor) -> Tensor:
+    """int64 [A + 1] of `QuietStarObjective.targets`."""
+    return torch.cat([targets.sum((0, 1)), rewarded.sum()[None]])
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -1,14 +1,18 @@
 """What the trainers of thinking models share: noise, crops and losses that do not depend on how a batch is cut up."""
 
+import json
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import EvalPrediction, Trainer, TrainerCallback
 
-from pyquiet.quiet_star.data import numbered
+from pyquiet.quiet_star.data import QuietStarCollator, numbered
+from pyquiet.quiet_star.inputs import IGNORED
 from pyquiet.quiet_star.objective import next_token_targets
 from pyquiet.randomness import epoch_seed
 
@@ -18,14 +22,21 @@ _EVALUATION = 2**32 - 1  # the epoch whose noise evaluation draws from
 class SeededTrainer(Trainer):
     """A Trainer whose steps have the loss of the joint batch over micro-batches and processes.
 
-    Subclasses say in `_counts` what the means of a batch divide by, and add to the meter what they log.
+    Subclasses say in `_counts` what the means of a batch divide by, in `_evaluated` what evaluation is about, and add
+    to the meter what they log.
     """
+
+    collator: type[QuietStarCollator]  # where none is given
+    metrics: Callable[[EvalPrediction], dict[str, float]]
 
     def __init__(
         self, model: Any, args: Any, data_collator: Any, train_dataset: Any, eval_dataset: Any, **kwargs: Any
     ) -> None:
         self.meter = Meter()
         self.current_epoch = 0
+        pad = getattr(kwargs.get("processing_class"), "pad_token_id", None) or 0
+        data_collator = data_collator or self.collator(args.max_length, data_seed(args), pad)
+        kwargs.setdefault("compute_metrics", self.metrics)
         super().__init__(model, args, data_collator, numbered(train_dataset), numbered(eval_dataset), **kwargs)
         self.model_accepts_loss_kwargs = True  # where there are counts, the loss is that of the joint batch
         self.add_callback(_Epochs(self))
@@ -43,6 +54,21 @@ class SeededTrainer(Trainer):
     def _counts(self, inputs: dict[str, Any]) -> Tensor | None:
         """What the means of a batch divide by; None where each micro-batch has its own."""
         raise NotImplementedError
+
+    def _evaluated(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """A batch's loss, and two NLLs [B, T - 1] of the next token to compare."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """The loss, what `_evaluated` compares, and the token it is about, -100 where there is none."""
+        inputs = self._prepare_inputs(inputs)
+        loss, nlls = self._evaluated(model, inputs)
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, nlls, inputs["input_ids"][:, 1:].masked_fill(~targets_in(inputs), IGNORED)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The micro-batches of an optimiser step, and what the means of their joint batch divide by."""
@@ -139,6 +165,18 @@ class _Epochs(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.current_epoch += 1
         self.trainer.train_dataset.set_epoch(self.trainer.current_epoch)
+
+
+def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """The last checkpoint of a trainer that was written whole: its state, which comes last, can be read."""
+    found = [file for file in Path(folder).glob("checkpoint-*/trainer_state.json") if file.parent.name[11:].isdigit()]
+    for state in sorted(found, key=lambda state: int(state.parent.name[11:]), reverse=True):
+        try:
+            json.loads(state.read_text())
+        except ValueError:
+            continue
+        return str(state.parent)
+    return None
 
 
 def data_seed(args: Any) -> int:

@@ -91,6 +91,10 @@ class Text:
         mask = attention_mask.to(torch.bool)
         return cls(mask.long().argmax(1), mask.sum(1), mask)
 
+    def positions(self, columns: Tensor) -> Tensor:
+        """int64 [B, n]: where the tokens at `columns` [n] stand, padding not counted; at padding, a place within."""
+        return torch.minimum((columns - self.start[:, None]).clamp_min(0), (self.length - 1)[:, None])
+
 
 @dataclass
 class Round:
@@ -243,9 +247,7 @@ class Thinker:
 
     def _text_positions(self, n: int) -> Tensor:
         done = self.cache.get_seq_length()
-        columns = torch.arange(done, done + n, device=self.text.start.device)
-        positions = (columns - self.text.start[:, None]).clamp_min(0)
-        return torch.minimum(positions, (self.text.length - 1)[:, None])
+        return self.text.positions(torch.arange(done, done + n, device=self.text.start.device))
 
 
 def chunks(rows: int, elements_a_row: int) -> Iterator[slice]:

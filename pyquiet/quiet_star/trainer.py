@@ -9,15 +9,34 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
+from pyquiet.evaluation import gain_by_decile
+from pyquiet.quiet_star.adapters import unwrapped
 from pyquiet.quiet_star.arguments import QuietStarTrainingArguments, Stage
 from pyquiet.quiet_star.data import QuietStarCollator
 from pyquiet.quiet_star.inputs import IGNORED, check_context
 from pyquiet.quiet_star.modeling import QuietStarForCausalLM
 from pyquiet.quiet_star.objective import ThinkingLoss
-from pyquiet.quiet_star.seeded_trainer import SeededTrainer, check_trainable, data_seed, targets_in
+from pyquiet.quiet_star.seeded_trainer import SeededTrainer, check_trainable, targets_in
 
 DECILES = 10
 _HEAD, _META = "mixing_head.", ("start_embedding", "end_embedding")
+_INPUTS = ("input_ids", "attention_mask", "labels", "sequence_ids")
+
+
+def thinking_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Mean NLLs and gains in nats, over all tokens and by tenths of base NLL, of `QuietStarTrainer`'s predictions."""
+    keep = torch.from_numpy(prediction.label_ids) != IGNORED
+    base, mixed = (torch.from_numpy(nlls)[keep].double() for nlls in prediction.predictions)
+    means = {"base_nll": base.mean(), "mixed_nll": mixed.mean(), "gain": (base - mixed).mean()}
+    return {name: x.item() for name, x in {**means, **decile_gains(base, mixed)}.items()}
+
+
+def decile_gains(base: Tensor, mixed: Tensor) -> dict[str, Tensor]:
+    """The mean gain over each tenth of the tokens by base NLL [n], mixed NLL [n] given; nothing for fewer than ten."""
+    if len(base) < DECILES:
+        return {}
+    gains = gain_by_decile(base, base, mixed, DECILES).gain
+    return {f"gain_decile_{k}": gain for k, gain in enumerate(gains, 1)}
 
 
 class QuietStarTrainer(SeededTrainer):
@@ -51,6 +70,8 @@ class QuietStarTrainer(SeededTrainer):
     """
 
     args: QuietStarTrainingArguments
+    collator = QuietStarCollator
+    metrics = staticmethod(thinking_metrics)
 
     def __init__(
         self,
@@ -67,10 +88,7 @@ class QuietStarTrainer(SeededTrainer):
         _check(self.thinker, args)
         self.objective = args.objective
         self.stages = args.stages
-        pad = getattr(kwargs.get("processing_class"), "pad_token_id", None) or 0
-        kwargs.setdefault("compute_metrics", thinking_metrics)
-        collator = data_collator or QuietStarCollator(args.max_length, data_seed(args), pad)
-        super().__init__(model, args, collator, train_dataset, eval_dataset, **kwargs)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
         self._enter_stage(0)
 
     # -- one step
@@ -104,15 +122,15 @@ class QuietStarTrainer(SeededTrainer):
         parts = {name: getattr(out, name).detach() for name in ("base_nll", "mixed_nll", "policy", "reward")}
         local = {name: getattr(out, name).detach() for name in ("weight_mean", "weight_std", "thought_entropy")}
         targets = targets_in(inputs)
-        base = out.base_nlls[targets]
-        gain = base - out.mixed_nlls[..., 0].mean(-1)[targets]
-        deciles = decile_gains(base, gain)
+        base, mixed = out.base_nlls[targets], out.mixed_nlls[..., 0].mean(-1)[targets]
+        deciles = decile_gains(base, mixed)
         none = {f"gain_decile_{k}": base.new_zeros(()) for k in range(1, DECILES + 1)}
         mask = inputs.get("attention_mask")
         tokens = inputs["input_ids"].new_tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
         self.meter.add({**parts, "tokens": tokens}, joint=joint)
         self.meter.add(local, joint=False)
-        self.meter.add({"gain": gain.sum() / max(1, len(gain))}, joint=False, known=len(gain) > 0)
+        gain = (base - mixed).sum() / max(1, len(base))
+        self.meter.add({"gain": gain}, joint=False, known=len(base) > 0)
         self.meter.add(deciles or none, joint=False, known=bool(deciles))
 
     # -- a run
@@ -171,42 +189,15 @@ class QuietStarTrainer(SeededTrainer):
 
     # -- evaluation
 
-    @torch.no_grad()
-    def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Any, Any, Any]:
-        """The loss, NLLs [B, C] of the next token without and with thoughts, and that token (-100: none)."""
-        inputs = self._prepare_inputs(inputs)
+    def _evaluated(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         out = self._think(model, inputs, self.evaluation_seed, self._counts(inputs))
-        if prediction_loss_only:
-            return out.loss, None, None
         mixed = -((-out.mixed_nlls[..., 0]).logsumexp(-1) - math.log(out.mixed_nlls.shape[2]))
-        labels = inputs["input_ids"][:, 1:].masked_fill(~targets_in(inputs), IGNORED)
-        return out.loss, (out.base_nlls, mixed), labels
-
-
-_INPUTS = ("input_ids", "attention_mask", "labels", "sequence_ids")
-
-
-def thinking_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Mean NLLs and gains in nats, over all tokens and by tenths of base NLL, of `QuietStarTrainer`'s predictions."""
-    keep = torch.from_numpy(prediction.label_ids) != IGNORED
-    base, mixed = (torch.from_numpy(nlls)[keep].double() for nlls in prediction.predictions)
-    means = {"base_nll": base.mean(), "mixed_nll": mixed.mean(), "gain": (base - mixed).mean()}
-    return {name: x.item() for name, x in {**means, **decile_gains(base, base - mixed)}.items()}
-
-
-def decile_gains(base: Tensor, gain: Tensor) -> dict[str, Tensor]:
-    """The mean of the gains [n] over each tenth of the tokens by base NLL [n]; nothing for fewer than ten tokens."""
-    if len(base) < DECILES:
-        return {}
-    parts = gain[base.argsort(stable=True)].tensor_split(DECILES)
-    return {f"gain_decile_{k}": part.mean() for k, part in enumerate(parts, 1)}
+        return out.loss, (out.base_nlls, mixed)
 
 
 def _thinker_in(model: Any) -> QuietStarForCausalLM:
     """The thinking model, out of PEFT's wrapping if it has one; TypeError if there is none."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrapped(model)
     if not isinstance(inner, QuietStarForCausalLM):
         raise TypeError(
             f"model must be a QuietStarForCausalLM, got {type(model).__name__}; wrap it with "

@@ -129,8 +129,6 @@ def _packed_pass(
     # A path's k-th row stands k places after its position. A row past all targets only has to stay in the context.
     seen = (limits - text.start[:, None]).clamp_min(0)
     steps = torch.minimum(seen[..., None] + torch.arange(P, device=device), (text.length + m)[:, None, None])
-    columns = torch.arange(T, device=device) - text.start[:, None]
-    columns = torch.minimum(columns.clamp_min(0), (text.length - 1)[:, None])
     layout = ThoughtLayout(
         cache=None,
         text_rows=T,
@@ -143,7 +141,9 @@ def _packed_pass(
     hidden = run_rows(
         model.base,
         torch.cat([embeds, torch.cat(rows, 3).flatten(1, 3)], 1),
-        torch.cat([columns, steps[:, :, None].expand(-1, -1, N, -1).flatten(1)], 1),
+        torch.cat(
+            [text.positions(torch.arange(T, device=device)), steps[:, :, None].expand(-1, -1, N, -1).flatten(1)], 1
+        ),
         text.mask,
         layout,
     )

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyquiet import QuietStarForCausalLM
 from pyquiet.evaluation import TokenGains, gain_by_decile, opening_ids, thinking_gains, token_ids
-from pyquiet.quiet_star.data import read_texts
+from pyquiet.files import read_texts
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
-from pyquiet.quiet_star.data import QuietStarCollator, numbered, read_texts, tokenize
+from pyquiet.files import read_texts
+from pyquiet.quiet_star.data import QuietStarCollator, numbered, tokenize
 
 
 class PlainCollator(QuietStarCollator):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,16 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ..quiet_star.architectures import build
 from ..quiet_star.thinkers import awake
+from ..single_thread import one_thread as one_thread
 
 CHARACTERS = ["<unk>", "<eos>", *string.printable[:95], "\n"]  # digits, letters, punctuation, space
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

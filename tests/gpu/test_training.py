@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 def test_fully_sharded_is_the_run_of_one_process(tmp_path):
     """Over all GPUs there are; the batch of the single process is the joint one."""
     count = torch.cuda.device_count()
-    in_processes(count, "gpus", tmp_path)
+    in_processes(count, "training_runs", "gpus", tmp_path)
     model = thinker(m=2, dtype=torch.float32)
     settings = arguments(tmp_path, max_steps=3, per_device_train_batch_size=2 * count)
     run(model, settings, examples(24, longest=9))

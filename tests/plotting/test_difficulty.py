@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pyquiet.evaluation import gain_by_decile
+from pyquiet.files import check_target, replacing
 from pyquiet.plotting import check_figure, plot_gain_by_decile
-from pyquiet.plotting.files import check_target, replacing
 
 pytest.importorskip("matplotlib")
 MAGIC = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF", ".PNG": b"\x89PNG"}

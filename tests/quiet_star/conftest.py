@@ -1,16 +1,3 @@
-"""One thread for the many tiny models: they are too small to share, and cores may be few."""
+"""One thread for the tests of this folder."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-
-import pytest
-import torch
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from ..single_thread import one_thread as one_thread

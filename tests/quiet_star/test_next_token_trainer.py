@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -28,8 +27,8 @@ from pyquiet.randomness import epoch_seed
 
 from .architectures import build
 from .thinkers import padded, random_ids, thinker
+from .training_runs import in_processes
 
-ROOT = Path(__file__).parents[2]
 LENGTHS = (9, 4, 7, 12, 3, 8)
 DATA = [{"input_ids": random_ids(1, length, seed=length)[0].tolist()} for length in LENGTHS]
 
@@ -175,11 +174,7 @@ def distributed_run(folder, processes):
 
 
 def test_two_processes_are_one_with_the_joint_batch(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m"]
-    command += ["tests.quiet_star.test_next_token_trainer", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_processes(2, "test_next_token_trainer", tmp_path)
     distributed_run(tmp_path, 1)
     one, two = (load_file(tmp_path / f"{n}.safetensors")["weights"] for n in (1, 2))
     assert (one - two).abs().max() < 1e-6

@@ -156,7 +156,7 @@ def test_noise_is_never_unnamed(tmp_path):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_processes_are_one_with_the_joint_batch(tmp_path, accumulate):
-    in_processes(2, "distributed", tmp_path, str(accumulate))
+    in_processes(2, "training_runs", "distributed", tmp_path, str(accumulate))
     model = thinker(m=2)
     settings = {"max_steps": 3, "optim": "adamw_torch", "gradient_accumulation_steps": accumulate}
     trainer = run(model, arguments(tmp_path / "one", per_device_train_batch_size=4, **settings), mixed_examples())
@@ -168,7 +168,7 @@ def test_two_processes_are_one_with_the_joint_batch(tmp_path, accumulate):
 
 
 def test_sharded_weights_get_the_same_gradients(tmp_path):
-    in_processes(2, "sharded", tmp_path)
+    in_processes(2, "training_runs", "sharded", tmp_path)
     model, ids = thinker(m=2).train(), random_ids(4, 9)
     model.thinking_loss(ids, seed=1).loss.backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -10,16 +10,16 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from pyquiet import load
+from pyquiet.files import read_texts
 from pyquiet.quiet_star.data import (
     NumberedTexts,
     QuietStarCollator,
-    last_checkpoint,
     numbered,
     overlapping_pieces,
     read_dataset,
-    read_texts,
     tokenize,
 )
+from pyquiet.quiet_star.seeded_trainer import last_checkpoint
 
 from ..chi_square import chi_square
 

@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and texts that are read or refused by name."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,3 +26,14 @@ def check_target(path: str | os.PathLike[str]) -> Path:
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder; give the name of a file")
     return target
+
+
+def read_texts(files: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """What the files say, in UTF-8; ValueError names one that is something else, OSError one that cannot be read."""
+    texts = []
+    for file in files:
+        try:
+            texts.append(Path(file).read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise ValueError(f"{file} is not UTF-8 text") from None
+    return texts
