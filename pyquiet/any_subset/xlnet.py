@@ -1,0 +1,195 @@
+"""Transformers' XLNet, unmodified, as a two-stream engine with a content cache in rank order.
+
+Each layer has two kinds of rows on one set of weights. Content rows start from a token's embedding and give all keys
+and values; query rows start from one learned vector and give neither, so that they influence nothing but their own
+logits. Scores hold the signed difference of *positions*, so keys may be stored in any order (arXiv 2504.20456, section
+4; arXiv 1906.08237, section 2.3). Letters: B sequences, N positions, C content rows, Q query rows, R rows, S keys, H
+heads, D head size, d width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import XLNetLMHeadModel
+
+from pyquiet.any_subset.engine import Cache, Engine
+from pyquiet.any_subset.order import ranks_of
+
+
+class XLNetCache(Cache):
+    """Keys and values of every layer in rank order, and the keys of all differences of positions.
+
+    The slot N, which no row sees, takes the keys of idle rows.
+    """
+
+    def __init__(self, engine: XLNetEngine, order: Tensor, prompt: Tensor) -> None:
+        super().__init__(order, prompt)
+        batch, length = order.shape
+        attention = engine.layers[0].rel_attn
+        shape = (batch, attention.n_head, length + 1, attention.d_head)
+        self.keys, self.values = ([attention.q.new_zeros(shape) for _ in engine.layers] for _ in range(2))
+        self.differences = [engine.difference_keys(layer, length) for layer in engine.layers]
+        self.positions = torch.cat([order, order.new_zeros(batch, 1)], 1).to(engine.device)  # of the slots
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        on_device = rows.to(self.positions.device)
+        self.positions = self.positions[on_device]
+        self.keys, self.values = ([x[on_device] for x in part] for part in (self.keys, self.values))
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put keys and values [B, H, C, D] into the slots [B, C]."""
+        index = slots[:, None, :, None].expand_as(keys)
+        self.keys[layer].scatter_(2, index, keys)
+        self.values[layer].scatter_(2, index, values)
+
+
+class XLNetEngine(Engine):
+    """The engine of a transformers.XLNetLMHeadModel, whose weights it reads and whose modules it calls.
+
+    Raises:
+        TypeError: `model` is no XLNetLMHeadModel.
+        ValueError: its attention is one-directional (attn_type "uni") or bi_data is set.
+    """
+
+    def __init__(self, model: Any) -> None:
+        if not isinstance(model, XLNetLMHeadModel):
+            raise TypeError(
+                "model must be a transformers.XLNetLMHeadModel or a pyquiet.any_subset.Engine, got "
+                f"{type(model).__name__}"
+            )
+        config = model.config
+        if config.attn_type != "bi" or config.bi_data:
+            raise ValueError(
+                f"model.config has attn_type={config.attn_type!r}, bi_data={config.bi_data}; filling in any order "
+                "needs attn_type='bi' and bi_data=False"
+            )
+        self.model = model
+        self.base = model.transformer
+        self.layers: Any = self.base.layer
+        self.vocab_size: int = config.vocab_size
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]  # the model may be moved
+        return self.base.mask_emb.device  # type: ignore[no-any-return]
+
+    def start(self, order: Tensor, prompt: Tensor) -> XLNetCache:
+        return XLNetCache(self, order, prompt)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.model.lm_loss(hidden)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def rows(
+        self,
+        cache: XLNetCache,
+        content: Tensor,
+        content_ranks: Tensor,
+        content_sees: Tensor,
+        ranks: Tensor,
+        sees: Tensor,
+    ) -> Tensor:
+        C, length = content.shape[1], cache.order.shape[1]
+        sees = torch.cat([content_sees, sees.masked_fill(ranks < 0, 0)], 1)
+        ranks = torch.cat([content_ranks, ranks], 1)
+        S = max(1, int(sees.max())) if sees.numel() else 1
+        slots = ranks.masked_fill(ranks < 0, length)[:, :C].to(self.device)
+        positions = cache.order.gather(1, ranks.clamp(min=0)).to(self.device)
+        columns = (length - 1) - (positions[:, :, None] - cache.positions[:, None, :S])  # among the difference keys
+        sees = sees.to(self.device)[:, None, :, None]
+        hidden_from = torch.arange(S, device=self.device) >= sees  # [B, 1, R, S]
+        rows = self.base.dropout(torch.cat([self.base.word_embedding(content), self._queries(ranks[:, C:])], 1))
+        for number, layer in enumerate(self.layers):
+            attention = layer.rel_attn
+            if C:
+                cache.write(number, slots, _heads(rows[:, :C], attention.k), _heads(rows[:, :C], attention.v))
+            if layer is self.layers[-1]:  # nobody reads the content rows of the last layer
+                rows, columns, hidden_from, sees = rows[:, C:], columns[:, C:], hidden_from[:, :, C:], sees[:, :, C:]
+            if not rows.shape[1]:
+                break
+            query = _heads(rows, attention.q)
+            by_place = _with_bias(query, attention.r_r_bias) @ cache.differences[number].mT  # [B, H, R, 2N - 1]
+            by_place = by_place.gather(-1, columns[:, None].expand(-1, by_place.shape[1], -1, -1))
+            keys, values = cache.keys[number][:, :, :S], cache.values[number][:, :, :S]
+            rows = _layer(layer, rows, query, keys, values, by_place, hidden_from, sees > 0)
+        return self.base.dropout(rows)  # type: ignore[no-any-return]
+
+    def whole(self, tokens: Tensor, order: Tensor, prompt: Tensor, sees: Tensor) -> Tensor:
+        """Hidden rows [B, A, N, d] of A queries at each position, in one differentiable pass without a cache.
+
+        `sees` int64 [B, A, N] is how many ranks the queries see, by position. Keys stand in order of positions here, so
+        that each row's differences are one slice of all.
+        """
+        (B, N), A = tokens.shape, sees.shape[1]
+        rank = ranks_of(order).to(self.device)
+        content_sees = torch.maximum(rank + 1, prompt.to(self.device)[:, None])
+        all_sees = torch.cat([content_sees, sees.to(self.device).flatten(1)], 1)[:, None, :, None]
+        hidden_from = rank[:, None, None, :] >= all_sees
+        queries = self._queries(torch.empty(B, A * N))
+        rows = self.base.dropout(torch.cat([self.base.word_embedding(tokens), queries], 1))
+        for layer in self.layers:
+            attention = layer.rel_attn
+            keys, values = _heads(rows[:, :N], attention.k), _heads(rows[:, :N], attention.v)
+            if layer is self.layers[-1]:
+                rows, hidden_from, all_sees = rows[:, N:], hidden_from[:, :, N:], all_sees[:, :, N:]
+            query = _heads(rows, attention.q)
+            by_place = _with_bias(query, attention.r_r_bias) @ self.difference_keys(layer, N).mT
+            by_place = _shift(by_place.unflatten(2, (-1, N))).flatten(2, 3)
+            rows = _layer(layer, rows, query, keys, values, by_place, hidden_from, all_sees > 0)
+        return self.base.dropout(rows).unflatten(1, (A, N))  # type: ignore[no-any-return]
+
+    def difference_keys(self, layer: Any, length: int) -> Tensor:
+        """The keys [1, H, 2N - 1, D] of the differences N - 1 .. -(N - 1) of positions."""
+        difference = torch.arange(length - 1, -length, -1, device=self.device).float()
+        if self.base.clamp_len > 0:
+            difference = difference.clamp(-self.base.clamp_len, self.base.clamp_len)
+        width = self.base.d_model
+        frequency = 1 / 10000 ** (torch.arange(0, width, 2.0, device=self.device) / width)
+        angle = difference[:, None] * frequency
+        place = torch.cat([angle.sin(), angle.cos()], -1).to(layer.rel_attn.r.dtype)
+        return _heads(self.base.dropout(place[None]), layer.rel_attn.r)
+
+    def _queries(self, ranks: Tensor) -> Tensor:
+        return self.base.mask_emb.expand(*ranks.shape, -1)  # type: ignore[no-any-return]
+
+
+def _layer(
+    layer: Any,
+    rows: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    by_place: Tensor,
+    hidden_from: Tensor,
+    sees_any: Tensor,
+) -> Tensor:
+    """One layer's output for `rows` [B, R, d]. by_place [B, H, R, S]; hidden_from, sees_any [B, 1, R, S or 1]."""
+    attention = layer.rel_attn
+    scores = (_with_bias(query, attention.r_w_bias) @ keys.mT + by_place) * attention.scale
+    scores = scores.masked_fill(hidden_from, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
+    # A row that sees nothing gets the average of nothing: zero.
+    mixed = (attention.dropout(weights) @ values).masked_fill(~sees_any, 0)
+    return layer.ff(attention.post_attention(rows, mixed.transpose(1, 2)))  # type: ignore[no-any-return]
+
+
+def _heads(rows: Tensor, weight: Tensor) -> Tensor:
+    """Rows [B, R, d] through a weight [d, H, D]: [B, H, R, D]."""
+    heads: Tensor = (rows @ weight.flatten(1)).unflatten(-1, weight.shape[1:])
+    return heads.transpose(1, 2)
+
+
+def _with_bias(query: Tensor, bias: Tensor) -> Tensor:
+    return query + bias[:, None]
+
+
+def _shift(scores: Tensor) -> Tensor:
+    """Of scores [..., N, 2N - 1] by row i and difference, those [..., N, N] by row i and key j: difference i - j."""
+    N = scores.shape[-2]
+    padded = torch.nn.functional.pad(scores, (0, 1)).flatten(-2)  # rows of 2N
+    # Read as rows of 2N - 1, each row starts one place earlier than the one before.
+    earlier: Tensor = padded[..., : N * (2 * N - 1)].unflatten(-1, (N, 2 * N - 1))
+    return earlier[..., N - 1 :]
