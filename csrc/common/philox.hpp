@@ -38,12 +38,17 @@ PYQUIET_HD double uniform(PhiloxBlock block) {
   return (static_cast<double>(x >> 12) + 0.5) * 0x1p-52;
 }
 
-// One word of the counter for every row of a call: an int64 a row, or one value for all of them.
+// What numbers are for, where kernels say it themselves: as pyquiet.randomness.Purpose.
+enum Purpose : uint32_t { kAccept = 3, kResidual = 4, kBonus = 5, kGumbel = 9 };
+
+// One word of the counter for every row of a call: an int64 a row, or one value for all of them, or the row's number.
 struct CounterField {
   const int64_t* rows;  // [R] or none
-  int64_t value;
+  int64_t value;        // kRow: the row's number
 
-  PYQUIET_HD int64_t at(int64_t row) const { return rows ? rows[row] : value; }
+  static constexpr int64_t kRow = -1;
+
+  PYQUIET_HD int64_t at(int64_t row) const { return rows ? rows[row] : value == kRow ? row : value; }
 };
 
 // What a kernel unpacks a Python Stream into. Its owner has checked the ranges: sequence, position
@@ -56,6 +61,13 @@ struct Stream {
   PYQUIET_HD PhiloxBlock counter(int64_t row) const {
     return {{static_cast<uint32_t>(sequence.at(row)), static_cast<uint32_t>(position.at(row)),
              static_cast<uint32_t>(step.at(row)), purpose << 26 | static_cast<uint32_t>(index.at(row))}};
+  }
+
+  // For another purpose, `offset` positions on. Gumbel noise of token v: block v / 2, its half v % 2.
+  PYQUIET_HD PhiloxBlock counter(int64_t row, int64_t offset, Purpose other) const {
+    return {{static_cast<uint32_t>(sequence.at(row)), static_cast<uint32_t>(position.at(row) + offset),
+             static_cast<uint32_t>(step.at(row)),
+             uint32_t{other} << 26 | (other == kGumbel ? 0 : static_cast<uint32_t>(index.at(row)))}};
   }
 };
 
