@@ -27,7 +27,7 @@ needs_native = pytest.mark.skipif(native.cpu is None, reason="the native module 
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test on the native code and on the torch reference."""
     if request.param == "torch":
-        monkeypatch.setattr(native, "cpu", None)
+        monkeypatch.setattr(randomness, "cpu", None)
     return request.param
 
 
@@ -122,7 +122,7 @@ def test_negative_seeds_are_their_unsigned_twins(route):
 
 @pytest.mark.parametrize(("block", "expected"), [(0, 2.0**-53), (MASK, 1 - 2.0**-53)], ids=["lowest", "highest"])
 def test_uniforms_never_reach_zero_or_one(monkeypatch, block, expected):
-    monkeypatch.setattr(native, "cpu", None)
+    monkeypatch.setattr(randomness, "cpu", None)
     monkeypatch.setattr(randomness, "_philox", lambda _, counter: torch.full_like(counter, block))
     assert uniforms(answers(), 1).item() == expected
 
