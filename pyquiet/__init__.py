@@ -1,8 +1,12 @@
-"""Hugging Face language models that think before they speak, on native kernels."""
+"""Hugging Face models that think before they speak, fill in any order and sample in parallel from the right law.
+
+Built on native kernels.
+"""
 
 from typing import Any
 
-from pyquiet import quiet_star
+from pyquiet import any_subset, quiet_star
+from pyquiet.any_subset import infill, joint_log_prob, marginals
 from pyquiet.quiet_star import QuietStarConfig, QuietStarForCausalLM, QuietStarObjective
 from pyquiet.zoo import load
 
@@ -15,7 +19,11 @@ __all__ = [
     "QuietStarObjective",
     "QuietStarTrainer",
     "QuietStarTrainingArguments",
+    "any_subset",
+    "infill",
+    "joint_log_prob",
     "load",
+    "marginals",
 ]
 
 

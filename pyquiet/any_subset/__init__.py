@@ -1,6 +1,22 @@
 """Any-subset autoregressive models: a text filled in any order, exactly and in parallel (arXiv 2504.20456)."""
 
+from pyquiet.any_subset.drafting import Context, ngram_drafter
 from pyquiet.any_subset.engine import Cache, Engine, as_engine
+from pyquiet.any_subset.generation import generate
+from pyquiet.any_subset.likelihood import joint_log_prob, marginals
 from pyquiet.any_subset.order import order_from_mask
+from pyquiet.any_subset.sampling import Infilling, infill
 
-__all__ = ["Cache", "Engine", "as_engine", "order_from_mask"]
+__all__ = [
+    "Cache",
+    "Context",
+    "Engine",
+    "Infilling",
+    "as_engine",
+    "generate",
+    "infill",
+    "joint_log_prob",
+    "marginals",
+    "ngram_drafter",
+    "order_from_mask",
+]

@@ -32,6 +32,7 @@ class XLNetCache(Cache):
         shape = (batch, attention.n_head, length + 1, attention.d_head)
         self.keys, self.values = ([attention.q.new_zeros(shape) for _ in engine.layers] for _ in range(2))
         self.differences = [engine.difference_keys(layer, length) for layer in engine.layers]
+        self.biases = [_biases(layer.rel_attn) for layer in engine.layers]
         self.positions = torch.cat([order, order.new_zeros(batch, 1)], 1).to(engine.device)  # of the slots
 
     def select(self, rows: Tensor) -> None:
@@ -96,26 +97,32 @@ class XLNetEngine(Engine):
         sees = torch.cat([content_sees, sees.masked_fill(ranks < 0, 0)], 1)
         ranks = torch.cat([content_ranks, ranks], 1)
         S = max(1, int(sees.max())) if sees.numel() else 1
-        slots = ranks.masked_fill(ranks < 0, length)[:, :C].to(self.device)
+        slots = ranks[:, :C].masked_fill(ranks[:, :C] < 0, length).to(self.device)
         positions = cache.order.gather(1, ranks.clamp(min=0)).to(self.device)
         columns = (length - 1) - (positions[:, :, None] - cache.positions[:, None, :S])  # among the difference keys
-        sees = sees.to(self.device)[:, None, :, None]
-        hidden_from = torch.arange(S, device=self.device) >= sees  # [B, 1, R, S]
-        rows = self.base.dropout(torch.cat([self.base.word_embedding(content), self._queries(ranks[:, C:])], 1))
+        columns = columns[:, None].expand(-1, cache.keys[0].shape[1], -1, -1)
+        mask = self._mask(torch.arange(S) >= sees[:, None, :, None])
+        empty = _empty(sees[:, None, :, None])
+        rows = torch.cat([self.base.word_embedding(content), self._queries(ranks[:, C:])], 1)
         for number, layer in enumerate(self.layers):
             attention = layer.rel_attn
             if C:
                 cache.write(number, slots, _heads(rows[:, :C], attention.k), _heads(rows[:, :C], attention.v))
             if layer is self.layers[-1]:  # nobody reads the content rows of the last layer
-                rows, columns, hidden_from, sees = rows[:, C:], columns[:, C:], hidden_from[:, :, C:], sees[:, :, C:]
+                rows, columns, mask, empty = (
+                    rows[:, C:],
+                    columns[:, :, C:],
+                    mask[:, :, C:],
+                    None if empty is None else empty[:, :, C:],
+                )
             if not rows.shape[1]:
                 break
-            query = _heads(rows, attention.q)
-            by_place = _with_bias(query, attention.r_r_bias) @ cache.differences[number].mT  # [B, H, R, 2N - 1]
-            by_place = by_place.gather(-1, columns[:, None].expand(-1, by_place.shape[1], -1, -1))
+            query = _heads(rows, attention.q) * attention.scale
+            by_key, by_place = (query + bias for bias in cache.biases[number])
+            by_place = (by_place @ cache.differences[number].mT).gather(-1, columns)
             keys, values = cache.keys[number][:, :, :S], cache.values[number][:, :, :S]
-            rows = _layer(layer, rows, query, keys, values, by_place, hidden_from, sees > 0)
-        return self.base.dropout(rows)  # type: ignore[no-any-return]
+            rows = _layer(layer, rows, by_key @ keys.mT + by_place.add_(mask), values, empty)
+        return rows
 
     def whole(self, tokens: Tensor, order: Tensor, prompt: Tensor, sees: Tensor) -> Tensor:
         """Hidden rows [B, A, N, d] of A queries at each position, in one differentiable pass without a cache.
@@ -123,22 +130,23 @@ class XLNetEngine(Engine):
         `sees` int64 [B, A, N] is how many ranks the queries see, by position. Keys stand in order of positions here, so
         that each row's differences are one slice of all.
         """
-        (B, N), A = tokens.shape, sees.shape[1]
-        rank = ranks_of(order).to(self.device)
-        content_sees = torch.maximum(rank + 1, prompt.to(self.device)[:, None])
-        all_sees = torch.cat([content_sees, sees.to(self.device).flatten(1)], 1)[:, None, :, None]
-        hidden_from = rank[:, None, None, :] >= all_sees
-        queries = self._queries(torch.empty(B, A * N))
-        rows = self.base.dropout(torch.cat([self.base.word_embedding(tokens), queries], 1))
+        N, A = tokens.shape[1], sees.shape[1]
+        rank = ranks_of(order)
+        content_sees = torch.maximum(rank + 1, prompt[:, None])
+        all_sees = torch.cat([content_sees, sees.flatten(1)], 1)[:, None, :, None]
+        mask, empty = self._mask(rank[:, None, None, :] >= all_sees), _empty(all_sees)
+        rows = torch.cat([self.base.word_embedding(tokens), self._queries(all_sees[:, 0, N:, 0])], 1)
+        rows = self.base.dropout(rows)
         for layer in self.layers:
             attention = layer.rel_attn
             keys, values = _heads(rows[:, :N], attention.k), _heads(rows[:, :N], attention.v)
             if layer is self.layers[-1]:
-                rows, hidden_from, all_sees = rows[:, N:], hidden_from[:, :, N:], all_sees[:, :, N:]
-            query = _heads(rows, attention.q)
-            by_place = _with_bias(query, attention.r_r_bias) @ self.difference_keys(layer, N).mT
+                rows, mask, empty = rows[:, N:], mask[:, :, N:], None if empty is None else empty[:, :, N:]
+            query = _heads(rows, attention.q) * attention.scale
+            by_key, by_place = (query + bias for bias in _biases(attention))
+            by_place = by_place @ self.difference_keys(layer, N).mT
             by_place = _shift(by_place.unflatten(2, (-1, N))).flatten(2, 3)
-            rows = _layer(layer, rows, query, keys, values, by_place, hidden_from, all_sees > 0)
+            rows = _layer(layer, rows, by_key @ keys.mT + by_place + mask, values, empty)
         return self.base.dropout(rows).unflatten(1, (A, N))  # type: ignore[no-any-return]
 
     def difference_keys(self, layer: Any, length: int) -> Tensor:
@@ -155,35 +163,43 @@ class XLNetEngine(Engine):
     def _queries(self, ranks: Tensor) -> Tensor:
         return self.base.mask_emb.expand(*ranks.shape, -1)  # type: ignore[no-any-return]
 
+    def _mask(self, hidden: Tensor) -> Tensor:
+        """What is added to scores: 0, or where a key is hidden so little that it weighs nothing beside any other."""
+        dtype = self.base.mask_emb.dtype
+        # Half of the least number, to which a score may still be added.
+        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min / 2).to(self.device)
 
-def _layer(
-    layer: Any,
-    rows: Tensor,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    by_place: Tensor,
-    hidden_from: Tensor,
-    sees_any: Tensor,
-) -> Tensor:
-    """One layer's output for `rows` [B, R, d]. by_place [B, H, R, S]; hidden_from, sees_any [B, 1, R, S or 1]."""
+
+def _biases(attention: Any) -> tuple[Tensor, Tensor]:
+    """What is added to scaled queries that meet keys, and to those that meet differences, [H, 1, D] each."""
+    return attention.r_w_bias[:, None] * attention.scale, attention.r_r_bias[:, None] * attention.scale
+
+
+def _empty(sees: Tensor) -> Tensor | None:
+    """Where a row sees nothing, if one does."""
+    empty = sees == 0
+    return empty if bool(empty.any()) else None
+
+
+def _layer(layer: Any, rows: Tensor, scores: Tensor, values: Tensor, empty: Tensor | None) -> Tensor:
+    """A layer's output for `rows` [B, R, d], by scores [B, H, R, S]; those `empty` bool [B, 1, R, 1] see nothing."""
     attention = layer.rel_attn
-    scores = (_with_bias(query, attention.r_w_bias) @ keys.mT + by_place) * attention.scale
-    scores = scores.masked_fill(hidden_from, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
-    # A row that sees nothing gets the average of nothing: zero.
-    mixed = (attention.dropout(weights) @ values).masked_fill(~sees_any, 0)
-    return layer.ff(attention.post_attention(rows, mixed.transpose(1, 2)))  # type: ignore[no-any-return]
+    mixed = _drop(attention.dropout, weights) @ values  # [B, H, R, D]
+    if empty is not None:
+        mixed = mixed.masked_fill(empty.to(mixed.device), 0)
+    out = torch.nn.functional.linear(mixed.transpose(1, 2).flatten(2), attention.o.flatten(1))
+    return layer.ff(attention.layer_norm(_drop(attention.dropout, out) + rows))  # type: ignore[no-any-return]
+
+
+def _drop(dropout: torch.nn.Module, x: Tensor) -> Tensor:
+    return dropout(x) if dropout.training else x
 
 
 def _heads(rows: Tensor, weight: Tensor) -> Tensor:
     """Rows [B, R, d] through a weight [d, H, D]: [B, H, R, D]."""
     heads: Tensor = (rows @ weight.flatten(1)).unflatten(-1, weight.shape[1:])
     return heads.transpose(1, 2)
-
-
-def _with_bias(query: Tensor, bias: Tensor) -> Tensor:
-    return query + bias[:, None]
 
 
 def _shift(scores: Tensor) -> Tensor:

@@ -1,0 +1,246 @@
+"""`infill`: the missing tokens of a text from their exact joint law, several at a time (arXiv 2504.20456)."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from pyquiet.any_subset.cost import SEQUENTIAL, CostModel, Plan
+from pyquiet.any_subset.drafting import ngram_drafter
+from pyquiet.any_subset.engine import Engine, as_engine
+from pyquiet.any_subset.inputs import read_inputs
+from pyquiet.any_subset.rounds import Round, Session
+from pyquiet.randomness import process_logits, resolve_seed
+
+METHODS = ("auto", "sequential", "assd", "one_call", "ngram")
+DRAFTS = {"assd": 5, "one_call": 2, "ngram": 5}  # a round, where nothing says how many
+_PLANS = [Plan("assd", k) for k in (3, 5, 8)] + [Plan("one_call", k) for k in (1, 2, 3, 4)]
+# What rounds of a model have cost so far, by the sizes of batch and text.
+_COSTS: WeakKeyDictionary[Any, dict[tuple[int, int], CostModel]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Infilling:
+    """Filled texts. B sequences, N positions.
+
+    Attributes:
+        tokens: int64 [B, N].
+        log_probs: float32 [B, N], each filled token's under its law given all before it, processing included; 0 at
+            given tokens, at padding and at temperature 0.
+        calls: of the network, by kind: "draft" (gave drafts) and "density" (gave laws), int64 [B] each. Together never
+            more than the tokens to fill.
+        drafter_calls: of another drafter than the network, int64 [B].
+        rounds: int64 [B].
+        method, k: that were used; of "auto", the most frequent.
+        accepted_by_rank, tried_by_rank: int64 [drafts], of all sequences: how often a round's draft number j was kept,
+            and how often its turn came. The first draft of "assd" is exact and always kept.
+        seconds: of all rounds.
+    """
+
+    tokens: Tensor
+    log_probs: Tensor
+    calls: dict[str, Tensor]
+    drafter_calls: Tensor
+    rounds: Tensor
+    method: str
+    k: int
+    accepted_by_rank: Tensor
+    tried_by_rank: Tensor
+    seconds: float
+
+
+@torch.no_grad()
+def infill(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    mask: Tensor,
+    method: Any = "auto",
+    k: int | str = "auto",
+    seed: int | None = None,
+    attention_mask: Tensor | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    banned: Tensor | None = None,
+    coupling: str = "rejection",
+    bonus: bool = True,
+    sequence_ids: Tensor | None = None,
+    order: Tensor | None = None,
+) -> Infilling:
+    """Fill the masked positions of each text with a draw from the model's joint law (arXiv 2504.20456, section 4).
+
+    Whatever the method, the tokens follow the law of the sequential sampler: position after position, each from its
+    processed conditional given all that is known. The methods differ in calls of the network and in time:
+
+    - "sequential": one token a call;
+    - "assd": k drafts in one call, the first of them exact, and their verification in a second;
+    - "one_call": the k drafts of the last round are verified and the next k drafted in one call;
+    - "ngram": k drafts from the bigrams of the known tokens; one call verifies them;
+    - a callable: the same with drafts of yours, see `pyquiet.any_subset.Context`;
+    - "auto": of the first three what measured times and acceptance so far say is fastest.
+
+    Args:
+        model: transformers' XLNetLMHeadModel, in evaluation mode, or a `pyquiet.any_subset.Engine`.
+        input_ids: int64 [B, N]. What stands at masked positions is ignored.
+        mask: bool [B, N], True where a token is to be filled in. All of a text may be masked, or none.
+        k: drafts a round; "auto" chooses by measured time where `method` is "auto", "assd" or "one_call". In "assd" it
+            counts the exact first draft, and k=1 is the sequential sampler.
+        seed: of all noise; None takes one number from torch's generator. What is drawn for a text depends on the seed
+            and its sequence id alone, not on the batch.
+        attention_mask: [B, N], 0 at padding, which is neither seen nor filled. Never inferred from ids.
+        temperature, top_k, top_p, banned: processing of every conditional, as in `pyquiet.randomness.draw`; banned is
+            bool [V]. No special token is banned by default.
+        coupling: "rejection", or "gumbel": noise bound to the position decides each token, so that every method gives
+            the same tokens. What is chosen by time is always coupled so: the tokens then depend on the seed alone.
+        bonus: where all drafts are kept, draw one more token in the same round. "one_call" always does.
+        sequence_ids: int64 [B], name the noise of each text; None is its number in the batch.
+        order: int64 [B, N], rank to position, the known ones first; None fills from left to right.
+
+    Raises:
+        ValueError, TypeError: what is wrong with an argument, by its name and before anything is computed; or a law
+            that is no law (NaN, or nothing left that is not banned).
+    """
+    _check_options(method, k, coupling)
+    seed = resolve_seed(seed)
+    engine = as_engine(model)
+    given = ~mask if mask.dtype == torch.bool else mask  # what is no bool is refused by its name
+    inputs = read_inputs(engine, input_ids, given, attention_mask, order, "mask")
+    by_time = k == "auto" and method in ("auto", "assd", "one_call")
+    session = Session(
+        engine,
+        input_ids,
+        inputs.order,
+        inputs.prompt,
+        inputs.total,
+        seed=seed,
+        sequences=_checked_ids(sequence_ids, len(input_ids)),
+        coupling="gumbel" if by_time else coupling,
+        bonus=bonus,
+        options=_checked_law(engine, temperature, top_k, top_p, banned),
+    )
+    began = time.perf_counter()
+    rounds = _by_time(session, model, method) if by_time else _fixed(session, method, k, banned)
+    seconds = time.perf_counter() - began
+    tokens, log_probs = session.results()
+    plan = _most_used(rounds)
+    accepted, tried = _by_rank([done for _, done in rounds])
+    return Infilling(
+        tokens,
+        log_probs,
+        session.calls,
+        session.drafter_calls,
+        session.rounds,
+        plan.kind,
+        plan.k,
+        accepted,
+        tried,
+        seconds,
+    )
+
+
+Taken = list[tuple[Plan, Round]]
+
+
+def _fixed(session: Session, method: Any, k: Any, banned: Tensor | None) -> Taken:
+    """All rounds by one method."""
+    name = "drafter" if callable(method) else method
+    k = DRAFTS.get(name, 5) if k == "auto" else k
+    drafter = ngram_drafter(session.engine.vocab_size, banned) if method == "ngram" else method
+    plan = SEQUENTIAL if name == "sequential" or (name == "assd" and k == 1) else Plan(name, k)
+    take = {
+        "sequential": session.sequential,
+        "assd": lambda: session.assd(k),
+        "one_call": lambda: session.one_call(k),
+    }.get(plan.kind, lambda: session.drafted(k, drafter))
+    rounds = []
+    while session.live.any():
+        rounds.append((plan, session.run(take)))
+    return rounds
+
+
+def _by_time(session: Session, model: Any, method: str) -> Taken:
+    """Rounds of the kind that is expected to be fastest, as far as is known."""
+    plans = [plan for plan in _PLANS if method in ("auto", plan.kind)]
+    known = _COSTS.setdefault(model, {})
+    rounds: Taken = []
+    while session.live.any():
+        size = int(session.live.sum()).bit_length(), session.order.shape[1].bit_length()
+        costs = known.setdefault(size, CostModel())
+        opened = bool(rounds) and rounds[-1][1].opens
+        plan = rounds[-1][0] if opened else costs.choose(plans)
+        began = time.perf_counter()
+        done = session.run(lambda plan=plan: _take(session, plan))  # type: ignore[misc]
+        seconds = time.perf_counter() - began
+        decided = done.decided / done.sequences
+        if rounds and not done.opens:
+            costs.observe(plan, seconds, decided, done.tried, done.kept)
+        else:  # it read the prompt, or drafted for the next
+            costs.charge(plan, seconds, decided)
+        rounds.append((plan, done))
+    return rounds
+
+
+def _take(session: Session, plan: Plan) -> Round:
+    if plan == SEQUENTIAL:
+        return session.sequential()
+    return session.assd(plan.k) if plan.kind == "assd" else session.one_call(plan.k)
+
+
+def _most_used(rounds: Taken) -> Plan:
+    used: Counter[Plan] = Counter()
+    for plan, done in rounds:
+        used[plan] += done.decided
+    return used.most_common(1)[0][0] if used else SEQUENTIAL
+
+
+def _by_rank(rounds: list[Round]) -> tuple[Tensor, Tensor]:
+    """How often draft number j was kept and how often its turn came, int64 [drafts]."""
+    width = max([0, *(int(done.tried.max()) for done in rounds if done.tried.numel())])
+    number = torch.arange(width)
+    accepted, tried = torch.zeros(2, width, dtype=torch.int64)
+    for done in rounds:
+        accepted += (number < done.kept[:, None]).sum(0)
+        tried += ((number <= done.kept[:, None]) & (number < done.tried[:, None])).sum(0)
+    return accepted, tried
+
+
+def _check_options(method: Any, k: Any, coupling: str) -> None:
+    if method not in METHODS and not callable(method):
+        raise ValueError(f"method must be one of {', '.join(METHODS)} or a callable drafter, got {method!r}")
+    if k != "auto" and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
+        raise ValueError(f"k must be a number of drafts, 1 or more, or 'auto', got {k!r}")
+    if k != "auto" and method == "auto":
+        raise ValueError(f"k={k} goes with a method of its own; leave it out, or name the method: 'assd' or 'one_call'")
+    if coupling not in ("rejection", "gumbel"):
+        raise ValueError(f"coupling must be 'rejection' or 'gumbel', got {coupling!r}")
+
+
+def _checked_law(
+    engine: Engine, temperature: float, top_k: int | None, top_p: float | None, banned: Tensor | None
+) -> dict[str, Any]:
+    """The options of processing, tried on a row of zeros: what is wrong with them is known before any call."""
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "banned": banned}
+    if banned is not None:
+        options["banned"] = banned = banned.to(engine.device)
+    process_logits(torch.zeros(1, engine.vocab_size, device=engine.device), **options)
+    if banned is not None and bool(banned.all()):
+        raise ValueError("banned bans every token of the vocabulary; leave one")
+    return options
+
+
+def _checked_ids(sequence_ids: Tensor | None, batch: int) -> Tensor:
+    if sequence_ids is None:
+        return torch.arange(batch)
+    ids = torch.as_tensor(sequence_ids).cpu()
+    if ids.dtype != torch.int64 or ids.shape != (batch,) or (ids < 0).any() or (ids >= 1 << 32).any():
+        raise ValueError(
+            f"sequence_ids must be int64 [{batch}] in [0, 2^32), one for each text, got {ids.dtype} {ids.tolist()}"
+        )
+    return ids
