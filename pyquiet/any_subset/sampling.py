@@ -126,7 +126,8 @@ def infill(
         options=_checked_law(engine, temperature, top_k, top_p, banned),
     )
     began = time.perf_counter()
-    rounds = _by_time(session, model, method) if by_time else _fixed(session, method, k, banned)
+    with torch.inference_mode():  # a tenth faster than no_grad; what is returned was made outside of it
+        rounds = _by_time(session, model, method) if by_time else _fixed(session, method, k, banned)
     seconds = time.perf_counter() - began
     tokens, log_probs = session.results()
     plan = _most_used(rounds)

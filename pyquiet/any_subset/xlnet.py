@@ -28,24 +28,20 @@ class XLNetCache(Cache):
     def __init__(self, engine: XLNetEngine, order: Tensor, prompt: Tensor) -> None:
         super().__init__(order, prompt)
         batch, length = order.shape
-        attention = engine.layers[0].rel_attn
-        shape = (batch, attention.n_head, length + 1, attention.d_head)
-        self.keys, self.values = ([attention.q.new_zeros(shape) for _ in engine.layers] for _ in range(2))
-        self.differences = [engine.difference_keys(layer, length) for layer in engine.layers]
-        self.biases = [_biases(layer.rel_attn) for layer in engine.layers]
-        self.positions = torch.cat([order, order.new_zeros(batch, 1)], 1).to(engine.device)  # of the slots
+        attentions = [layer.rel_attn for layer in engine.layers]
+        heads, size = attentions[0].n_head, attentions[0].d_head
+        self.stored = [a.q.new_zeros(batch, 2 * heads, length + 1, size) for a in attentions]  # keys, then values
+        self.to_query = [a.q.detach() * a.scale for a in attentions]
+        self.to_stored = [torch.cat([a.k, a.v], 1).detach() for a in attentions]
+        self.biases = [_biases(a).detach() for a in attentions]
+        self.differences = [engine.difference_keys(layer, length).detach().mT for layer in engine.layers]
+        self.places = torch.cat([order, order.new_zeros(batch, 1)], 1)  # of the slots
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)
-        on_device = rows.to(self.positions.device)
-        self.positions = self.positions[on_device]
-        self.keys, self.values = ([x[on_device] for x in part] for part in (self.keys, self.values))
-
-    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put keys and values [B, H, C, D] into the slots [B, C]."""
-        index = slots[:, None, :, None].expand_as(keys)
-        self.keys[layer].scatter_(2, index, keys)
-        self.values[layer].scatter_(2, index, values)
+        on_device = rows.to(self.stored[0].device)
+        self.places = self.places[rows]
+        self.stored = [x[on_device] for x in self.stored]
 
 
 class XLNetEngine(Engine):
@@ -93,35 +89,34 @@ class XLNetEngine(Engine):
         ranks: Tensor,
         sees: Tensor,
     ) -> Tensor:
-        C, length = content.shape[1], cache.order.shape[1]
+        C, (B, length) = content.shape[1], cache.order.shape
         sees = torch.cat([content_sees, sees.masked_fill(ranks < 0, 0)], 1)
         ranks = torch.cat([content_ranks, ranks], 1)
-        S = max(1, int(sees.max())) if sees.numel() else 1
+        H, S = cache.stored[0].shape[1] // 2, max(1, int(sees.max())) if sees.numel() else 1
+        positions = cache.order.gather(1, ranks.clamp(min=0))
+        # Of the difference keys, those that these rows meet; and among them, each row's by slot.
+        first, last = (length - 1 - int(p) for p in (positions.max(), positions.min())) if ranks.numel() else (0, 0)
+        columns = cache.places[:, None, :S] - positions[:, :, None] + (length - 1 - first)
+        columns = columns.to(self.device)[:, None].expand(-1, H, -1, -1)
+        met = [keys[..., first : last + length] for keys in cache.differences]
         slots = ranks[:, :C].masked_fill(ranks[:, :C] < 0, length).to(self.device)
-        positions = cache.order.gather(1, ranks.clamp(min=0)).to(self.device)
-        columns = (length - 1) - (positions[:, :, None] - cache.positions[:, None, :S])  # among the difference keys
-        columns = columns[:, None].expand(-1, cache.keys[0].shape[1], -1, -1)
+        slots = slots[:, None, :, None].expand(-1, 2 * H, -1, cache.stored[0].shape[3])
         mask = self._mask(torch.arange(S) >= sees[:, None, :, None])
         empty = _empty(sees[:, None, :, None])
         rows = torch.cat([self.base.word_embedding(content), self._queries(ranks[:, C:])], 1)
         for number, layer in enumerate(self.layers):
-            attention = layer.rel_attn
+            stored = cache.stored[number]
             if C:
-                cache.write(number, slots, _heads(rows[:, :C], attention.k), _heads(rows[:, :C], attention.v))
+                stored.scatter_(2, slots, _heads(rows[:, :C], cache.to_stored[number]))
             if layer is self.layers[-1]:  # nobody reads the content rows of the last layer
-                rows, columns, mask, empty = (
-                    rows[:, C:],
-                    columns[:, :, C:],
-                    mask[:, :, C:],
-                    None if empty is None else empty[:, :, C:],
-                )
+                rows, columns, mask = rows[:, C:], columns[:, :, C:], mask[:, :, C:]
+                empty = None if empty is None else empty[:, :, C:]
             if not rows.shape[1]:
                 break
-            query = _heads(rows, attention.q) * attention.scale
-            by_key, by_place = (query + bias for bias in cache.biases[number])
-            by_place = (by_place @ cache.differences[number].mT).gather(-1, columns)
-            keys, values = cache.keys[number][:, :, :S], cache.values[number][:, :, :S]
-            rows = _layer(layer, rows, by_key @ keys.mT + by_place.add_(mask), values, empty)
+            by_key, by_place = _heads(rows, cache.to_query[number]) + cache.biases[number]
+            by_place = (by_place @ met[number]).gather(-1, columns).add_(mask)
+            scores = torch.baddbmm(by_place.flatten(0, 1), by_key.flatten(0, 1), stored[:, :H, :S].flatten(0, 1).mT)
+            rows = _layer(layer, rows, scores.unflatten(0, (B, H)), stored[:, H:, :S], empty)
         return rows
 
     def whole(self, tokens: Tensor, order: Tensor, prompt: Tensor, sees: Tensor) -> Tensor:
@@ -142,8 +137,7 @@ class XLNetEngine(Engine):
             keys, values = _heads(rows[:, :N], attention.k), _heads(rows[:, :N], attention.v)
             if layer is self.layers[-1]:
                 rows, mask, empty = rows[:, N:], mask[:, :, N:], None if empty is None else empty[:, :, N:]
-            query = _heads(rows, attention.q) * attention.scale
-            by_key, by_place = (query + bias for bias in _biases(attention))
+            by_key, by_place = _heads(rows, attention.q) * attention.scale + _biases(attention)
             by_place = by_place @ self.difference_keys(layer, N).mT
             by_place = _shift(by_place.unflatten(2, (-1, N))).flatten(2, 3)
             rows = _layer(layer, rows, by_key @ keys.mT + by_place + mask, values, empty)
@@ -170,9 +164,9 @@ class XLNetEngine(Engine):
         return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min / 2).to(self.device)
 
 
-def _biases(attention: Any) -> tuple[Tensor, Tensor]:
-    """What is added to scaled queries that meet keys, and to those that meet differences, [H, 1, D] each."""
-    return attention.r_w_bias[:, None] * attention.scale, attention.r_r_bias[:, None] * attention.scale
+def _biases(attention: Any) -> Tensor:
+    """What is added to scaled queries [B, H, R, D] that meet keys, and to those that meet differences: [2, 1, H, 1, D]."""
+    return torch.stack([attention.r_w_bias, attention.r_r_bias])[:, None, :, None] * attention.scale
 
 
 def _empty(sees: Tensor) -> Tensor | None:
@@ -189,7 +183,9 @@ def _layer(layer: Any, rows: Tensor, scores: Tensor, values: Tensor, empty: Tens
     if empty is not None:
         mixed = mixed.masked_fill(empty.to(mixed.device), 0)
     out = torch.nn.functional.linear(mixed.transpose(1, 2).flatten(2), attention.o.flatten(1))
-    return layer.ff(attention.layer_norm(_drop(attention.dropout, out) + rows))  # type: ignore[no-any-return]
+    rows, ff = attention.layer_norm(_drop(attention.dropout, out) + rows), layer.ff
+    inner = _drop(ff.dropout, ff.activation_function(ff.layer_1(rows)))
+    return ff.layer_norm(_drop(ff.dropout, ff.layer_2(inner)) + rows)  # type: ignore[no-any-return]
 
 
 def _drop(dropout: torch.nn.Module, x: Tensor) -> Tensor:
