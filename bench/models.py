@@ -1,4 +1,4 @@
-"""Named model shapes for the benches: Llama configurations with random weights.
+"""Named model shapes for the benches: Llama and XLNet configurations with random weights.
 
 Speed does not depend on the values of the weights; nothing here says anything about quality.
 """
@@ -6,7 +6,7 @@ Speed does not depend on the values of the weights; nothing here says anything a
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, XLNetConfig, XLNetLMHeadModel
 
 import pyquiet
 
@@ -45,6 +45,19 @@ SHAPES: dict[str, LlamaConfig] = {
         tie_word_embeddings=True,
     ),
 }
+
+# Two-stream models of one shape with many words, and with the 256 bytes, where the head costs nothing.
+XLNETS: dict[str, XLNetConfig] = {
+    name: XLNetConfig(vocab_size=vocabulary, d_model=256, n_layer=6, n_head=4, d_inner=1024)
+    for name, vocabulary in (("xlnet-6l", 32000), ("xlnet-6l-bytes", 256))
+}
+
+
+def random_xlnet(name: str, seed: int = 0) -> XLNetLMHeadModel:
+    """Return the named two-stream shape in evaluation mode, float32, weights from `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return XLNetLMHeadModel(XLNETS[name]).eval()
 
 
 def random_model(name: str, seed: int = 0) -> LlamaForCausalLM:
