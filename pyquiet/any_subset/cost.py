@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_SLACK = 0.03  # of the time so far, to be lost on trying rounds
+_SLACK = 0.03  # of the time so far, to be lost on trials
 _MEMORY = 0.9  # of a running mean, a round
 _FORGET = 0.995  # of what is known of acceptance, a round
-_FIRST_PRICE = 4.0  # assumed of a round never seen, in sequential ones
+_FIRST_PRICE = 3  # plus k: assumed of a round never seen, in sequential ones
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,7 @@ class CostModel:
     A draft that misses d undecided tokens is kept with probability a_d given that those before it were; ASSD's draft j
     misses j and its first none, a one-call round's draft j misses j + 1. So ASSD with a bonus decides 2 + A_1 + .. +
     A_(k-1) tokens a round and the one-call round 1 + A_1 + .. + A_k, with A_j = a_1 .. a_j. A round is chosen where its
-    tokens a second beat the sequential ones'; others are tried only while what that has lost, against sequential
-    rounds, is below 3 % of the time.
+    tokens a second are the most; others are tried only while what trials have lost against it is below 3 % of the time.
     """
 
     def __init__(self) -> None:
@@ -40,18 +39,22 @@ class CostModel:
         self.kept = torch.zeros(0, dtype=torch.float64)
         self.elapsed = self.lost = 0.0
         self._turn = 0
+        self._trial_of: float | None = None  # tokens a second of what a trial stands in for
 
     def choose(self, plans: list[Plan]) -> Plan:
         """One of the plans, or the sequential round."""
+        self._trial_of = None
         if SEQUENTIAL not in self.seconds:
             return SEQUENTIAL
         best = max([SEQUENTIAL, *(p for p in plans if p in self.seconds)], key=self.tokens_per_second)
         unseen = [p for p in plans if p not in self.seconds]
-        turn = unseen or [p for p in (SEQUENTIAL, *plans) if p != best]
+        others = unseen or [p for p in (SEQUENTIAL, *plans) if p != best]
         self._turn += 1
-        candidate = turn[self._turn % len(turn)] if turn else best
-        if candidate != best and self.lost + self._price(candidate, best) < _SLACK * self.elapsed:
-            return candidate
+        trial, rate = others[self._turn % len(others)] if others else best, self.tokens_per_second(best)
+        price = self.seconds.get(trial, (_FIRST_PRICE + trial.k) * self.seconds[SEQUENTIAL])
+        if trial != best and self.lost + price - self.tokens(trial) / rate < _SLACK * self.elapsed:
+            self._trial_of = rate
+            return trial
         return best
 
     def observe(self, plan: Plan, seconds: float, decided: float, tried: Tensor, kept: Tensor) -> None:
@@ -60,15 +63,15 @@ class CostModel:
         # What a round once took is never exceeded twice as far by the work: such a pause is the machine's.
         mean = seconds if old is None else _MEMORY * old + (1 - _MEMORY) * min(seconds, 2 * old)
         self.seconds[plan] = mean
-        self.charge(plan, seconds, decided)
+        self.charge(seconds, decided)
         if plan != SEQUENTIAL:
             self._count(tried, kept, first=1 if plan.kind == "assd" else 0)
 
-    def charge(self, plan: Plan, seconds: float, decided: float) -> None:
+    def charge(self, seconds: float, decided: float) -> None:
         """Count a round's time without learning its price from it: one that had a prompt to read, say."""
         self.elapsed += seconds
-        if plan != SEQUENTIAL:
-            self.lost = max(0.0, self.lost + seconds - decided * self.seconds.get(SEQUENTIAL, seconds))
+        if self._trial_of is not None:
+            self.lost = max(0.0, self.lost + seconds - decided / self._trial_of)
 
     def tokens(self, plan: Plan) -> float:
         """Expected tokens of a round."""
@@ -80,11 +83,6 @@ class CostModel:
 
     def tokens_per_second(self, plan: Plan) -> float:
         return self.tokens(plan) / self.seconds[plan]
-
-    def _price(self, plan: Plan, best: Plan) -> float:
-        """Seconds that a round of `plan` is expected to lose against the same tokens by sequential rounds."""
-        step = self.seconds[SEQUENTIAL]
-        return self.seconds.get(plan, _FIRST_PRICE * step) - self.tokens(plan) * step
 
     def _acceptance(self, drafts: int) -> Tensor:
         missing = drafts - len(self.tried)

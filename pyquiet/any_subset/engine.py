@@ -70,9 +70,9 @@ class Engine(ABC):
         fresh = fresh.masked_fill(fresh >= until[:, None], -1)  # [B, C]
         positions = cache.order.gather(1, fresh.clamp(min=0)).to(tokens.device)
         content_sees = torch.where(fresh < cache.prompt[:, None], cache.prompt[:, None], fresh + 1)
-        hidden = self.rows(
-            cache, tokens.gather(1, positions), fresh, content_sees.masked_fill(fresh < 0, 0), ranks, sees
-        )
+        # What stands at a position that is not decided need not be a token.
+        content = tokens.gather(1, positions).masked_fill((fresh < 0).to(tokens.device), 0)
+        hidden = self.rows(cache, content, fresh, content_sees.masked_fill(fresh < 0, 0), ranks, sees)
         cache.length = torch.maximum(cache.length, until)
         return hidden
 

@@ -32,9 +32,11 @@ def read_inputs(
     known: Tensor,
     attention_mask: Tensor | None,
     order: Tensor | None,
-    name: str = "known",
+    *,
+    mask_name: str = "known",
+    filled: bool = False,
 ) -> Inputs:
-    """The orders of a batch, checked. `name` is what the caller calls the mask.
+    """The orders of a batch, checked. `mask_name` is what the caller calls the mask; of `filled` texts all tokens count.
 
     Raises:
         TypeError, ValueError: an argument does not fit the others; a given token is outside the vocabulary.
@@ -45,7 +47,7 @@ def read_inputs(
         )
     if known.dtype != torch.bool or known.shape != input_ids.shape:
         raise ValueError(
-            f"{name} must be bool of the shape of input_ids, {list(input_ids.shape)}, got {known.dtype} "
+            f"{mask_name} must be bool of the shape of input_ids, {list(input_ids.shape)}, got {known.dtype} "
             f"{list(known.shape)}"
         )
     real = torch.ones_like(known) if attention_mask is None else attention_mask != 0
@@ -55,7 +57,7 @@ def read_inputs(
         )
     if not real.any(1).all():
         raise ValueError(f"attention_mask hides all of text {int((~real.any(1)).nonzero()[0])}; leave it out")
-    given = input_ids[known & real]
+    given = input_ids[real if filled else known & real]
     if given.numel() and not 0 <= int(given.min()) <= int(given.max()) < engine.vocab_size:
         wrong = given[(given < 0) | (given >= engine.vocab_size)][0]
         raise ValueError(

@@ -33,7 +33,7 @@ def joint_log_prob(
         ValueError, TypeError: what is wrong with an argument, by its name.
     """
     engine = as_engine(model)
-    inputs = read_inputs(engine, input_ids, known, attention_mask, order)
+    inputs = read_inputs(engine, input_ids, known, attention_mask, order, filled=True)
     ranks = inputs.target_ranks()
     hidden = engine.density(engine.start(inputs.order, inputs.prompt), input_ids, ranks)
     targets = input_ids.gather(1, inputs.order.gather(1, ranks.clamp(min=0)).to(input_ids.device))

@@ -111,7 +111,7 @@ def infill(
     seed = resolve_seed(seed)
     engine = as_engine(model)
     given = ~mask if mask.dtype == torch.bool else mask  # what is no bool is refused by its name
-    inputs = read_inputs(engine, input_ids, given, attention_mask, order, "mask")
+    inputs = read_inputs(engine, input_ids, given, attention_mask, order, mask_name="mask")
     by_time = k == "auto" and method in ("auto", "assd", "one_call")
     session = Session(
         engine,
@@ -183,7 +183,7 @@ def _by_time(session: Session, model: Any, method: str) -> Taken:
         if rounds and not done.opens:
             costs.observe(plan, seconds, decided, done.tried, done.kept)
         else:  # it read the prompt, or drafted for the next
-            costs.charge(plan, seconds, decided)
+            costs.charge(seconds, decided)
         rounds.append((plan, done))
     return rounds
 
