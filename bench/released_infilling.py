@@ -2,7 +2,7 @@
 
 One text, k drafts, float masks [N, N] built for each call, softmax, residual and draws by torch in eager mode. In its
 best form: the first draft is accepted without a test, nothing is asserted, and only the rows that are wanted get a
-query (arXiv 2504.20456, algorithm 1).
+query (arXiv 2504.20456).
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Where drafts come from: what a drafter is told, and the context n-gram of arXiv 2504.20456, appendix."""
+"""Where drafts come from: what a drafter is told, and the context n-gram of arXiv 2504.20456."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 Everything that a row may see is a prefix in rank order, so one integer says what it sees: the number of ranks. A
 content row of the prompt sees the m ranks of the prompt; that of a later rank i sees i + 1; a query for rank i sees i
-ranks for its density (all that comes before it) and n ranks for a draft (all that is decided), arXiv 2504.20456,
-section 4.
+ranks for its density (all that comes before it) and n ranks for a draft (all that is decided), arXiv 2504.20456.
 
 Words: B sequences, N positions, Q query rows, d width, V vocabulary, m prompt, n decided ranks. The integers of the
 bookkeeping (orders, ranks, lengths) are on the CPU whatever the model is on, so that no step waits for a device.

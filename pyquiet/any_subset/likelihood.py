@@ -17,7 +17,7 @@ _LOGITS = 1 << 22  # in flight, beside what is returned: 16 MB
 def joint_log_prob(
     model: Any, input_ids: Tensor, *, known: Tensor, attention_mask: Tensor | None = None, order: Tensor | None = None
 ) -> Tensor:
-    """log p(the other tokens | the known ones) in nats, [B]; one call (arXiv 2504.20456, section 4.1).
+    """log p(the other tokens | the known ones) in nats, [B]; one call (arXiv 2504.20456).
 
     The sum over the tokens to fill, in their order, of the log-probability of each given all before it. The law is that
     of `infill` at temperature 1 without top-k, top-p or banned ids.

@@ -1,7 +1,7 @@
 """The order in which the positions of a text are filled: the prompt, then what is to be filled, both ascending.
 
 Words: B sequences, N positions. `order[B, N]` maps rank to position; m is the number of given positions, so the ranks
-0 .. m-1 are the prompt. Of 2^N sets of given positions each has one such order (arXiv 2504.20456, section 3).
+0 .. m-1 are the prompt. Of 2^N sets of given positions each has one such order (arXiv 2504.20456).
 """
 
 import torch

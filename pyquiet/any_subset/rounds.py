@@ -1,6 +1,6 @@
 """The rounds of the samplers: each decides one token or more of every sequence, by the exact law.
 
-A round of ASSD (arXiv 2504.20456, algorithm 1) drafts k tokens in one call of the network and verifies them in a
+A round of ASSD (arXiv 2504.20456) drafts k tokens in one call of the network and verifies them in a
 second; the one-call round verifies and drafts for the next in the same call. Words: b sequences, N positions, k
 drafts, V vocabulary; ranks count from 0 in the order of filling, and `known[b]` of them are decided.
 """

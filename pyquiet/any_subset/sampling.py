@@ -74,7 +74,7 @@ def infill(
     sequence_ids: Tensor | None = None,
     order: Tensor | None = None,
 ) -> Infilling:
-    """Fill the masked positions of each text with a draw from the model's joint law (arXiv 2504.20456, section 4).
+    """Fill the masked positions of each text with a draw from the model's joint law (arXiv 2504.20456).
 
     Whatever the method, the tokens follow the law of the sequential sampler: position after position, each from its
     processed conditional given all that is known. The methods differ in calls of the network and in time:

@@ -2,8 +2,8 @@
 
 Each layer has two kinds of rows on one set of weights. Content rows start from a token's embedding and give all keys
 and values; query rows start from one learned vector and give neither, so that they influence nothing but their own
-logits. Scores hold the signed difference of *positions*, so keys may be stored in any order (arXiv 2504.20456, section
-4; arXiv 1906.08237, section 2.3). Letters: B sequences, N positions, C content rows, Q query rows, R rows, S keys, H
+logits. Scores hold the signed difference of *positions*, so keys may be stored in any order (arXiv 2504.20456; arXiv
+1906.08237, section 2.3). Letters: B sequences, N positions, C content rows, Q query rows, R rows, S keys, H
 heads, D head size, d width.
 """
 
@@ -158,7 +158,7 @@ class XLNetEngine(Engine):
         return self.base.mask_emb.expand(*ranks.shape, -1)  # type: ignore[no-any-return]
 
     def _mask(self, hidden: Tensor) -> Tensor:
-        """What is added to scores: 0, or where a key is hidden so little that it weighs nothing beside any other."""
+        """What is added to scores: 0, or for a hidden key so little that it weighs nothing beside any other."""
         dtype = self.base.mask_emb.dtype
         # Half of the least number, to which a score may still be added.
         return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min / 2).to(self.device)
@@ -182,7 +182,7 @@ def _layer(layer: Any, rows: Tensor, scores: Tensor, values: Tensor, empty: Tens
     mixed = _drop(attention.dropout, weights) @ values  # [B, H, R, D]
     if empty is not None:
         mixed = mixed.masked_fill(empty.to(mixed.device), 0)
-    out = torch.nn.functional.linear(mixed.transpose(1, 2).flatten(2), attention.o.flatten(1))
+    out = (mixed.transpose(1, 2).flatten(2).flatten(0, 1) @ attention.o.flatten(1).mT).view_as(rows)
     rows, ff = attention.layer_norm(_drop(attention.dropout, out) + rows), layer.ff
     inner = _drop(ff.dropout, ff.activation_function(ff.layer_1(rows)))
     return ff.layer_norm(_drop(ff.dropout, ff.layer_2(inner)) + rows)  # type: ignore[no-any-return]
@@ -194,14 +194,15 @@ def _drop(dropout: torch.nn.Module, x: Tensor) -> Tensor:
 
 def _heads(rows: Tensor, weight: Tensor) -> Tensor:
     """Rows [B, R, d] through a weight [d, H, D]: [B, H, R, D]."""
-    heads: Tensor = (rows @ weight.flatten(1)).unflatten(-1, weight.shape[1:])
-    return heads.transpose(1, 2)
+    heads: Tensor = rows.flatten(0, 1) @ weight.flatten(1)  # one product of matrices, not one a sequence
+    return heads.view(*rows.shape[:2], *weight.shape[1:]).transpose(1, 2)
 
 
 def _shift(scores: Tensor) -> Tensor:
-    """Of scores [..., N, 2N - 1] by row i and difference, those [..., N, N] by row i and key j: difference i - j."""
+    """Of scores [..., N, 2N - 1] by row i and difference, a view of those [..., N, N] by row i and key j: i - j."""
     N = scores.shape[-2]
-    padded = torch.nn.functional.pad(scores, (0, 1)).flatten(-2)  # rows of 2N
-    # Read as rows of 2N - 1, each row starts one place earlier than the one before.
-    earlier: Tensor = padded[..., : N * (2 * N - 1)].unflatten(-1, (N, 2 * N - 1))
-    return earlier[..., N - 1 :]
+    if N == 1:
+        return scores
+    # Row i wants the columns from N - 1 - i on: in all, from i (2N - 1) + N - 1 - i on.
+    wanted = scores.flatten(-2)[..., N - 1 : N - 1 + N * (2 * N - 2)]
+    return wanted.unflatten(-1, (N, 2 * N - 2))[..., :N]  # type: ignore[no-any-return]
