@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
-from pyquiet.quiet_star.configuration import check_count
+from pyquiet.checks import check_count
 from pyquiet.quiet_star.objective import Baseline, QuietStarObjective, Reduction
+from pyquiet.trainers import prepare_arguments
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class QuietStarTrainingArguments(TrainingArguments):
             rate = getattr(self, name)
             if rate is not None and not 0 <= rate < math.inf:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {rate}")
-        prepare(self)
+        prepare_arguments(self)
         if isinstance(self.curriculum, str):
             raise TypeError(f"curriculum must be a list of stages, got the string {self.curriculum!r}")
         if stages := self.stages:
@@ -98,15 +99,3 @@ class QuietStarTrainingArguments(TrainingArguments):
     def stages(self) -> list[Stage]:
         """The curriculum's stages; none without one."""
         return [Stage.parse(stage) for stage in self.curriculum or ()]
-
-
-def prepare(args: TrainingArguments) -> None:
-    """What the trainers of thinking models need of transformers' arguments, before these are completed.
-
-    Raises:
-        ValueError: columns that transformers does not know, the epoch's among them, are to be removed.
-    """
-    if args.remove_unused_columns:
-        raise ValueError("remove_unused_columns must be False: the collator takes the columns that it knows")
-    if args.greater_is_better is None and (args.metric_for_best_model or "").endswith("_nll"):
-        args.greater_is_better = False

@@ -4,6 +4,8 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from pyquiet.checks import check_count as check_count
+
 
 class QuietStarConfig(PreTrainedConfig):
     """Configuration of `QuietStarForCausalLM`.
@@ -69,12 +71,3 @@ class QuietStarConfig(PreTrainedConfig):
         """Ids of the official START and END rows, which no sampler may return; empty unless `official`."""
         size = self.get_text_config().vocab_size
         return [size - 2, size - 1] if self.official else []
-
-
-def check_count(name: str, value: int, *, least: int) -> int:
-    """`value`, if it is an int of at least `least`; else a TypeError or ValueError that names it."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
+from pyquiet.datasets import IGNORED as IGNORED
 from pyquiet.quiet_star.configuration import QuietStarConfig
-
-IGNORED = -100  # the label of a token that is not to be predicted
 
 
 def real_tokens(input_ids: Tensor, mask: Tensor | None) -> Tensor:

@@ -19,10 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import EvalPrediction, TrainingArguments
 
+from pyquiet.checks import check_count
+from pyquiet.datasets import NumberedTexts, TextCollator
 from pyquiet.files import replacing
-from pyquiet.quiet_star.arguments import prepare
-from pyquiet.quiet_star.configuration import check_count
-from pyquiet.quiet_star.data import NumberedTexts, QuietStarCollator
 from pyquiet.quiet_star.distillation import (
     NextTokenLoss,
     NtpObjective,
@@ -33,8 +32,9 @@ from pyquiet.quiet_star.distillation import (
 )
 from pyquiet.quiet_star.inputs import IGNORED, check_context
 from pyquiet.quiet_star.modeling import QuietStarForCausalLM
-from pyquiet.quiet_star.seeded_trainer import SeededTrainer, check_trainable, targets_in
+from pyquiet.quiet_star.seeded_trainer import ThinkingTrainer, targets_in
 from pyquiet.randomness import epoch_seed
+from pyquiet.trainers import check_trainable, prepare_arguments
 
 _SAVE_EVERY = 60.0  # seconds
 
@@ -61,12 +61,12 @@ class NextTokenTrainingArguments(TrainingArguments):
         if self.teacher_thoughts_per_token is not None:
             check_count("teacher_thoughts_per_token", self.teacher_thoughts_per_token, least=1)
         check_count("max_length", self.max_length, least=2)
-        prepare(self)
+        prepare_arguments(self)
         super().__post_init__()
 
 
-class NextTokenCollator(QuietStarCollator):
-    """`QuietStarCollator`, and `teacher_nlls` where the examples have them: one float for each token but the first.
+class NextTokenCollator(TextCollator):
+    """`TextCollator`, and `teacher_nlls` where the examples have them: one float for each token but the first.
 
     Raises:
         ValueError: as many they are not, or the text is longer than max_length: a crop has another teacher.
@@ -97,7 +97,7 @@ def next_token_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return {name: float(values.mean()) for name, values in means.items()}
 
 
-class NextTokenTrainer(SeededTrainer):
+class NextTokenTrainer(ThinkingTrainer):
     """Trains a model that answers at once on what a thinking teacher predicts; else as `transformers.Trainer`.
 
     The teacher is asked online, or long before (`teacher_nlls`, a column of the data). Its thoughts, and the actions
@@ -219,7 +219,7 @@ def teacher_nlls(
     Raises:
         ValueError, TypeError: as `think_at_every_token`; the file at `path` is of something else.
     """
-    texts, collate = NumberedTexts(dataset), QuietStarCollator(max_length=sys.maxsize)
+    texts, collate = NumberedTexts(dataset), TextCollator(max_length=sys.maxsize)
     about = {} if path is None else _about(teacher, texts, seed, epoch, thoughts_per_token)
     done = _read(path, about) if path is not None and Path(path).exists() else []
     options = (epoch_seed(seed, epoch), thoughts_per_token, 1.0, None, None)

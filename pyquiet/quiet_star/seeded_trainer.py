@@ -1,59 +1,17 @@
-"""What the trainers of thinking models share: noise, crops and losses that do not depend on how a batch is cut up."""
+"""What the trainers of thinking models share: evaluation that compares two NLLs of the next token."""
 
-import json
-import os
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from torch import Tensor
 
-from pyquiet.quiet_star.data import QuietStarCollator, numbered
 from pyquiet.quiet_star.inputs import IGNORED
 from pyquiet.quiet_star.objective import next_token_targets
-from pyquiet.randomness import epoch_seed
-
-_EVALUATION = 2**32 - 1  # the epoch whose noise evaluation draws from
+from pyquiet.trainers import SeededTrainer
 
 
-class SeededTrainer(Trainer):
-    """A Trainer whose steps have the loss of the joint batch over micro-batches and processes.
-
-    Subclasses say in `_counts` what the means of a batch divide by, in `_evaluated` what evaluation is about, and add
-    to the meter what they log.
-    """
-
-    collator: type[QuietStarCollator]  # where none is given
-    metrics: Callable[[EvalPrediction], dict[str, float]]
-
-    def __init__(
-        self, model: Any, args: Any, data_collator: Any, train_dataset: Any, eval_dataset: Any, **kwargs: Any
-    ) -> None:
-        self.meter = Meter()
-        self.current_epoch = 0
-        pad = getattr(kwargs.get("processing_class"), "pad_token_id", None) or 0
-        data_collator = data_collator or self.collator(args.max_length, data_seed(args), pad)
-        kwargs.setdefault("compute_metrics", self.metrics)
-        super().__init__(model, args, data_collator, numbered(train_dataset), numbered(eval_dataset), **kwargs)
-        self.model_accepts_loss_kwargs = True  # where there are counts, the loss is that of the joint batch
-        self.add_callback(_Epochs(self))
-
-    @property
-    def training_seed(self) -> int:
-        """Of the noise of the epoch that the trainer is in."""
-        return epoch_seed(data_seed(self.args), self.current_epoch)
-
-    @property
-    def evaluation_seed(self) -> int:
-        """Of the noise of evaluation, which is always the same."""
-        return epoch_seed(data_seed(self.args), _EVALUATION)
-
-    def _counts(self, inputs: dict[str, Any]) -> Tensor | None:
-        """What the means of a batch divide by; None where each micro-batch has its own."""
-        raise NotImplementedError
+class ThinkingTrainer(SeededTrainer):
+    """A `SeededTrainer` of which subclasses say in `_evaluated` what evaluation is about."""
 
     def _evaluated(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """A batch's loss, and two NLLs [B, T - 1] of the next token to compare."""
@@ -70,134 +28,7 @@ class SeededTrainer(Trainer):
             return loss, None, None
         return loss, nlls, inputs["input_ids"][:, 1:].masked_fill(~targets_in(inputs), IGNORED)
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of an optimiser step, and what the means of their joint batch divide by."""
-        self.meter.begin_step()
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if any("sequence_ids" not in batch for batch in batches):
-            raise ValueError(
-                "data_collator must hand on sequence_ids [B] of the examples, which name their noise: without them "
-                "every batch would draw the same"
-            )
-        counts = [count for batch in batches if (count := self._counts(batch)) is not None]
-        if not counts:
-            return batches, None
-        return batches, self.accelerator.reduce(torch.stack(counts).sum(0).to(device), "sum")
-
-    def get_train_dataloader(self) -> Any:
-        """Trainer's, the examples numbered."""
-        self.train_dataset = numbered(self.train_dataset)  # type: ignore[has-type]
-        return super().get_train_dataloader()
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Trainer's, the examples numbered."""
-        return super().get_eval_dataloader(eval_dataset if isinstance(eval_dataset, str) else numbered(eval_dataset))
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """Trainer's, the examples numbered."""
-        return super().get_test_dataloader(numbered(test_dataset))
-
-    def joint(self, loss: Tensor, counts: Tensor | None) -> Tensor:
-        """A part of a joint loss, scaled so that the mean of its gradients over processes is the whole's."""
-        return loss if counts is None else loss * self.accelerator.num_processes
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's, with what the class says added to the training loss."""
-        if "loss" in logs:
-            logs.update(self.meter.read(self.accelerator))
-        super().log(logs, *args, **kwargs)
-
-
-class Meter:
-    """Sums what the steps since the last log report, without waiting for the device."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.steps, self.began = 0, time.perf_counter()
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}  # micro-batches that had such a mean; no entry where parts add up
-
-    def begin_step(self) -> None:
-        if not self.steps:
-            self.began = time.perf_counter()
-        self.steps += 1
-
-    def add(self, values: dict[str, Tensor], *, joint: bool, known: bool = True) -> None:
-        """Takes a micro-batch's values []: parts of a joint batch's, which add up, or means of its own.
-
-        Every process must give the same names; a mean that a micro-batch does not have is not `known`, and 0.
-        """
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.double()
-            if not joint:
-                self.counts[name] = self.counts.get(name, 0) + known
-
-    def read(self, accelerator: Any) -> dict[str, float]:
-        """Means over the steps and over all processes; starts anew."""
-        names = list(self.sums)
-        if not names:
-            return {}
-        counts = [self.counts.get(name, 0) for name in names]
-        sums = torch.stack([self.sums[name] for name in names])
-        totals = accelerator.reduce(torch.stack([sums, sums.new_tensor(counts)]), "sum").tolist()
-        means = {
-            name: total / (count if name in self.counts else self.steps)
-            for name, total, count in zip(names, *totals, strict=True)
-            if count or name not in self.counts
-        }
-        means["tokens_per_second"] = totals[0][names.index("tokens")] / (time.perf_counter() - self.began)
-        del means["tokens"]
-        self.reset()
-        return means
-
-
-class _Epochs(TrainerCallback):
-    """Counts the epochs, and tells the training data, whose crops depend on them; a stream's state says too little."""
-
-    def __init__(self, trainer: SeededTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.current_epoch = int(state.epoch or 0) - 1
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.current_epoch += 1
-        self.trainer.train_dataset.set_epoch(self.trainer.current_epoch)
-
-
-def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The last checkpoint of a trainer that was written whole: its state, which comes last, can be read."""
-    found = [file for file in Path(folder).glob("checkpoint-*/trainer_state.json") if file.parent.name[11:].isdigit()]
-    for state in sorted(found, key=lambda state: int(state.parent.name[11:]), reverse=True):
-        try:
-            json.loads(state.read_text())
-        except ValueError:
-            continue
-        return str(state.parent)
-    return None
-
-
-def data_seed(args: Any) -> int:
-    """The seed of data and noise in training arguments."""
-    return int(args.seed if args.data_seed is None else args.data_seed)
-
 
 def targets_in(inputs: dict[str, Any]) -> Tensor:
     """bool [B, T - 1] of a batch: there is a next token, and it is to be predicted."""
     return next_token_targets(inputs["input_ids"], inputs.get("attention_mask"), inputs.get("labels"))
-
-
-def check_trainable(model: nn.Module, args: Any) -> None:
-    """Raises ValueError for trainable weights in half precision, and for several GPUs in one process."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"model: the trainable weight {name} is {parameter.dtype}, in which small steps are lost; load the "
-                "model in float32 (dtype=torch.float32) and set bf16=True in args to compute in bfloat16"
-            )
-    if args.n_gpu > 1:
-        raise ValueError(
-            "args: several GPUs in one process; launch with torchrun, or show it one (CUDA_VISIBLE_DEVICES)"
-        )

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
+from pyquiet.datasets import TextCollator
 from pyquiet.evaluation import gain_by_decile
 from pyquiet.quiet_star.adapters import unwrapped
 from pyquiet.quiet_star.arguments import QuietStarTrainingArguments, Stage
-from pyquiet.quiet_star.data import QuietStarCollator
 from pyquiet.quiet_star.inputs import IGNORED, check_context
 from pyquiet.quiet_star.modeling import QuietStarForCausalLM
 from pyquiet.quiet_star.objective import ThinkingLoss
-from pyquiet.quiet_star.seeded_trainer import SeededTrainer, check_trainable, targets_in
+from pyquiet.quiet_star.seeded_trainer import ThinkingTrainer, targets_in
+from pyquiet.trainers import check_trainable
 
 DECILES = 10
 _HEAD, _META = "mixing_head.", ("start_embedding", "end_embedding")
@@ -39,7 +40,7 @@ def decile_gains(base: Tensor, mixed: Tensor) -> dict[str, Tensor]:
     return {f"gain_decile_{k}": gain for k, gain in enumerate(gains, 1)}
 
 
-class QuietStarTrainer(SeededTrainer):
+class QuietStarTrainer(ThinkingTrainer):
     """Trains a `QuietStarForCausalLM`; everything not said here is as in `transformers.Trainer`.
 
     Noise and crops depend on (seed, epoch, index of the example) alone: not on the batch, the number of processes or
@@ -60,7 +61,7 @@ class QuietStarTrainer(SeededTrainer):
     Args:
         model: the thinking model, or one in PEFT's wrapping. Adapters on its base: see docs/quiet_star.md.
         args: QuietStarTrainingArguments.
-        data_collator: None is `QuietStarCollator` with the arguments' max_length and seed.
+        data_collator: None is `pyquiet.datasets.TextCollator` with the arguments' max_length and seed.
         train_dataset, eval_dataset: of dicts with `input_ids` and, if need be, `attention_mask` and `labels`.
 
     Raises:
@@ -70,7 +71,7 @@ class QuietStarTrainer(SeededTrainer):
     """
 
     args: QuietStarTrainingArguments
-    collator = QuietStarCollator
+    collator = TextCollator
     metrics = staticmethod(thinking_metrics)
 
     def __init__(

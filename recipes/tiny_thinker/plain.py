@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
+from pyquiet.datasets import TextCollator, numbered
 from pyquiet.files import read_texts
-from pyquiet.quiet_star.data import QuietStarCollator, numbered, tokenize
+from pyquiet.quiet_star.data import tokenize
 
 
-class PlainCollator(QuietStarCollator):
+class PlainCollator(TextCollator):
     """The same crops, with labels for a plain language model."""
 
     def __call__(self, examples: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import pyquiet
 from pyquiet import QuietStarObjective
-from pyquiet.quiet_star.data import QuietStarCollator
+from pyquiet.datasets import TextCollator
 from pyquiet.randomness import epoch_seed
 
 from .thinkers import random_ids, thinker
@@ -142,7 +142,7 @@ def test_streams_have_noise_of_their_epoch(tmp_path):
 
 
 def test_noise_is_never_unnamed(tmp_path):
-    class Nameless(QuietStarCollator):
+    class Nameless(TextCollator):
         def __call__(self, rows):
             batch = super().__call__(rows)
             del batch["sequence_ids"]

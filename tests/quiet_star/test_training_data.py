@@ -10,16 +10,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from pyquiet import load
+from pyquiet.datasets import NumberedTexts, TextCollator, numbered, read_dataset
 from pyquiet.files import read_texts
-from pyquiet.quiet_star.data import (
-    NumberedTexts,
-    QuietStarCollator,
-    numbered,
-    overlapping_pieces,
-    read_dataset,
-    tokenize,
-)
-from pyquiet.quiet_star.seeded_trainer import last_checkpoint
+from pyquiet.quiet_star.data import overlapping_pieces, tokenize
+from pyquiet.trainers import last_checkpoint
 
 from ..chi_square import chi_square
 
@@ -29,7 +23,7 @@ def example(ids, number=0, epoch=0, **more):
 
 
 def test_a_batch_is_padded_on_the_right_and_the_mask_alone_tells():
-    batch = QuietStarCollator(max_length=8, pad_token_id=2)([example([5, 2, 2], 7), example([3, 4, 5, 6, 2], 1)])
+    batch = TextCollator(max_length=8, pad_token_id=2)([example([5, 2, 2], 7), example([3, 4, 5, 6, 2], 1)])
     assert batch["input_ids"].tolist() == [[5, 2, 2, 2, 2], [3, 4, 5, 6, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]  # ends of text stay targets
     assert batch["sequence_ids"].tolist() == [7, 1]
@@ -39,10 +33,10 @@ def test_a_batch_is_padded_on_the_right_and_the_mask_alone_tells():
 
 def test_padding_of_the_examples_is_dropped_and_labels_go_along():
     row = example([0, 0, 5, 6, 7], attention_mask=[0, 0, 1, 1, 1], labels=[-100, -100, -100, 6, 7], text="ignored")
-    batch = QuietStarCollator(max_length=8)([row, example([1, 2], attention_mask=[1, 1], labels=[1, 2])])
+    batch = TextCollator(max_length=8)([row, example([1, 2], attention_mask=[1, 1], labels=[1, 2])])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [1, 2, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [1, 2, -100]]
-    single = QuietStarCollator(max_length=8)([example([9])])
+    single = TextCollator(max_length=8)([example([9])])
     assert single["attention_mask"].tolist() == [[1, 0]]
 
 
@@ -51,7 +45,7 @@ def test_crops_are_seeded_by_epoch_and_example():
 
     def crop(seed, epoch, number):
         labels = [i if i % 2 else -100 for i in ids]
-        batch = QuietStarCollator(max_length=10, seed=seed)([example(ids, number, epoch, labels=labels)])
+        batch = TextCollator(max_length=10, seed=seed)([example(ids, number, epoch, labels=labels)])
         first = int(batch["input_ids"][0, 0])
         assert batch["input_ids"][0].tolist() == ids[first : first + 10]
         assert batch["labels"][0].tolist() == labels[first : first + 10]
@@ -63,7 +57,7 @@ def test_crops_are_seeded_by_epoch_and_example():
 
 
 def test_every_place_is_as_likely():
-    collate = QuietStarCollator(max_length=4)
+    collate = TextCollator(max_length=4)
     places = Counter(int(collate([example(list(range(8)), n)])["input_ids"][0, 0]) for n in range(2000))
     assert set(places) == {0, 1, 2, 3, 4}
     assert chi_square(torch.tensor([places[i] for i in range(5)]), torch.full((5,), 0.2)) > 1e-4
@@ -99,7 +93,7 @@ def test_streams_are_numbered_too():
 
 
 def test_bad_examples():
-    collate = QuietStarCollator()
+    collate = TextCollator()
     with pytest.raises(TypeError, match="input_ids"):
         collate([{"text": "words"}])
     with pytest.raises(ValueError, match="example 3 has no tokens"):
@@ -107,7 +101,7 @@ def test_bad_examples():
     with pytest.raises(ValueError, match="labels"):
         collate([example([1, 2]), example([1, 2], labels=[1, 2])])
     with pytest.raises(ValueError, match="max_length"):
-        QuietStarCollator(max_length=1)
+        TextCollator(max_length=1)
 
 
 def test_documents_end_with_the_end_of_text():

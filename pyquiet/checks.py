@@ -1,0 +1,17 @@
+"""Checks of arguments that every system makes."""
+
+
+def check_count(name: str, value: int, *, least: int) -> int:
+    """`value`, if it is an int of at least `least`; else a TypeError or ValueError that names it."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
+def check_fraction(name: str, value: float) -> float:
+    """`value`, if it lies in [0, 1]; else a ValueError that names it."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+    return value
