@@ -122,6 +122,13 @@ PYQUIET_DEVICE float reciprocal_approximate(float x) {
   return y;
 }
 
+// Adds to an integer that several threads add to; what it was before.
+PYQUIET_DEVICE uint32_t fetch_add(uint32_t* to, uint32_t x) { return atomicAdd(to, x); }
+PYQUIET_DEVICE uint64_t fetch_add(uint64_t* to, uint64_t x) {
+  static_assert(sizeof(unsigned long long) == 8, "what CUDA adds atomically");
+  return atomicAdd(reinterpret_cast<unsigned long long*>(to), x);
+}
+
 // Starts `blocks` blocks on a stream; returns a cudaError_t, 0 for success.
 template <class Argument>
 int launch(void (*kernel)(Argument), int64_t blocks, int threads, int shared_bytes, void* stream,

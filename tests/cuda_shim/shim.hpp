@@ -242,6 +242,12 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return shim::value_of<T>(shim::exchange_value("shfl_xor", value), from);
 }
 
+template <class T>
+T __shfl_up_sync(unsigned, T value, int lanes) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  return shim::value_of<T>(shim::exchange_value("shfl_up", value), lane < lanes ? lane : lane - lanes);
+}
+
 template <class T, class Fold>
 T shim_reduce(const char* instruction, T value, Fold fold) {
   const shim::Board& board = shim::exchange_value(instruction, value);
@@ -262,6 +268,8 @@ inline unsigned __ballot_sync(unsigned, bool x) {
 inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
 inline bool __all_sync(unsigned mask, bool x) { return __ballot_sync(mask, !x) == 0; }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
+inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
+inline void __threadfence() {}
 
 namespace pyquiet {
 
@@ -351,6 +359,11 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 inline float exp2_approximate(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 
 inline float reciprocal_approximate(float x) { return 1.0f / x; }
+
+template <class T>
+T fetch_add(T* to, T x) {
+  return std::exchange(*to, *to + x);
+}
 
 template <class Argument>
 int launch(void (*kernel)(Argument), int64_t blocks, int threads, int shared_bytes, void*, const Argument& argument) {

@@ -8,15 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-KERNELS = {"thought_attention": ["forward_kernel", "prepare_kernel", "query_gradient_kernel", "key_gradient_kernel"]}
-ARCH = "90a"  # of those that are built for; each takes half a minute
+KERNELS = {
+    "thought_attention": ["forward_kernel", "prepare_kernel", "query_gradient_kernel", "key_gradient_kernel"],
+    "draft_verification": ["reduce_kernel", "exact_kernel", "draw_kernel"],
+}
+# Of thought attention, one of the architectures that are built for; each takes half a minute.
+BUILDS = [("thought_attention", "90a"), *(("draft_verification", arch) for arch in ("80", "90a", "100"))]
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize("folder", KERNELS)
-def test_no_kernel_spills(folder, tmp_path):
-    command = [NVCC, "-std=c++17", "-O3", f"-gencode=arch=compute_{ARCH},code=sm_{ARCH}", "-Xptxas=-v,-warn-spills"]
+@pytest.mark.parametrize(("folder", "arch"), BUILDS)
+def test_no_kernel_spills(folder, arch, tmp_path):
+    command = [NVCC, "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v,-warn-spills"]
     command += ["-c", ROOT / "csrc" / folder / "cuda.cu", "-o", tmp_path / "cuda.o"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
