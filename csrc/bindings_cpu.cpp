@@ -7,8 +7,6 @@
 #include <array>
 #include <cstdint>
 #include <cstdlib>
-#include <stdexcept>
-#include <string>
 #include <utility>
 #ifdef _OPENMP
 #include <omp.h>
@@ -16,6 +14,8 @@
 
 #include "common/isa.hpp"
 #include "common/philox.hpp"
+#include "draft_verification/binding.hpp"
+#include "draft_verification/cpu.hpp"
 #include "thought_attention/binding.hpp"
 #include "thought_attention/cpu.hpp"
 
@@ -28,28 +28,13 @@ using namespace pyquiet;
 // The address of int64 [rows], or 0 and one value for all rows.
 using Field = std::pair<uintptr_t, int64_t>;
 
-CounterField checked(const char* name, const Field& field, int64_t rows, int64_t limit) {
-  const CounterField words{reinterpret_cast<const int64_t*>(field.first), field.second};
-  for (int64_t r = 0; r < (words.rows ? rows : 1); ++r) {
-    const int64_t x = words.at(r);
-    if (x >= 0 && x < limit) continue;
-    throw std::invalid_argument("stream." + std::string(name) + " must be in [0, " + std::to_string(limit) + "), got " +
-                                std::to_string(x) + " at row " + std::to_string(r));
-  }
-  return words;
-}
-
 // out: double [rows].
 void fill_uniforms(uintptr_t out, int64_t rows, uint64_t seed, uint32_t purpose, const Field& sequence,
                    const Field& position, const Field& step, const Field& index) {
   py::gil_scoped_release release;
-  constexpr int64_t kWords = int64_t{1} << 32, kIndices = int64_t{1} << 26;
-  const Stream stream{seed,
-                      purpose,
-                      checked("sequence", sequence, rows, kWords),
-                      checked("position", position, rows, kWords),
-                      checked("step", step, rows, kWords),
-                      checked("index", index, rows, kIndices)};
+  const auto field = [](const Field& f) { return CounterField{reinterpret_cast<const int64_t*>(f.first), f.second}; };
+  const Stream stream{seed, purpose, field(sequence), field(position), field(step), field(index)};
+  check_stream(stream, rows, 0);
   uniforms(stream, reinterpret_cast<double*>(out), rows);
 }
 
@@ -104,6 +89,67 @@ bool thought_attention_backward(py::handle query, py::handle text_key, py::handl
   return backward_as<float>(a, saved, gradients, threads) || backward_as<BFloat16>(a, saved, gradients, threads);
 }
 
+template <class E>
+int verify_as(const VerificationArguments& arguments, int threads) {
+  DraftVerification<E> a;
+  if (!read_verification(arguments, Device::cpu, a)) return -1;
+#define PYQUIET_ROW(level) &level::verify_draft<E>,
+  constexpr void (*kVerify[])(const DraftVerification<E>&, int) = {PYQUIET_FOR_EACH_ISA(PYQUIET_ROW)};
+#undef PYQUIET_ROW
+  py::gil_scoped_release release;
+  kVerify[isa_index()](a, threads);
+  return faults(a.fault);
+}
+
+// How many sequences have a fault; -1, with nothing written, where an argument breaks the contract.
+int verify_draft(py::handle target, py::handle draft, py::handle draft_tokens, py::handle draft_lse, py::handle banned,
+                 py::handle lengths, py::handle sequence, py::handle position, py::handle step, py::handle index,
+                 const std::array<int64_t, 4>& words, int64_t seed, double temperature, double draft_temperature,
+                 py::handle top_k, py::handle top_p, bool first_is_exact, bool gumbel, bool deterministic,
+                 py::handle tokens, py::handle count, py::handle accepted, py::handle log_probs, py::handle bonus,
+                 py::handle fault, int threads) {
+  const VerificationArguments a{target,
+                                draft,
+                                draft_tokens,
+                                draft_lse,
+                                lengths,
+                                {{sequence, position, step, index}, words, static_cast<uint64_t>(seed), 0},
+                                {banned, temperature, top_k, top_p},
+                                draft_temperature,
+                                first_is_exact,
+                                gumbel,
+                                deterministic,
+                                {tokens, count, accepted, log_probs, bonus, fault}};
+  const int floats = verify_as<float>(a, threads);
+  return floats >= 0 ? floats : verify_as<BFloat16>(a, threads);
+}
+
+template <class E>
+int draw_as(py::handle logits, const StreamArguments& stream, const ProcessingArguments& processing, bool gumbel,
+            const std::array<py::handle, 4>& results, int threads) {
+  RowDraw<E> a;
+  if (!read_draw(logits, stream, processing, results, Device::cpu, a)) return -1;
+  a.gumbel = gumbel;
+#define PYQUIET_ROW(level) &level::draw<E>,
+  constexpr void (*kDraw[])(const RowDraw<E>&, int) = {PYQUIET_FOR_EACH_ISA(PYQUIET_ROW)};
+#undef PYQUIET_ROW
+  py::gil_scoped_release release;
+  kDraw[isa_index()](a, threads);
+  return faults(a.fault);
+}
+
+// How many rows have a fault; -1, with nothing written, where an argument breaks the contract.
+int draw(py::handle logits, py::handle banned, py::handle sequence, py::handle position, py::handle step,
+         py::handle index, const std::array<int64_t, 4>& words, uint64_t seed, uint32_t purpose, double temperature,
+         py::handle top_k, py::handle top_p, bool gumbel, py::handle tokens, py::handle log_probs, py::handle lse,
+         py::handle fault, int threads) {
+  const StreamArguments stream{{sequence, position, step, index}, words, seed, purpose};
+  const ProcessingArguments processing{banned, temperature, top_k, top_p};
+  const std::array<py::handle, 4> results{tokens, log_probs, lse, fault};
+  const int floats = draw_as<float>(logits, stream, processing, gumbel, results, threads);
+  return floats >= 0 ? floats : draw_as<BFloat16>(logits, stream, processing, gumbel, results, threads);
+}
+
 int openmp_threads() {
 #ifdef _OPENMP
   return omp_get_max_threads();
@@ -126,4 +172,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("uniforms", &fill_uniforms);
   m.def("thought_attention", &thought_attention);
   m.def("thought_attention_backward", &thought_attention_backward);
+  m.def("draw", &draw);
+  m.def("verify_draft", &verify_draft);
 }

@@ -10,16 +10,20 @@ generator is read or written, but for one integer where a caller passes `seed=No
 import enum
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pyquiet import native
+from pyquiet.native import cpu
 
 _LIMITS = {"sequence": 1 << 32, "position": 1 << 32, "step": 1 << 32, "index": 1 << 26}
+MAX_VOCABULARY = 1 << 24  # of native draws: sums of their integer weights stay below 2^64
 _CHUNK = 1 << 20  # float64 elements in flight in a draw: 8 MB
+
+Fields = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+COUPLINGS = ("rejection", "gumbel")
 
 
 class Purpose(enum.IntEnum):
@@ -72,10 +76,14 @@ class Stream:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One token a row, int64 [R], and its natural log-probability [R] under the law of the draw."""
+    """One token a row, int64 [R], its natural log-probability [R] under the law of the draw, and that law's `lse` [R].
+
+    `lse` is the log-sum-exp of the processed logits; at temperature 0 it and `log_probs` are 0.
+    """
 
     tokens: Tensor
     log_probs: Tensor
+    lse: Tensor
 
 
 def resolve_seed(seed: int | None) -> int:
@@ -105,12 +113,12 @@ def uniforms(stream: Stream, rows: int, device: torch.device | str | None = None
     if stream.purpose is None:
         raise ValueError("stream.purpose is None: say what the numbers are for, e.g. Purpose.ANSWER")
     device = torch.device("cpu" if device is None else device)
-    words = [_counter_word(stream, name, rows, device) for name in _LIMITS]
-    if device.type != "cpu" or native.cpu is None:
+    words = _counter_words(stream, rows, device)
+    if device.type != "cpu" or cpu is None:
         return _reference_uniforms(stream.seed, stream.purpose, words, rows, device)
     out = torch.empty(rows, dtype=torch.float64)
     fields = [(w.data_ptr(), 0) if isinstance(w, Tensor) else (0, w) for w in words]
-    native.cpu.uniforms(out.data_ptr(), rows, stream.seed % 2**64, stream.purpose, *fields)
+    cpu.uniforms(out.data_ptr(), rows, stream.seed % 2**64, stream.purpose, *fields)
     return out
 
 
@@ -132,8 +140,9 @@ def process_logits(
 
     Raises ValueError or TypeError for arguments out of range. The logits' values are not checked.
     """
-    _check_arguments(logits, temperature, top_k, top_p, banned)
-    return _process(logits, temperature, top_k, top_p, banned)
+    _check_logits(logits)
+    check_processing(logits.shape[1], temperature, top_k, top_p, banned)
+    return _keep_largest(_scores(logits, temperature, banned), top_k, top_p)
 
 
 @torch.no_grad()
@@ -145,64 +154,98 @@ def draw(
     top_k: int | None = None,
     top_p: float | None = None,
     banned: Tensor | None = None,
+    coupling: str = "rejection",
 ) -> Drawn:
     """One token for each row of logits [R, V], drawn from softmax(process_logits(logits, ...)).
 
-    Exact inverse CDF in vocabulary order in float64: the first id whose cumulative weight exceeds
-    u times the total, u the row's uniform from `stream` (whose purpose must be set). A token of
-    probability zero is never returned. At temperature 0 the largest logit wins, the lowest id of
-    equal ones, and log_probs is 0. `log_probs` is float32, or float64 for float64 logits, and
-    carries no gradient.
+    Exact inverse CDF in vocabulary order: the first id whose cumulative weight exceeds u times the total, u the row's
+    uniform from `stream` (whose purpose must be set). A token of probability zero is never returned. At temperature 0
+    the largest logit wins, the lowest id of equal ones. `log_probs` and `lse` are float32, or float64 for float64
+    logits, and carry no gradient.
+
+    With `coupling="gumbel"` the token is that of the largest score + Gumbel noise, whose address is the stream's
+    without purpose and index: two laws that are close then draw the same token as often as they can be made to by
+    noise alone (at least (1 - TV) / (1 + TV)), as `verify_draft` needs it.
+
+    float32 and bfloat16 on the CPU run native code, with sums in float64; the rest, and CUDA, takes torch in float64.
+    Their tokens are the same but for ties within rounding.
 
     >>> stream = Stream(0, Purpose.ANSWER, sequence=torch.tensor([7]), position=3)
     >>> draw(torch.tensor([[0.0, 1.0, -torch.inf]]), stream=stream, top_p=0.9).tokens
     tensor([1])
 
-    Raises ValueError for a row that holds NaN or +inf or has no id left, naming it, and for
+    Raises ValueError for a row that holds NaN or +inf at an id that is not banned or has no id left, naming it, and for
     arguments out of range; TypeError for logits that are not floating point.
     """
-    _check_arguments(logits, temperature, top_k, top_p, banned)
-    rows = logits.shape[0]
+    _check_logits(logits)
+    check_processing(logits.shape[1], temperature, top_k, top_p, banned)
+    if coupling not in COUPLINGS:
+        raise ValueError(f"coupling must be one of {COUPLINGS}, got {coupling!r}")
+    if stream.purpose is None and coupling == "rejection":
+        raise ValueError("stream.purpose is None: say what the numbers are for, e.g. Purpose.ANSWER")
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    log_probs = torch.zeros(rows, dtype=dtype, device=logits.device)
-    u = uniforms(stream, rows, logits.device)
+    tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    log_probs, lse = (torch.zeros(len(tokens), dtype=dtype, device=logits.device) for _ in range(2))
+    drawn = Drawn(tokens, log_probs, lse)
+    if not _draws_natively(logits):
+        _draw_in_torch(drawn, logits, stream, temperature, top_k, top_p, banned, coupling == "gumbel")
+        return drawn
+    rows = logits if logits.stride(-1) == 1 else logits.contiguous()
+    fields, words = counter_fields(stream, len(rows), rows.device)
+    options = (words, stream.seed % 2**64, stream.purpose or 0, temperature, top_k, top_p, coupling == "gumbel")
+    fault = torch.empty_like(tokens)
+    on_cpu: Callable[..., int] = cpu.draw
+    faults = on_cpu(rows, banned, *fields, *options, tokens, log_probs, lse, fault, torch.get_num_threads())
+    if faults:
+        row = int(fault.nonzero()[0])
+        _row_maxima(_scores(logits[row : row + 1], temperature, banned), row)
+        raise AssertionError(f"the native draw found a fault in row {row} that has none")
+    return drawn
+
+
+def _draws_natively(logits: Tensor) -> bool:
+    dtype = logits.dtype in (torch.float32, torch.bfloat16)
+    return cpu is not None and logits.is_cpu and dtype and logits.shape[1] <= MAX_VOCABULARY
+
+
+def _draw_in_torch(
+    drawn: Drawn, logits: Tensor, stream: Stream, temperature: float,
+    top_k: int | None, top_p: float | None, banned: Tensor | None, gumbel: bool,
+) -> None:  # fmt: skip
     for part in _row_chunks(logits):
-        given = logits[part]
-        top = _row_maxima(given, part.start)
-        law = _process(given, temperature, top_k, top_p, banned)
-        if law is not given:
-            top = _row_maxima(law, part.start)
+        scores = _scores(logits[part], temperature, banned)
+        top = _row_maxima(scores, part.start)
+        law = _keep_largest(scores, top_k, top_p)
         if temperature == 0:
-            tokens[part] = law.argmax(-1)
+            drawn.tokens[part] = law.argmax(-1)
             continue
         weights = (law - top.double().unsqueeze(-1)).exp_()  # [r, V] float64
         cdf = weights.cumsum(-1)
-        chosen = _invert(cdf, weights, u[part])
-        tokens[part] = chosen
+        words = [x[part] if isinstance(x, Tensor) else x for x in _counter_words(stream, len(logits), logits.device)]
+        some = Stream(stream.seed, stream.purpose, *words)
+        if gumbel:
+            chosen = (law + gumbel_noise(some, len(law), law.shape[1], law.device)).argmax(-1)
+        else:
+            chosen = invert_cdf(cdf, weights, uniforms(some, len(law), law.device))
+        lse = top + cdf[:, -1].log()
+        drawn.tokens[part] = chosen
+        drawn.lse[part] = lse.to(drawn.lse.dtype)
         score = law.gather(-1, chosen.unsqueeze(-1)).squeeze(-1).double()
-        log_probs[part] = (score - top - cdf[:, -1].log()).to(dtype)
-    return Drawn(tokens, log_probs)
+        drawn.log_probs[part] = (score - lse).to(drawn.lse.dtype)
 
 
-def _invert(cdf: Tensor, weights: Tensor, u: Tensor) -> Tensor:
+def invert_cdf(cdf: Tensor, weights: Tensor, u: Tensor) -> Tensor:
     """The first ids whose cumulative weight exceeds u [R] times the total; cdf, weights [R, V]."""
     threshold = (u * cdf[:, -1]).unsqueeze(-1)
     ids = torch.searchsorted(cdf, threshold, right=True)
     # A parallel scan need not rise to the last bit, and may then point at an id of weight zero.
-    stray = weights.gather(-1, ids) == 0
+    stray = weights.gather(-1, ids.clamp_max(cdf.shape[1] - 1)) == 0
     if stray.any():
         ids = torch.where(stray, weights.argmax(-1, keepdim=True), ids)
     return ids.squeeze(-1)
 
 
-def _process(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    banned: Tensor | None,
-) -> Tensor:
+def _scores(logits: Tensor, temperature: float, banned: Tensor | None) -> Tensor:
     if logits.dtype != torch.float64:
         logits = logits.float()
     if banned is not None:
@@ -210,14 +253,16 @@ def _process(
     if temperature == 0:
         best = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, -math.inf).scatter_(-1, best, logits.gather(-1, best))
-    if temperature != 1:
-        logits = logits * (1 / temperature)
-    if top_k is not None and top_k < logits.shape[-1]:
-        threshold = logits.topk(top_k, sorted=False).values.amin(-1, keepdim=True)
-        logits = logits.masked_fill(logits < threshold, -math.inf)
+    return logits if temperature == 1 else logits * (1 / temperature)
+
+
+def _keep_largest(scores: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    if top_k is not None and top_k < scores.shape[-1]:
+        threshold = scores.topk(top_k, sorted=False).values.amin(-1, keepdim=True)
+        scores = scores.masked_fill(scores < threshold, -math.inf)
     if top_p is not None and top_p < 1:
-        logits = logits.masked_fill(logits < _top_p_threshold(logits, top_p), -math.inf)
-    return logits
+        scores = scores.masked_fill(scores < _top_p_threshold(scores, top_p), -math.inf)
+    return scores
 
 
 def _top_p_threshold(logits: Tensor, top_p: float) -> Tensor:
@@ -238,39 +283,45 @@ def _row_chunks(logits: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def _row_maxima(logits: Tensor, first_row: int) -> Tensor:
-    """The largest logit of each row, [R]; ValueError, naming the row, unless it is finite."""
-    top = logits.amax(-1)  # NaN wins over all
+def check_row(logits: Tensor, name: str, temperature: float, banned: Tensor | None) -> None:
+    """Raises ValueError, with the name, for a row of logits [1, V] that no token can be drawn from."""
+    _row_maxima(_scores(logits, temperature, banned), 0, name)
+
+
+def _row_maxima(scores: Tensor, first_row: int, name: str = "logits: row {}") -> Tensor:
+    """The largest score of each row, [R]; ValueError, naming the row, unless it is finite."""
+    top = scores.amax(-1)  # NaN wins over all
     finite = top.isfinite()
     if not finite.all():
         row = int((~finite).nonzero()[0])
         worst = float(top[row])
         reason = "has no id left to draw (all are -inf)" if worst < 0 else f"holds {worst}"
-        raise ValueError(f"logits: row {first_row + row} {reason}; every row needs a finite law")
+        raise ValueError(f"{name.format(first_row + row)} {reason}; every row needs a finite law")
     return top
 
 
-def _check_arguments(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    banned: Tensor | None,
-) -> None:
+def _check_logits(logits: Tensor) -> None:
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits must have shape [R, V] with V >= 1, got {list(logits.shape)}")
+
+
+def check_processing(
+    vocabulary: int, temperature: float, top_k: int | None = None, top_p: float | None = None,
+    banned: Tensor | None = None, name: str = "temperature",
+) -> None:  # fmt: skip
+    """Raises ValueError or TypeError for arguments of `process_logits` out of range; `name` is the temperature's."""
     # 1 / temperature must neither overflow nor vanish in float32.
     if not (temperature == 0 or 1e-37 <= temperature <= 1e37):
-        raise ValueError(f"temperature must be 0 (greedy) or in [1e-37, 1e37], got {temperature}")
+        raise ValueError(f"{name} must be 0 (greedy) or in [1e-37, 1e37], got {temperature}")
     if top_k is not None and _integer("top_k", top_k) < 1:
         raise ValueError(f"top_k must be at least 1, or None to keep all ids, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], or None to keep all ids, got {top_p}")
-    if banned is not None and (banned.dtype != torch.bool or banned.shape != logits.shape[1:]):
+    if banned is not None and (banned.dtype != torch.bool or banned.shape != (vocabulary,)):
         raise ValueError(
-            f"banned must be bool of shape [V] = [{logits.shape[1]}], got {banned.dtype} of shape {list(banned.shape)}"
+            f"banned must be bool of shape [V] = [{vocabulary}], got {banned.dtype} of shape {list(banned.shape)}"
         )
 
 
@@ -288,11 +339,23 @@ def _check_seed(seed: int) -> int:
     return seed
 
 
-def _counter_word(stream: Stream, name: str, rows: int, device: torch.device) -> Tensor | int:
-    """One field of the stream: an int, or a contiguous int64 tensor [rows] on the device."""
+def counter_fields(stream: Stream, rows: int, device: torch.device) -> tuple[Fields, list[int]]:
+    """The fields as native code takes them: int64 tensors [rows] or None, and for None an int (-1: the row)."""
+    values = [_counter_word(stream, name, rows, device) for name in _LIMITS]
+    sequence, position, step, index = (x if isinstance(x, Tensor) else None for x in values)
+    return (sequence, position, step, index), [-1 if x is None else 0 if isinstance(x, Tensor) else x for x in values]
+
+
+def _counter_words(stream: Stream, rows: int, device: torch.device) -> list[Tensor | int]:
+    values = (_counter_word(stream, name, rows, device) for name in _LIMITS)
+    return [torch.arange(rows, device=device) if x is None else x for x in values]
+
+
+def _counter_word(stream: Stream, name: str, rows: int, device: torch.device) -> Tensor | int | None:
+    """One field of the stream: None for the row's number, an int, or a contiguous int64 tensor [rows] on the device."""
     value = getattr(stream, name)
     if value is None:
-        return torch.arange(rows, device=device)
+        return None
     if not isinstance(value, Tensor):
         return operator.index(value)
     if value.dim() > 1 or value.numel() not in (1, rows):
@@ -301,9 +364,32 @@ def _counter_word(stream: Stream, name: str, rows: int, device: torch.device) ->
 
 
 def _reference_uniforms(seed: int, purpose: int, words: list[Tensor | int], rows: int, device: torch.device) -> Tensor:
+    counter = _counter(words, rows, device)
+    counter[3] |= purpose << 26
+    block = _philox(seed, counter)
+    return _uniform(block[0], block[1])
+
+
+def gumbel_noise(stream: Stream, rows: int, vocabulary: int, device: torch.device | str | None = None) -> Tensor:
+    """Gumbel noise -log(-log(u)) for every id of every row, float64 [rows, vocabulary], on `device` (None: the CPU).
+
+    Token v reads half v % 2 of block v // 2 at the stream's address; its purpose and index are not used.
+    """
+    device = torch.device("cpu" if device is None else device)
+    counter = _counter(_counter_words(stream, rows, device), rows, device)
+    counter[3] = Purpose.GUMBEL << 26
+    blocks = counter.unsqueeze(-1).repeat(1, 1, (vocabulary + 1) // 2)  # [4, R, V / 2]
+    blocks[3] += torch.arange(blocks.shape[-1], device=device)
+    block = _philox(stream.seed, blocks)
+    u = torch.stack([_uniform(block[0], block[1]), _uniform(block[2], block[3])], -1)
+    return u.flatten(1)[:, :vocabulary].log().neg_().log_().neg_()
+
+
+def _counter(words: list[Tensor | int], rows: int, device: torch.device) -> Tensor:
+    """The words of all rows, [4, R], their ranges checked."""
     counter = torch.stack(
         [w if isinstance(w, Tensor) else torch.full((rows,), w, dtype=torch.int64, device=device) for w in words]
-    )  # [4, R]
+    )
     limits = torch.tensor(list(_LIMITS.values()), device=device).unsqueeze(-1)
     wrong = (counter < 0) | (counter >= limits)
     if wrong.any():
@@ -311,9 +397,12 @@ def _reference_uniforms(seed: int, purpose: int, words: list[Tensor | int], rows
         name, limit = list(_LIMITS.items())[field]
         value = int(counter[field, row])
         raise ValueError(f"stream.{name} must be in [0, {limit}), got {value} at row {row}")
-    counter[3] |= purpose << 26
-    block = _philox(seed, counter)
-    x = block[1] << 32 | block[0]
+    return counter
+
+
+def _uniform(low: Tensor, high: Tensor) -> Tensor:
+    """The uniforms of two words of a block."""
+    x = high << 32 | low
     return ((x >> 12 & (1 << 52) - 1).double() + 0.5) * 2.0**-52
 
 

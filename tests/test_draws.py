@@ -127,10 +127,10 @@ def test_draws_do_not_depend_on_batch_or_chunks(monkeypatch, options):
 
 def test_large_batches_make_no_float64_copy(monkeypatch):
     seen = []
-    invert = randomness._invert
+    invert = randomness.invert_cdf
     monkeypatch.setattr(randomness, "_CHUNK", 100)
-    monkeypatch.setattr(randomness, "_invert", lambda *a: seen.append(a[0].numel()) or invert(*a))
-    draw(torch.zeros(64, 10), stream=answers(), top_p=0.5)
+    monkeypatch.setattr(randomness, "invert_cdf", lambda *a: seen.append(a[0].numel()) or invert(*a))
+    draw(torch.zeros(64, 10, dtype=torch.float16), stream=answers(), top_p=0.5)
     assert sum(seen) == 640
     assert max(seen) <= 100
 
@@ -172,7 +172,7 @@ def test_a_scan_that_is_not_monotone_yields_no_token_of_weight_zero():
     weights = torch.tensor([[0.5, 0.0, 1.0, 0.0]]).double()
     cdf = torch.tensor([[0.5, 0.5000001, 1.5, 1.4999999]]).double()
     for u, token in [(0.1, 0), (0.50000005 / 1.4999999, 2), (0.9, 2), (1 - 2.0**-53, 2)]:
-        chosen = randomness._invert(cdf, weights, torch.tensor([u]).double())
+        chosen = randomness.invert_cdf(cdf, weights, torch.tensor([u]).double())
         assert chosen.tolist() == [token]
 
 

@@ -7,11 +7,12 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #include "element.hpp"
+#include "law.hpp"
 
 namespace pyquiet {
 namespace PYQUIET_ISA {
@@ -113,12 +114,62 @@ inline F exp2(F x) {
 #endif
 }
 
+// The same, but 0 below -126, -inf included.
+inline F exp2_or_zero(F x) {
+#if defined(__AVX512F__)
+  constexpr __mmask16 kAll = 0xffff;
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, fill(-126.0f), _CMP_NLT_UQ);
+  const __m512 whole = _mm512_maskz_roundscale_ps(kAll, x, 0);
+  return _mm512_maskz_scalef_ps(normal, exp2_fraction<F>(_mm512_maskz_reduce_ps(kAll, x, 0)), whole);
+#else
+  return exp2(x);  // where 2^-127 becomes 0
+#endif
+}
+
 inline F tanh(F x) {
   F size = x < 0.0f ? -x : x;
   F capped = size > 10.0f ? fill(10.0f) : size;  // tanh(10) is 1 in float; a NaN stays
   F tail = 1.0f - 2.0f / (exp2(capped * (2.0f * kLog2E)) + 1.0f);
   F large = x < 0.0f ? -tail : tail;
   return size < 0.625f ? tanh_small(x) : large;
+}
+
+// What law.hpp's templates run on.
+struct Vector {
+  using F = PYQUIET_ISA::F;
+  using I = PYQUIET_ISA::I;
+  using U = Lanes<kLanes>::U;
+
+  static F fill(float x) { return PYQUIET_ISA::fill(x); }
+  static F to_float(I x) { return __builtin_convertvector(x, F); }
+  static I truncate(F x) { return __builtin_convertvector(x, I); }
+  static F fma(F a, F b, F c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+    return _mm256_fmadd_ps(a, b, c);
+#else
+    for (int i = 0; i < kLanes; ++i) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return a;
+#endif
+  }
+};
+
+// Half as many lanes of 64 bits.
+typedef uint64_t W __attribute__((vector_size(sizeof(F))));
+typedef double D __attribute__((vector_size(sizeof(F))));
+
+// The products of the low halves of 64-bit lanes.
+inline W multiply_low(W a, W b) {
+#if defined(__AVX512F__)
+  return (W)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (W)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return (W)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffff) * (b & 0xffffffff);
+#endif
 }
 
 // {a, b}[Lane ...], the lanes of b counted on from those of a.

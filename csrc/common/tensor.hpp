@@ -58,6 +58,7 @@ constexpr ElementName element_name() {
   if constexpr (std::is_same_v<T, BFloat16>) return {4, 16, "torch.bfloat16"};
   if constexpr (std::is_same_v<T, Float16>) return {2, 16, "torch.float16"};
   if constexpr (std::is_same_v<T, int64_t>) return {0, 64, "torch.int64"};
+  if constexpr (std::is_same_v<T, bool>) return {6, 8, "torch.bool"};
 }
 
 // False if the tensor is not one of T with N dimensions on that kind of device.

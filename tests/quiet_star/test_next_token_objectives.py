@@ -196,7 +196,7 @@ def test_the_released_gradient_by_enumeration(monkeypatch):
     expected = torch.zeros_like(p1)
     for action in range(11):
         tokens = torch.full((5,), action)
-        monkeypatch.setattr(distillation, "draw", lambda logits, *, stream: Drawn(tokens, tokens.double()))  # noqa: B023
+        monkeypatch.setattr(distillation, "draw", lambda logits, *, stream: Drawn(tokens, *[tokens.double()] * 2))  # noqa: B023
         case = OutputGradient(
             student, lambda: next_token_loss(student, ids, ntp_objective="released", teacher_nlls=nlls)
         )
