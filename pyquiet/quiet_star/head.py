@@ -2,6 +2,7 @@
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -38,9 +39,37 @@ def finish_logits(base: PreTrainedModel, raw: Tensor) -> Tensor:
     return logits.view(raw.shape)
 
 
-def log_prob(logits: Tensor, token: Tensor) -> Tensor:
-    """Log-probabilities [...] of tokens [...] under logits [..., V]."""
-    return logits.log_softmax(-1).gather(-1, token[..., None])[..., 0]
+def log_prob(logits: Tensor, token: Tensor, *, temperature: float = 1.0, sums: list[Tensor] | None = None) -> Tensor:
+    """Log-probabilities [...] of tokens [...] under logits [..., V] / temperature, not differentiable twice.
+
+    `sums`, a list that starts empty, spares a later call with the same logits (activation checkpointing's) the sums.
+    """
+    out: Tensor = _LogProb.apply(logits, token, 1 / temperature, [] if sums is None else sums)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _LogProb(torch.autograd.Function):
+    """Keeps nothing of the logits' size but the logits; its backward makes one such tensor, the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, token: Tensor, scale: float, sums: list[Tensor]) -> Tensor:
+        token = token[..., None]
+        if not sums:
+            top = scale * logits.amax(-1, keepdim=True)
+            sums += top, torch.add(-top, logits, alpha=scale).exp_().sum(-1, keepdim=True).log_()
+        top, rest = sums  # apart: their sum would round away what a sure token lacks to 1
+        ctx.save_for_backward(logits, token, top + rest)
+        ctx.scale = scale
+        return (scale * logits.gather(-1, token) - top - rest)[..., 0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("log_prob is not differentiable twice: take its gradient without create_graph")
+        logits, token, total = ctx.saved_tensors
+        grad = ctx.scale * grad[..., None]
+        out = torch.add(-total, logits, alpha=ctx.scale).exp_().mul_(-grad).scatter_add_(-1, token, grad)
+        return out, None, None, None
 
 
 class _Hidden(BaseModelOutputWithPast):

@@ -221,8 +221,8 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, AdaptedBase, Pr
 
     def mixed_logits(self, raw_base: Tensor, end_hidden: Tensor, weight: Tensor) -> Tensor:
         """Logits [..., N, V] from raw base logits [..., V], END states [..., N, d] and weights [..., N]."""
-        w = weight[..., None]
-        return self.finish((1 - w) * raw_base[..., None, :] + w * self.raw_logits(end_hidden))
+        end = self.raw_logits(end_hidden)
+        return self.finish(torch.lerp(raw_base[..., None, :], end, weight[..., None].to(end)))
 
     def banned_ids(self, device: torch.device) -> Tensor | None:
         """bool [V], True at ids that must never be sampled; None if there are none."""

@@ -179,9 +179,10 @@ class Thinker:
         position = (limits - self.text.start[:, None] - 1).clamp_min(0).view(B * T0, N)
         index = index.expand(B, T0, N).reshape(B * T0, N)
         rows = hidden.reshape(B * T0, shared, -1)
+        ids = drawable(self.model)
         drawn = []
         for part in chunks(B * T0, N * self.model.logits_size):
-            logits = self.model.finish(self.model.raw_logits(rows[part])).expand(-1, N, -1).flatten(0, 1)
+            logits = self.model.finish(self.model.raw_logits(rows[part]))[..., :ids]
             stream = Stream(
                 self.options.seed,
                 Purpose.THOUGHT,
@@ -192,12 +193,11 @@ class Thinker:
             )
             drawn.append(
                 draw(
-                    logits,
+                    logits.expand(-1, N, -1).flatten(0, 1),
                     stream=stream,
                     temperature=self.options.temperature,
                     top_k=self.options.top_k,
                     top_p=self.options.top_p,
-                    banned=self.banned,
                 )
             )
         tokens = torch.cat([d.tokens for d in drawn]).view(B, T0, N)
@@ -254,6 +254,11 @@ def chunks(rows: int, elements_a_row: int) -> Iterator[slice]:
     """Slices of `rows` such that no chunk of logits gets large, however long the text."""
     size = max(1, _LOGITS_AT_ONCE // elements_a_row)
     return (slice(i, min(i + size, rows)) for i in range(0, rows, size))
+
+
+def drawable(model: "QuietStarForCausalLM") -> int:
+    """How many ids a thought may take: all V but START and END, the last two of an official model's."""
+    return min(model.config.reserved_ids, default=model.logits_size)
 
 
 def average(logits: Tensor) -> Tensor:

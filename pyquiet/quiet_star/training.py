@@ -18,7 +18,7 @@ from pyquiet.quiet_star.configuration import QuietStarConfig
 from pyquiet.quiet_star.head import log_prob
 from pyquiet.quiet_star.inputs import check_labels, check_lookahead
 from pyquiet.quiet_star.objective import LogProbs, QuietStarObjective, ThinkingLoss, after, combine
-from pyquiet.quiet_star.thinking import Text, Thinker, ThoughtOptions, chunks
+from pyquiet.quiet_star.thinking import Text, Thinker, ThoughtOptions, chunks, drawable
 from pyquiet.quiet_star.thoughts import ThoughtLayout, run_rows
 
 if TYPE_CHECKING:
@@ -161,18 +161,20 @@ def _talk(
     pieces = functional.pad(hidden, (0, 0, 0, A - 2)).split(size, 1)
     reach = 1 + -(-(A - 1) // size)
 
-    def grade(part: Tensor, target: Tensor, *near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def grade(
+        sums: tuple[list[Tensor], ...], part: Tensor, target: Tensor, *near: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         n = part.shape[1]
         text = torch.cat(near, 1)[:, : n + A - 1]
         raw, part = model.raw_logits(text), part.transpose(2, 3)  # [B, n + A - 1, V], [B, n, A, N, d]
         weight = model.mix(_shifted(text, n, A), part)
         logits = model.mixed_logits(_shifted(raw, n, A), part, weight)  # [B, n, A, N, V]
-        mixed = log_prob(logits, target[..., None].expand(-1, -1, -1, N))
-        base = log_prob(model.finish(raw[:, :n]), target[:, :, 0])
+        mixed = log_prob(logits, target[..., None].expand(-1, -1, -1, N), sums=sums[0])
+        base = log_prob(model.finish(raw[:, :n]), target[:, :, 0], sums=sums[1])
         return base, mixed.transpose(2, 3), weight.transpose(2, 3)
 
     parts = [
-        recomputed(grade, part, target, *pieces[i : i + reach])
+        recomputed(grade, ([], []), part, target, *pieces[i : i + reach])
         for i, (part, target) in enumerate(zip(talk.split(size, 1), targets.split(size, 1), strict=True))
     ]
     base, mixed, weight = (torch.cat(x, 1) for x in zip(*parts, strict=True))
@@ -183,16 +185,15 @@ def _policy(model: "QuietStarForCausalLM", opening: Tensor, tokens: Tensor, temp
     """Log-probabilities [B, C, N, m] of the thought tokens from the rows before them, [B, C, N, m, d]."""
     B, C, N, m = tokens.shape
     size = chunk_size(C, B * N * m * model.logits_size)
-    banned = model.banned_ids(opening.device)
+    ids = drawable(model)
 
-    def grade(part: Tensor, target: Tensor) -> Tensor:
+    def grade(sums: list[Tensor], part: Tensor, target: Tensor) -> Tensor:
         logits = model.finish(model.raw_logits(part))
-        if banned is not None:
-            logits = logits.masked_fill(banned, -torch.inf)
-        return log_prob(logits / temperature, target)
+        logits.detach()[..., ids:] = -torch.inf  # detached: log_prob's gradient is 0 there as it is
+        return log_prob(logits, target, temperature=temperature, sums=sums)
 
     parts = zip(opening.split(size, 1), tokens.split(size, 1), strict=True)
-    return torch.cat([recomputed(grade, part, target) for part, target in parts], 1)
+    return torch.cat([recomputed(grade, [], part, target) for part, target in parts], 1)
 
 
 def _pad_id(config: QuietStarConfig) -> int | None:
@@ -211,7 +212,7 @@ def chunk_size(positions: int, elements_a_position: int) -> int:
     return int(part.stop)
 
 
-def recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:
+def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
     """function(*inputs), of which nothing but the inputs is kept for the backward pass."""
     return checkpoint(function, *inputs, use_reentrant=False) if torch.is_grad_enabled() else function(*inputs)
 
