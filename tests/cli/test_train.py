@@ -7,7 +7,7 @@ import torch
 
 from pyquiet import QuietStarForCausalLM, load
 from pyquiet.cli import main
-from pyquiet.cli.train import OPTIONS, training_arguments
+from pyquiet.cli.train_quiet_star import OPTIONS, training_arguments
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_errors_are_one_line(text, tmp_path, capsys, words, match):
 
 def test_options_reach_the_arguments(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("pyquiet.cli.train.run", lambda args: seen.append(training_arguments(args)) or 0)
+    monkeypatch.setattr("pyquiet.cli.train_quiet_star.run", lambda args: seen.append(training_arguments(args)) or 0)
     words = ["--official", "--thoughts-per-token", "3", "--policy-weight", "0.5", "--accumulate", "4", "--bf16"]
     words += ["--cpu", "--curriculum", "3,2:10", "1,1:5", "--set", "adam_beta2=0.95", "gradient_checkpointing"]
     assert main(["train", "quiet-star", "--text", "x", "--output", str(tmp_path), *words]) == 0

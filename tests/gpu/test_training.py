@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ..processes import in_processes
 from ..quiet_star.thinkers import thinker
-from ..quiet_star.training_runs import arguments, examples, in_processes, run, weights
+from ..quiet_star.training_runs import arguments, examples, run, weights
 
 pytestmark = pytest.mark.gpu
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.gpu
 def test_fully_sharded_is_the_run_of_one_process(tmp_path):
     """Over all GPUs there are; the batch of the single process is the joint one."""
     count = torch.cuda.device_count()
-    in_processes(count, "training_runs", "gpus", tmp_path)
+    in_processes(count, "quiet_star.training_runs", "gpus", tmp_path)
     model = thinker(m=2, dtype=torch.float32)
     settings = arguments(tmp_path, max_steps=3, per_device_train_batch_size=2 * count)
     run(model, settings, examples(24, longest=9))

@@ -25,9 +25,9 @@ from pyquiet.quiet_star.next_token import (
 )
 from pyquiet.randomness import epoch_seed
 
+from ..processes import in_processes
 from .architectures import build
 from .thinkers import padded, random_ids, thinker
-from .training_runs import in_processes
 
 LENGTHS = (9, 4, 7, 12, 3, 8)
 DATA = [{"input_ids": random_ids(1, length, seed=length)[0].tolist()} for length in LENGTHS]
@@ -174,7 +174,7 @@ def distributed_run(folder, processes):
 
 
 def test_two_processes_are_one_with_the_joint_batch(tmp_path):
-    in_processes(2, "test_next_token_trainer", tmp_path)
+    in_processes(2, "quiet_star.test_next_token_trainer", tmp_path)
     distributed_run(tmp_path, 1)
     one, two = (load_file(tmp_path / f"{n}.safetensors")["weights"] for n in (1, 2))
     assert (one - two).abs().max() < 1e-6

@@ -14,8 +14,9 @@ from pyquiet import QuietStarObjective
 from pyquiet.datasets import TextCollator
 from pyquiet.randomness import epoch_seed
 
+from ..processes import in_processes
 from .thinkers import random_ids, thinker
-from .training_runs import arguments, examples, in_processes, mixed_examples, run, weights
+from .training_runs import arguments, examples, mixed_examples, run, weights
 
 
 def assert_same(actual, expected, tolerance=0.0):
@@ -156,7 +157,7 @@ def test_noise_is_never_unnamed(tmp_path):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_processes_are_one_with_the_joint_batch(tmp_path, accumulate):
-    in_processes(2, "training_runs", "distributed", tmp_path, str(accumulate))
+    in_processes(2, "quiet_star.training_runs", "distributed", tmp_path, str(accumulate))
     model = thinker(m=2)
     settings = {"max_steps": 3, "optim": "adamw_torch", "gradient_accumulation_steps": accumulate}
     trainer = run(model, arguments(tmp_path / "one", per_device_train_batch_size=4, **settings), mixed_examples())
@@ -168,7 +169,7 @@ def test_two_processes_are_one_with_the_joint_batch(tmp_path, accumulate):
 
 
 def test_sharded_weights_get_the_same_gradients(tmp_path):
-    in_processes(2, "training_runs", "sharded", tmp_path)
+    in_processes(2, "quiet_star.training_runs", "sharded", tmp_path)
     model, ids = thinker(m=2).train(), random_ids(4, 9)
     model.thinking_loss(ids, seed=1).loss.backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,15 +62,6 @@ def run(model: Any, settings: QuietStarTrainingArguments, texts: Any, **options:
 def weights(model: Any) -> dict[str, Tensor]:
     """Copies of all parameters by name."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def in_processes(count: int, module: str, *words: str | Path) -> None:
-    """Runs a module of this folder as a program with these words in several processes; they must all succeed."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", "-m", f"tests.quiet_star.{module}", *map(str, words)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def distributed(folder: Path, accumulate: str) -> None:

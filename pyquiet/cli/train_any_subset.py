@@ -1,0 +1,123 @@
+"""`pyquiet train any-subset`: teach a model to fill in any part of a text."""
+
+import argparse
+import os
+from typing import TYPE_CHECKING, Any
+
+from pyquiet.cli import training
+
+if TYPE_CHECKING:
+    from pyquiet import AnySubsetTrainingArguments
+
+OPTIONS: training.Options = training.SHARED | {
+    "--max-length": ("max_length", 256, "tokens of a text; documents are packed to it"),
+    "--learning-rate": ("learning_rate", 1e-4, "peak"),
+    "--weight-decay": ("weight_decay", 1e-2, "of AdamW"),
+    "--draft-weight": ("draft_weight", 0.5, "of the drafts' NLL, from 0 to 1; the joint law has the rest"),
+    "--low-mask-rate": ("low_mask_rate", 0.15, "smallest share of a text to be filled"),
+    "--high-mask-rate": ("high_mask_rate", 0.95, "largest share"),
+    "--start-mask-rate": ("start_mask_rate", None, "both at first (default: --low-mask-rate)"),
+    "--mask-warmup-steps": ("mask_warmup_steps", 0, "from there to the range"),
+    "--seed": ("seed", 0, "of a fresh model, order and what is filled"),
+}
+
+
+def add_parser(methods: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    train = methods.add_parser(
+        "any-subset",
+        help="any-subset models: fill in any part of a text, and draft it well",
+        description="Train an XLNet to fill in any part of a text, given the rest (an any-subset autoregressive "
+        "model). Given again after it was stopped, the command goes on from the last checkpoint in --output. Start it "
+        "with torchrun for several processes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    train.add_argument("--model", metavar="DIR", help="an XLNet's folder or an embedded one's name (default: fresh)")
+    train.add_argument("--tokenizer", metavar="DIR", help="folder or embedded model's name, if not the model's")
+    size = train.add_argument_group("a fresh model")
+    size.add_argument("--layers", type=int, default=4)
+    size.add_argument("--width", type=int, default=192)
+    size.add_argument("--heads", type=int, default=4)
+    size.add_argument("--inner", type=int, default=768, help="width of the MLPs")
+    size.add_argument("--reach", type=int, default=64, help="distance of tokens from which on all are the same")
+    training.add_options(train, OPTIONS)
+    train.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from transformers import set_seed
+
+    from pyquiet.any_subset.trainer import AnySubsetTrainer
+    from pyquiet.datasets import packed
+
+    if not (args.model or args.tokenizer):
+        raise ValueError("say which --model to train, or whose --tokenizer a fresh one is to have, e.g. tiny-causal")
+    settings = training_arguments(args)
+    texts, eval_texts = training.read_data(args)
+    tokenizer = _tokenizer(args.tokenizer or args.model)
+    set_seed(settings.seed)  # a fresh model is random
+    trainer = AnySubsetTrainer(
+        _model(args, tokenizer),
+        settings,
+        train_dataset=packed(texts, tokenizer, settings.max_length),
+        eval_dataset=packed(eval_texts, tokenizer, settings.max_length) if eval_texts else None,
+        processing_class=tokenizer,
+    )
+    return training.train(trainer, in_words)
+
+
+def training_arguments(args: argparse.Namespace) -> "AnySubsetTrainingArguments":
+    """The training arguments that the options say; ValueError names what transformers does not take."""
+    from pyquiet.any_subset.arguments import AnySubsetTrainingArguments
+
+    settings: AnySubsetTrainingArguments = training.training_arguments(args, AnySubsetTrainingArguments, OPTIONS)
+    return settings
+
+
+def in_words(step: int, logs: dict[str, float]) -> str:
+    """A line on a step's training loss or evaluation; empty for other logs."""
+    if "masked_fraction" in logs:
+        parts = [f"{name} {logs[f'{name}_nll']:.4f}" for name in ("joint", "draft") if f"{name}_nll" in logs]
+        rest = f"masked {logs['masked_fraction']:.0%}  {logs['tokens_per_second']:.0f} tokens/s"
+        return f"step {step:6d}  train  {'  '.join(parts)}  {rest}"
+    rates = [name.removeprefix("eval_joint_nll_") for name in logs if name.startswith("eval_joint_nll_")]
+    if not rates:
+        return ""
+    words = []
+    for rate in rates:
+        drafts = [f"{value:.2f}" for name, value in logs.items() if name.startswith(f"eval_acceptance_{rate}_")]
+        words.append(f"{rate} % masked: joint {logs[f'eval_joint_nll_{rate}']:.4f}, accepted {' '.join(drafts)}")
+    return f"step {step:6d}  eval   {'; '.join(words)}"
+
+
+def _tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    from pyquiet.zoo import available, load
+
+    if source in available():
+        return load(source)[1]
+    _check_folder(source)
+    return AutoTokenizer.from_pretrained(source)
+
+
+def _model(args: argparse.Namespace, tokenizer: Any) -> Any:
+    from transformers import XLNetConfig, XLNetLMHeadModel
+
+    from pyquiet.zoo import available, load
+
+    if args.model in available():
+        return load(args.model)[0]
+    if args.model:
+        _check_folder(args.model)
+        return XLNetLMHeadModel.from_pretrained(args.model).float()  # in half precision, small steps would be lost
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    config = XLNetConfig(
+        vocab_size=len(tokenizer), n_layer=args.layers, d_model=args.width, n_head=args.heads, d_inner=args.inner,
+        clamp_len=args.reach, dropout=0.0, **ids,
+    )  # fmt: skip
+    return XLNetLMHeadModel(config)
+
+
+def _check_folder(folder: str) -> None:
+    if not os.path.isdir(folder):
+        raise ValueError(f"there is no model folder {folder!r}")
