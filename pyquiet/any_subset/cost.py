@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor
 
-_SLACK = 0.03  # of the time so far, to be lost on trials
-_MEMORY = 0.9  # of a running mean, a round
+_SLACK = 0.03  # of the time so far, that may be lost against sequential rounds
+_ADVANTAGE = 1.03  # tokens a second, over sequential rounds, that are worth a change
+_CLOSE = 0.85  # of the best rate: what is so fast may be the best in truth, and is looked at again
+_REFRESH = 16  # rounds between two looks at sequential rounds, and at another kind
+_WINDOW, _ENOUGH = 9, 3  # seconds of a kind of round that are remembered, and that must be seen to judge it
 _FORGET = 0.995  # of what is known of acceptance, a round
 _FIRST_PRICE = 3  # plus k: assumed of a round never seen, in sequential ones
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A kind of round: "sequential", "assd" or "one_call", and its number of drafts."""
+    """A kind of round: "sequential", "assd", "one_call", "ngram" or "drafter", and its number of drafts."""
 
     kind: str
     k: int
@@ -25,53 +30,55 @@ SEQUENTIAL = Plan("sequential", 1)
 
 
 class CostModel:
-    """Running means of what rounds cost and of how often drafts are kept, by how many tokens they were drafted without.
+    """What rounds cost of late, and how often drafts are kept, by how many tokens they were drafted without.
 
     A draft that misses d undecided tokens is kept with probability a_d given that those before it were; ASSD's draft j
     misses j and its first none, a one-call round's draft j misses j + 1. So ASSD with a bonus decides 2 + A_1 + .. +
-    A_(k-1) tokens a round and the one-call round 1 + A_1 + .. + A_k, with A_j = a_1 .. a_j. A round is chosen where its
-    tokens a second are the most; others are tried only while what trials have lost against it is below 3 % of the time.
+    A_(k-1) tokens a round and the one-call round 1 + A_1 + .. + A_k, with A_j = a_1 .. a_j.
+
+    The kind of the most tokens a second is chosen. Sequential rounds are measured again and again, and what the others
+    have lost against them is kept below 3 % of the time: above it, there are only sequential rounds until it has worn
+    off. Seconds are medians, since a pause of the machine says nothing about a kind of round.
     """
 
     def __init__(self) -> None:
-        self.seconds: dict[Plan, float] = {}
+        self.seconds: defaultdict[Plan, deque[float]] = defaultdict(lambda: deque(maxlen=_WINDOW))
         self.tried = torch.zeros(0, dtype=torch.float64)
         self.kept = torch.zeros(0, dtype=torch.float64)
         self.elapsed = self.lost = 0.0
         self._turn = 0
-        self._trial_of: float | None = None  # tokens a second of what a trial stands in for
 
     def choose(self, plans: list[Plan]) -> Plan:
         """One of the plans, or the sequential round."""
-        self._trial_of = None
-        if SEQUENTIAL not in self.seconds:
-            return SEQUENTIAL
-        best = max([SEQUENTIAL, *(p for p in plans if p in self.seconds)], key=self.tokens_per_second)
-        unseen = [p for p in plans if p not in self.seconds]
-        others = unseen or [p for p in (SEQUENTIAL, *plans) if p != best]
         self._turn += 1
-        trial, rate = others[self._turn % len(others)] if others else best, self.tokens_per_second(best)
-        price = self.seconds.get(trial, (_FIRST_PRICE + trial.k) * self.seconds[SEQUENTIAL])
-        if trial != best and self.lost + price - self.tokens(trial) / rate < _SLACK * self.elapsed:
-            self._trial_of = rate
-            return trial
+        allowed = _SLACK * self.elapsed
+        if len(self.seconds[SEQUENTIAL]) < _ENOUGH or self._turn % _REFRESH == 0 or self.lost > allowed:
+            return SEQUENTIAL
+        judged = [plan for plan in plans if len(self.seconds[plan]) >= _ENOUGH]
+        rates = {plan: self.tokens(plan) / median(self.seconds[plan]) for plan in judged}
+        rates[SEQUENTIAL] = _ADVANTAGE / median(self.seconds[SEQUENTIAL])
+        best = max(rates, key=rates.__getitem__)
+        others = [plan for plan in plans if plan not in rates]
+        if not others and self._turn % _REFRESH == _REFRESH // 2:
+            others = [plan for plan in judged if plan != best and rates[plan] > _CLOSE * rates[best]]
+        if others:
+            trial = others[self._turn // _REFRESH % len(others)]
+            if self.lost + self._loss(trial) < allowed:
+                return trial
         return best
 
     def observe(self, plan: Plan, seconds: float, decided: float, tried: Tensor, kept: Tensor) -> None:
         """A round's seconds, the tokens that it decided a sequence, and the drafts tried and kept, int64 [b] each."""
-        old = self.seconds.get(plan)
-        # What a round once took is never exceeded twice as far by the work: such a pause is the machine's.
-        mean = seconds if old is None else _MEMORY * old + (1 - _MEMORY) * min(seconds, 2 * old)
-        self.seconds[plan] = mean
-        self.charge(seconds, decided)
+        self.seconds[plan].append(seconds)
+        self.charge(plan, seconds, decided)
         if plan != SEQUENTIAL:
             self._count(tried, kept, first=1 if plan.kind == "assd" else 0)
 
-    def charge(self, seconds: float, decided: float) -> None:
+    def charge(self, plan: Plan, seconds: float, decided: float) -> None:
         """Count a round's time without learning its price from it: one that had a prompt to read, say."""
         self.elapsed += seconds
-        if self._trial_of is not None:
-            self.lost = max(0.0, self.lost + seconds - decided / self._trial_of)
+        if plan != SEQUENTIAL and self.seconds[SEQUENTIAL]:
+            self.lost = max(0.0, self.lost + seconds - decided * median(self.seconds[SEQUENTIAL]))
 
     def tokens(self, plan: Plan) -> float:
         """Expected tokens of a round."""
@@ -81,8 +88,10 @@ class CostModel:
         together = self._acceptance(drafts).cumprod(0).sum().item()
         return (2.0 if plan.kind == "assd" else 1.0) + together
 
-    def tokens_per_second(self, plan: Plan) -> float:
-        return self.tokens(plan) / self.seconds[plan]
+    def _loss(self, plan: Plan) -> float:
+        """Seconds that a round of `plan` is expected to take beyond those of as many tokens by sequential rounds."""
+        step, seen = median(self.seconds[SEQUENTIAL]), self.seconds[plan]
+        return (median(seen) if seen else (_FIRST_PRICE + plan.k) * step) - self.tokens(plan) * step
 
     def _acceptance(self, drafts: int) -> Tensor:
         missing = drafts - len(self.tried)

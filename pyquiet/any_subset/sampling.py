@@ -183,7 +183,7 @@ def _by_time(session: Session, model: Any, method: str) -> Taken:
         if rounds and not done.opens:
             costs.observe(plan, seconds, decided, done.tried, done.kept)
         else:  # it read the prompt, or drafted for the next
-            costs.charge(seconds, decided)
+            costs.charge(plan, seconds, decided)
         rounds.append((plan, done))
     return rounds
 

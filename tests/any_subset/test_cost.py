@@ -45,9 +45,10 @@ def test_never_much_slower_than_sequential(tokens, acceptance):
 @pytest.mark.parametrize("acceptance", [lambda d: 0.9, lambda d: 0.5])
 def test_what_pays_is_found_and_kept(acceptance):
     spent, used, costs = simulate(cheap, acceptance, 2000)
-    best = max(PLANS, key=lambda plan: costs.tokens(plan) / cheap(plan))
-    assert costs.tokens(best) / cheap(best) > 1.2
-    assert used[best] > 1000
+    rates = {plan: costs.tokens(plan) / cheap(plan) for plan in PLANS}
+    best = max(PLANS, key=rates.__getitem__)
+    assert rates[best] > 1.2
+    assert sum(used.get(plan, 0) for plan in PLANS if rates[plan] > 0.95 * rates[best]) > 1000
     again, _, _ = simulate(cheap, acceptance, 100, costs)  # what was learned serves the next text
     assert again < 1.15 * 1.05 * 100 * cheap(best) / costs.tokens(best)
     assert spent < 2000
