@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "draft_verification/binding.hpp"
+#include "draft_verification/cuda.hpp"
 #include "thought_attention/binding.hpp"
 #include "thought_attention/cuda.hpp"
 
@@ -109,6 +111,45 @@ bool thought_attention_backward(py::handle query, py::handle text_key, py::handl
          backward_as<Float16>(a, saved, gradients, workspace, stream);
 }
 
+template <class E>
+bool verify_as(const VerificationArguments& arguments, py::handle workspace, uintptr_t stream) {
+  DraftVerification<E> a;
+  View<float, 1> space;
+  if (!read_verification(arguments, Device::cuda, a) || !read_tensor(workspace, space, Device::cuda)) return false;
+  const auto [B, rows, V] = a.target.shape;
+  if (!has_shape(space, {verify_draft_workspace(B, a.draft_tokens.shape[1], rows, V)})) return false;
+  check_current_gpu(arguments.target);
+  py::gil_scoped_release release;
+  check(verify_draft_cuda<E>(a, space.data, reinterpret_cast<void*>(stream)));
+  return true;
+}
+
+// Faults are in `fault` once the device has come to it.
+bool verify_draft(py::handle target, py::handle draft, py::handle draft_tokens, py::handle draft_lse, py::handle banned,
+                  py::handle lengths, py::handle sequence, py::handle position, py::handle step, py::handle index,
+                  const std::array<int64_t, 4>& words, int64_t seed, double temperature, double draft_temperature,
+                  py::handle top_k, py::handle top_p, bool first_is_exact, bool gumbel, bool deterministic,
+                  py::handle tokens, py::handle count, py::handle accepted, py::handle log_probs, py::handle bonus,
+                  py::handle fault, py::handle workspace, uintptr_t stream) {
+  if (!share_a_gpu(std::array{target, draft, draft_tokens, draft_lse, banned, lengths, sequence, position, step, index,
+                              tokens, count, accepted, log_probs, bonus, fault, workspace}))
+    return false;
+  const VerificationArguments a{target,
+                                draft,
+                                draft_tokens,
+                                draft_lse,
+                                lengths,
+                                {{sequence, position, step, index}, words, static_cast<uint64_t>(seed), 0},
+                                {banned, temperature, top_k, top_p},
+                                draft_temperature,
+                                first_is_exact,
+                                gumbel,
+                                deterministic,
+                                {tokens, count, accepted, log_probs, bonus, fault}};
+  return verify_as<float>(a, workspace, stream) || verify_as<BFloat16>(a, workspace, stream) ||
+         verify_as<Float16>(a, workspace, stream);
+}
+
 std::vector<std::string> architectures() { return {PYQUIET_CUDA_ARCHITECTURES}; }
 
 // 13000 is CUDA 13.0; 0 is no driver.
@@ -145,4 +186,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("thought_attention", &thought_attention);
   m.def("thought_attention_backward", &thought_attention_backward);
   m.def("thought_attention_backward_workspace", &thought_attention_backward_workspace, "How many floats it needs.");
+  m.def("verify_draft", &verify_draft);
+  m.def("verify_draft_workspace", &verify_draft_workspace, "How many floats it needs.");
 }

@@ -25,7 +25,7 @@ Rows<T> rows(const View<T, N>& view) {
 int64_t chunks_of(int64_t V) { return (V + kChunk - 1) / kChunk; }
 
 template <class E>
-Verify<E> unpack(const DraftVerification<E>& from, void* workspace) {
+Verify<E> unpack(const DraftVerification<E>& from, float* workspace) {
   Verify<E> a{};
   a.target = rows(from.target);
   a.draft = rows(from.draft);
@@ -60,7 +60,7 @@ Verify<E> unpack(const DraftVerification<E>& from, void* workspace) {
   a.exact = filtered || a.deterministic;
   a.partial = !a.rejection || !a.exact;
   a.reads_draft = a.rejection && from.draft && (a.exact || a.greedy[1] || !from.draft_lse);
-  a.partials = static_cast<Partial*>(workspace);
+  a.partials = reinterpret_cast<Partial*>(workspace);
   a.exacts = reinterpret_cast<Exact*>(a.partials + B * a.slots * a.chunks);
   a.weights = a.exacts + B * a.slots;
   a.arrived = reinterpret_cast<uint32_t*>(static_cast<ChunkWeight<double>*>(a.weights) + B * a.chunks);
@@ -86,18 +86,18 @@ int run(const Verify<E>& a, int64_t B, void* stream) {
 int64_t verify_draft_workspace(int64_t B, int64_t k, int64_t rows, int64_t V) {
   static_assert(sizeof(ChunkWeight<double>) == sizeof(ChunkWeight<uint64_t>), "one space for both");
   const int64_t slots = rows + k, chunks = chunks_of(V);
-  return B *
-         (slots * (chunks * sizeof(Partial) + sizeof(Exact)) + chunks * sizeof(ChunkWeight<double>) + sizeof(uint32_t));
+  const int64_t sequence = slots * (chunks * sizeof(Partial) + sizeof(Exact)) + chunks * sizeof(ChunkWeight<double>);
+  return B * (sequence + sizeof(uint32_t)) / sizeof(float);
 }
 
 template <class E>
-int verify_draft_cuda(const DraftVerification<E>& a, void* workspace, void* stream) {
+int verify_draft_cuda(const DraftVerification<E>& a, float* workspace, void* stream) {
   if (a.target.shape[2] < 1 || a.target.shape[2] > 1 << 24) return kInvalidValue;
   return run(unpack(a, workspace), a.target.shape[0], stream);
 }
 
-template int verify_draft_cuda(const DraftVerification<float>&, void*, void*);
-template int verify_draft_cuda(const DraftVerification<BFloat16>&, void*, void*);
-template int verify_draft_cuda(const DraftVerification<Float16>&, void*, void*);
+template int verify_draft_cuda(const DraftVerification<float>&, float*, void*);
+template int verify_draft_cuda(const DraftVerification<BFloat16>&, float*, void*);
+template int verify_draft_cuda(const DraftVerification<Float16>&, float*, void*);
 
 }  // namespace pyquiet

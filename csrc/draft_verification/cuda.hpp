@@ -10,10 +10,10 @@
 
 namespace pyquiet {
 
-// Bytes of scratch memory, 16-byte aligned, for `rows` (k or k + 1) rows of the target.
+// Floats of scratch memory, 16-byte aligned, for `rows` (k or k + 1) rows of the target.
 int64_t verify_draft_workspace(int64_t B, int64_t k, int64_t rows, int64_t V);
 
 template <class E>
-int verify_draft_cuda(const DraftVerification<E>& a, void* workspace, void* stream);
+int verify_draft_cuda(const DraftVerification<E>& a, float* workspace, void* stream);
 
 }  // namespace pyquiet

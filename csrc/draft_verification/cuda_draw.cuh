@@ -90,7 +90,9 @@ PYQUIET_DEVICE bool accepted(const Verify<E>& a, int64_t b, int64_t j, int64_t d
   if (a.deterministic) {
     accepted = accepts_fixed(u, fixed(step.q, score, d), fixed(step.p, own, d));
   } else if (by_lse) {
-    accepted = accepts(u, log_q, step.p.greedy ? 0.0f : own - *a.draft_lse.at(b, j));
+    const float log_p = step.p.greedy ? 0.0f : own - *a.draft_lse.at(b, j);
+    accepted = accepts(u, log_q, log_p);
+    if (log_p != log_p) step.fault = 2;
   } else {
     accepted = accepts(u, log_q, log_probability(step.p, own, d));
   }

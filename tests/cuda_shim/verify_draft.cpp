@@ -89,7 +89,7 @@ int run(Tensors& t) {
   a.gumbel = options[8] != 0;
   a.deterministic = options[9] != 0;
   const auto [B, rows, V] = a.target.shape;
-  std::vector<char> workspace(verify_draft_workspace(B, a.draft_tokens.shape[1], rows, V), '\xff');
+  std::vector<float> workspace(verify_draft_workspace(B, a.draft_tokens.shape[1], rows, V), NAN);
   return verify_draft_cuda(a, workspace.data(), nullptr);
 }
 
