@@ -35,10 +35,14 @@ class Cache:
 
 
 class Engine(ABC):
-    """A model that gives the law of any position, given any set of others. Implement the first five members."""
+    """A model that gives the law of any position, given any set of others.
+
+    Implement `start`, `rows` and `head`, and set `vocab_size`, `device` and, if logits are float64, `dtype`.
+    """
 
     vocab_size: int
     device: torch.device
+    dtype: torch.dtype = torch.float32  # of logits
 
     @abstractmethod
     def start(self, order: Tensor, prompt: Tensor) -> Any:
@@ -56,7 +60,7 @@ class Engine(ABC):
 
     @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V], float32 (float64 for a float64 model), of hidden rows [..., d]."""
+        """Logits [..., V] in `dtype` of hidden rows [..., d]."""
 
     def forward(self, cache: Cache, tokens: Tensor, until: Tensor, ranks: Tensor, sees: Tensor) -> Tensor:
         """One call: content rows up to rank `until` [B], and the hidden rows [B, Q, d] of the queries.

@@ -219,7 +219,7 @@ class Session:
         drawn: dict[int, Drawn] = {}
 
         def draw_one(logits: Tensor, j: int) -> Tensor:
-            drawn[j] = self._draw(logits[:, None], ranks[:, j : j + 1], Purpose.DRAFT)
+            drawn[j] = self._draw(logits[:, None].to(self.engine.dtype), ranks[:, j : j + 1], Purpose.DRAFT)
             return drawn[j].tokens[:, 0]
 
         known = torch.zeros(self.tokens.shape, dtype=torch.bool)
@@ -228,7 +228,7 @@ class Session:
         places = places.masked_fill(places == self.order.shape[1], -1)
         answer = drafter(Context(self.tokens, known.to(places.device), places, draw_one))
         self.drafter_calls[self.rows] += self.live
-        logits = answer[1] if isinstance(answer, tuple) else answer
+        logits = (answer[1] if isinstance(answer, tuple) else answer).to(self.engine.dtype)
         shape = (*ranks.shape, self.engine.vocab_size)
         if logits.shape != shape:
             raise ValueError(

@@ -73,12 +73,15 @@ class XLNetEngine(Engine):
     def device(self) -> torch.device:  # type: ignore[override]  # the model may be moved
         return self.base.mask_emb.device  # type: ignore[no-any-return]
 
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return torch.promote_types(self.base.mask_emb.dtype, torch.float32)
+
     def start(self, order: Tensor, prompt: Tensor) -> XLNetCache:
         return XLNetCache(self, order, prompt)
 
     def head(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.model.lm_loss(hidden)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return self.model.lm_loss(hidden).to(self.dtype)  # type: ignore[no-any-return]
 
     def rows(
         self,
@@ -166,7 +169,8 @@ class XLNetEngine(Engine):
 
 def _biases(attention: Any) -> Tensor:
     """What is added to scaled queries [B, H, R, D] that meet keys, and to those that meet differences: [2, 1, H, 1, D]."""
-    return torch.stack([attention.r_w_bias, attention.r_r_bias])[:, None, :, None] * attention.scale
+    biases: Tensor = torch.stack([attention.r_w_bias, attention.r_r_bias])[:, None, :, None] * attention.scale
+    return biases
 
 
 def _empty(sees: Tensor) -> Tensor | None:
