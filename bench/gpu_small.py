@@ -5,6 +5,7 @@ Inputs are made, and results compared, on the CPU, so that hardly another kernel
 
 import torch
 
+from .bench_verify_draft_gpu import METHODS, Problem, check
 from .thought_attention_baselines import eager_results, kernel
 from .thought_attention_problem import Shape, make_problem, training_of
 
@@ -20,6 +21,10 @@ def main(device: str = "cuda") -> None:
             run, unpack = training_of(kernel, inputs, problem.d_out.to(device))
             problem.error([x.cpu() for x in unpack(run())])
             print(f"{shape.name} {dtype}: right")
+        given = Problem.make(8, 3, 5003, dtype, "cpu")
+        for method in ("pyquiet", "pyquiet draft_lse"):
+            check(given, METHODS[method](given.to(device)), method)
+        print(f"draft verification {dtype}: right")
 
 
 if __name__ == "__main__":

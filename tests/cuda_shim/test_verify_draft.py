@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pyquiet import native
-from pyquiet.kernels import verify_draft
+from pyquiet.kernels import Verification, verify_draft
 from pyquiet.kernels.draft_verification import Arguments, reference
 from pyquiet.randomness import Purpose, Stream, draw
 
@@ -162,6 +162,17 @@ def test_kernels_equal_float64(driver, case, dtype):
     check(driver, a._replace(draft_logits=None) if "draft_logits" in case else a)
 
 
+def public(a: Arguments) -> Verification:
+    """What `verify_draft` returns, wherever the tensors are."""
+    options = {name: getattr(a, name) for name in ("draft_lse", "banned", "lengths", "temperature", "top_k", "top_p")}
+    options |= {name: getattr(a, name) for name in ("draft_temperature", "first_is_exact", "deterministic")}
+    stream = Stream(
+        a.seed, sequence=a.stream_sequence, position=a.stream_position, step=a.stream_words[2], index=a.stream_words[3]
+    )
+    coupling = "gumbel" if a.gumbel else "rejection"
+    return verify_draft(*a[:3], stream=stream, coupling=coupling, **options)
+
+
 @pytest.mark.skipif(not hasattr(native.cpu, "verify_draft"), reason="needs the native kernel of the CPU")
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize(
@@ -169,17 +180,9 @@ def test_kernels_equal_float64(driver, case, dtype):
 )
 def test_deterministic_tokens_are_those_of_the_cpu(driver, case, dtype):
     a = make(10, 2, 70, dtype=dtype, deterministic=True, apart=1.5, **case)
-    there, here = run(driver, a), native_cpu(a)
+    there, here = run(driver, a), public(a)
     for x, y in zip(there[:3], (here.tokens, here.count, here.accepted), strict=True):
         assert torch.equal(x, y)
-
-
-def native_cpu(a: Arguments):
-    options = {name: getattr(a, name) for name in ("draft_lse", "banned", "lengths", "temperature", "top_k", "top_p")}
-    options |= {name: getattr(a, name) for name in ("draft_temperature", "first_is_exact", "deterministic")}
-    stream = Stream(a.seed, position=a.stream_position, step=a.stream_words[2], index=a.stream_words[3])
-    coupling = "gumbel" if a.gumbel else "rejection"
-    return verify_draft(*a[:3], stream=stream, coupling=coupling, **options)
 
 
 def test_tokens_follow_the_target(driver):
