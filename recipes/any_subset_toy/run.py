@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import windows
+from stdlib_bytes import windows
 from torch import Tensor
 from transformers import XLNetConfig, XLNetLMHeadModel, set_seed
 
@@ -25,7 +25,7 @@ SAMPLERS = (("assd", 3), ("assd", 5), ("assd", 8), ("one_call", 1), ("one_call",
 
 @dataclass(frozen=True)
 class Variant:
-    """A weight of the draft loss, and the steps that took about 420 s of one core."""
+    """A weight of the draft loss, and the steps that took some 420 s of one core, or fewer."""
 
     draft_weight: float
     steps: int
