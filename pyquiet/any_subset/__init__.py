@@ -1,5 +1,6 @@
 """Any-subset autoregressive models: a text filled in any order, exactly and in parallel (arXiv 2504.20456)."""
 
+from pyquiet.any_subset.conversion import load_released
 from pyquiet.any_subset.drafting import Context, ngram_drafter
 from pyquiet.any_subset.engine import Cache, Engine, as_engine
 from pyquiet.any_subset.generation import generate
@@ -16,6 +17,7 @@ __all__ = [
     "generate",
     "infill",
     "joint_log_prob",
+    "load_released",
     "marginals",
     "ngram_drafter",
     "order_from_mask",

@@ -5,14 +5,16 @@ import sys
 from collections.abc import Sequence
 
 from pyquiet import __version__
-from pyquiet.cli import doctor, evaluate, think, train
+from pyquiet.cli import doctor, evaluate, infill, think, train
 
-COMMANDS = (think, train, evaluate, doctor)
+COMMANDS = (think, infill, train, evaluate, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. Bad input is one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(prog="pyquiet", description="Language models that think before they speak.")
+    parser = argparse.ArgumentParser(
+        prog="pyquiet", description="Language models that think before they speak and fill in any order."
+    )
     parser.add_argument("--version", action="version", version=f"pyquiet {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:

@@ -1,9 +1,10 @@
-"""`pyquiet evaluate`: what a model's thoughts are worth, token by token or question by question."""
+"""`pyquiet evaluate`: what a model's thoughts are worth, by token or question, and how it fills in."""
 
 import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from pyquiet.cli import evaluate_infilling
 from pyquiet.cli.think import MODEL_HELP, load_thinker, usable_device
 
 if TYPE_CHECKING:
@@ -14,11 +15,14 @@ if TYPE_CHECKING:
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
-        "evaluate", help="measure what thoughts are worth", description="Measure what a model's thoughts are worth."
+        "evaluate",
+        help="measure what thoughts are worth, or how gaps are filled",
+        description="Measure what a model's thoughts are worth, or how well it fills gaps and what that takes.",
     )
     measures = parser.add_subparsers(title="measures", metavar="MEASURE", required=True)
     _add_thoughts(measures)
     _add_answers(measures)
+    evaluate_infilling.add_parser(measures)
 
 
 def _add_thoughts(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -1,8 +1,11 @@
-"""What models are worth: gains by difficulty, direct answers, majority votes."""
+"""What models are worth: gains by difficulty, direct answers, majority votes, and how well gaps are filled."""
 
 from pyquiet.evaluation.answers import AnswerScores, DirectAnswers, direct_answers
+from pyquiet.evaluation.code_infilling import CodeProblem, infill_code, read_code_problems
 from pyquiet.evaluation.difficulty import DifficultyTable, TokenGains, gain_by_decile, thinking_gains
 from pyquiet.evaluation.estimates import Estimate
+from pyquiet.evaluation.generative import GenerativeTable, generative_table, histogram_entropy, judged_perplexity
+from pyquiet.evaluation.infilling import InfillingScores, infill_stories, read_stories
 from pyquiet.evaluation.prompts import opening_ids, token_ids
 from pyquiet.evaluation.tasks import DIGITS, LETTERS, TASKS, AnswerItem, read_commonsenseqa, read_gsm8k
 from pyquiet.evaluation.voting import MajorityVote, first_integer, majority, majority_vote
@@ -13,19 +16,29 @@ __all__ = [
     "TASKS",
     "AnswerItem",
     "AnswerScores",
+    "CodeProblem",
     "DifficultyTable",
     "DirectAnswers",
     "Estimate",
+    "GenerativeTable",
+    "InfillingScores",
     "MajorityVote",
     "TokenGains",
     "direct_answers",
     "first_integer",
     "gain_by_decile",
+    "generative_table",
+    "histogram_entropy",
+    "infill_code",
+    "infill_stories",
+    "judged_perplexity",
     "majority",
     "majority_vote",
     "opening_ids",
+    "read_code_problems",
     "read_commonsenseqa",
     "read_gsm8k",
+    "read_stories",
     "thinking_gains",
     "token_ids",
 ]

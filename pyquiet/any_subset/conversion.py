@@ -1,0 +1,147 @@
+"""Checkpoints of the released any-subset models (arXiv 2504.20456), and the white space of their code model.
+
+They are plain weights of transformers' XLNetLMHeadModel, whose head is tied to the embeddings.
+"""
+
+import json
+import os
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, XLNetConfig, XLNetLMHeadModel
+
+_PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile and wrappers
+_EMBEDDING = "transformer.word_embedding.weight"
+# In the order in which they are replaced: three spaces are two and one when their turn comes, as in the release.
+_WHITE_SPACE = {"\n": "cls_token", "\t": "sep_token", "  ": "unk_token", "   ": "pad_token"}
+
+
+def load_released(
+    path: str | os.PathLike[str],
+    config: XLNetConfig | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> XLNetLMHeadModel:
+    """An XLNetLMHeadModel, in eval mode, from a Hugging Face folder or from a file of its state dict.
+
+    Args:
+        path: a folder with config.json and weights; or a .safetensors, .bin or .pt file of tensors by name, read with
+            `weights_only=True`, whose names may begin with "module.", "_orig_mod." or "model.".
+        config: of a file; None takes the config.json beside it or, without one, the sizes that the tensors have and
+            XLNet's defaults for what they do not tell: GELU, no clamp_len, layer_norm_eps 1e-12.
+        dtype: None is that of the weights.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: keys are missing or unexpected, a shape is wrong, or it is another model; the message names it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"path {path} has no config.json: give a model's folder, or the file of its weights"
+            )
+        return _loaded(path, path, config=_config(path / "config.json"), dtype=dtype or "auto")
+    if not path.is_file():
+        raise FileNotFoundError(f"path {path}: there is neither a model's folder nor a file of weights")
+    weights = {_bare(key): value for key, value in _read(path).items()}
+    beside = path.with_name("config.json")
+    if config is None:
+        config = _config(beside) if beside.is_file() else _inferred(weights, path)
+    return _loaded(None, path, config=config, dtype=dtype or weights[_EMBEDDING].dtype, state_dict=weights)
+
+
+def drops_white_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether newlines are lost on this tokenizer, as on XLNet's, so that code goes through `encode_code`."""
+    return "\n" not in tokenizer.decode(tokenizer("a\nb", add_special_tokens=False)["input_ids"])
+
+
+def encode_code(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of code whose newlines, tabs and pairs of spaces are written <cls>, <sep> and <unk>, as in the release.
+
+    Raises:
+        ValueError: the tokenizer lacks one of these tokens.
+    """
+    for space, name in _WHITE_SPACE.items():
+        if getattr(tokenizer, name) is None:
+            raise ValueError(f"tokenizer has no {name}, by which code is written; take XLNet's, or leave code=True out")
+        text = text.replace(space, getattr(tokenizer, name))
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def decode_code(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The code that ids say; <pad> is three spaces.
+
+    Behind one of the four tokens XLNet's tokenizer begins a word whether the text has a space there or not: none is
+    read. So an odd number of spaces at the beginning of a line comes back as one less.
+    """
+    spaces = {getattr(tokenizer, f"{name}_id"): space for space, name in _WHITE_SPACE.items()}
+    text, opens = "", True
+    for token, piece in zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True):
+        written = spaces.get(token) or piece.replace("\u2581", " ")
+        text += written[1:] if opens and token not in spaces and written[0] == " " else written
+        opens = token in spaces
+    return text
+
+
+def _loaded(folder: Path | None, path: Path, **options: Any) -> XLNetLMHeadModel:
+    options |= {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, info = XLNetLMHeadModel.from_pretrained(folder, **options)
+    except SafetensorError as error:
+        raise ValueError(f"path {path}: its weights cannot be read ({error}); copy the model anew") from None
+    wrong = [f"{key} of shape {list(found)}, not {list(told)}," for key, found, told in info["mismatched_keys"]]
+    _check_names("lacks", info["missing_keys"], path)
+    _check_names("has unexpected keys,", info["unexpected_keys"], path)
+    _check_names("has", wrong, path)
+    # Some of XLNet's parameters are made in float32 whatever is asked for.
+    released: XLNetLMHeadModel = model.to(model.transformer.word_embedding.weight.dtype)
+    return released.eval()
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"path {path}: no weights can be read from it ({str(error).partition(chr(10))[0]})") from None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"path {path} must hold tensors by name, the state dict alone; save model.state_dict()")
+    return weights
+
+
+def _bare(key: str) -> str:
+    for prefix in _PREFIXES:
+        if key.startswith(prefix):
+            return _bare(key.removeprefix(prefix))
+    return key
+
+
+def _config(file: Path) -> XLNetConfig:
+    config = json.loads(file.read_text())
+    if (kind := config.get("model_type")) != "xlnet":
+        raise ValueError(f"{file}: the model is of type {kind!r}; to fill in any order it must be an XLNet")
+    return XLNetConfig(**config)
+
+
+def _inferred(weights: Mapping[str, Tensor], path: Path) -> XLNetConfig:
+    """The sizes of the tensors: embedding [V, d], queries [d, H, d / H], MLP [d_inner, d]."""
+    query, inner = "transformer.layer.0.rel_attn.q", "transformer.layer.0.ff.layer_1.weight"
+    _check_names("lacks", [key for key in (_EMBEDDING, query, inner) if key not in weights], path)
+    layers = {key.split(".")[2] for key in weights if key.startswith("transformer.layer.")}
+    vocabulary, width = weights[_EMBEDDING].shape
+    heads, d_inner = weights[query].shape[1], weights[inner].shape[0]
+    return XLNetConfig(vocab_size=vocabulary, d_model=width, n_layer=len(layers), n_head=heads, d_inner=d_inner)
+
+
+def _check_names(what: str, names: Iterable[str], path: Path) -> None:
+    if names := sorted(names):
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise ValueError(f"path {path} {what} {some}: it is no whole state dict of this XLNetLMHeadModel")
