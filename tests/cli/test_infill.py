@@ -247,3 +247,12 @@ def test_errors_of_evaluation(folder, capsys, arguments, named):
     assert last.startswith("pyquiet: error: ")
     assert named in last
     assert captured.out == ""
+
+
+def test_the_embedded_model_is_the_default(capsys):
+    arguments = ["--text", "Once upon a time there was a little ___2___.", "--temperature", "0"]
+    assert main(["infill", *arguments]) == 0
+    text = capsys.readouterr().out
+    assert main(["infill", *arguments, "--model", "tiny-any-subset"]) == 0
+    assert capsys.readouterr().out.split("\n")[0] == text.split("\n")[0]
+    assert text.startswith("Once upon a time there was a little [")
