@@ -17,18 +17,18 @@ class Context:
         tokens: int64 [b, N]; only those at `known` positions mean anything.
         known: bool [b, N], the decided positions.
         positions: int64 [b, k] of the drafts, in the order of filling; -1: none, in a text that ends before.
-        draw: (logits [b, V], j) -> tokens int64 [b], the j-th drafts drawn from them under the law's processing.
+        draw: logits [b, V] -> tokens int64 [b], the next drafts, drawn from them under the law's processing.
     """
 
     tokens: Tensor
     known: Tensor
     positions: Tensor
-    draw: Callable[[Tensor, int], Tensor]
+    draw: Callable[[Tensor], Tensor]
 
 
-# Logits [b, k, V], from which the drafts are then drawn independently; or the tokens [b, k] that it drew by
-# `context.draw`, each perhaps with a look at those before it, and the logits that each was drawn from.
-Drafter = Callable[[Context], Tensor | tuple[Tensor, Tensor]]
+# Returns logits [b, k, V], from which the drafts are then drawn independently; or None, having drawn all k with
+# `context.draw`, each perhaps with a look at those before it.
+Drafter = Callable[[Context], Tensor | None]
 
 
 def ngram_drafter(vocab_size: int, banned: Tensor | None = None) -> Drafter:
@@ -37,21 +37,17 @@ def ngram_drafter(vocab_size: int, banned: Tensor | None = None) -> Drafter:
     The left neighbour may be a draft itself. With nothing known, or nothing that is not `banned`, all tokens are equal.
     """
 
-    def draft(context: Context) -> tuple[Tensor, Tensor]:
+    def draft(context: Context) -> None:
         tokens, known = context.tokens, context.known
         follows = known[:, 1:] & known[:, :-1]
         single = _counts(tokens, known, vocab_size, banned)
-        filled, drawn, laws = tokens.masked_fill(~known, -1), [], []
-        for j in range(context.positions.shape[1]):
-            place = context.positions[:, j, None].clamp(min=0)
+        filled = tokens.masked_fill(~known, -1)
+        for place in context.positions.clamp(min=0).split(1, 1):
             left = filled.gather(1, (place - 1).clamp(min=0)).masked_fill(place == 0, -1)
             pair = _counts(tokens[:, 1:], follows & (tokens[:, :-1] == left), vocab_size, banned)
             law = torch.where(pair.any(1, keepdim=True), pair, single)
             law = torch.where(law.any(1, keepdim=True), law, 1).log()
-            laws.append(law)
-            drawn.append(context.draw(law, j))
-            filled = filled.scatter(1, place, drawn[-1][:, None])
-        return torch.stack(drawn, 1), torch.stack(laws, 1)
+            filled = filled.scatter(1, place, context.draw(law)[:, None])
 
     return draft
 

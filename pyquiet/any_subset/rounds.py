@@ -216,34 +216,42 @@ class Session:
 
     def _ask(self, drafter: Drafter, ranks: Tensor) -> Draft:
         """The drafts of a drafter; those that it does not draw itself are drawn from its logits."""
-        drawn: dict[int, Drawn] = {}
+        parts: list[Draft] = []
+        width, dtype = ranks.shape[1], self.engine.dtype
 
-        def draw_one(logits: Tensor, j: int) -> Tensor:
-            drawn[j] = self._draw(logits[:, None].to(self.engine.dtype), ranks[:, j : j + 1], Purpose.DRAFT)
-            return drawn[j].tokens[:, 0]
+        def draw_next(logits: Tensor) -> Tensor:
+            parts.append(self._drafted_by(logits[:, None].to(dtype), ranks[:, len(parts) : len(parts) + 1]))
+            return parts[-1].tokens[:, 0]
 
         known = torch.zeros(self.tokens.shape, dtype=torch.bool)
         known.scatter_(1, self.order, torch.arange(self.order.shape[1]) < self.known[:, None])
         places = self._places(ranks)
         places = places.masked_fill(places == self.order.shape[1], -1)
-        answer = drafter(Context(self.tokens, known.to(places.device), places, draw_one))
+        logits = drafter(Context(self.tokens, known.to(places.device), places, draw_next))
         self.drafter_calls[self.rows] += self.live
-        logits = (answer[1] if isinstance(answer, tuple) else answer).to(self.engine.dtype)
+        if len(parts) != (width if logits is None else 0):
+            raise ValueError(
+                f"method: the drafter drew {len(parts)} drafts and returned {type(logits).__name__}; it must return "
+                f"logits, or draw all {width} with context.draw and return None"
+            )
+        if logits is None:
+            tokens, laws, lse = (
+                torch.cat([getattr(p, name) for p in parts], 1) for name in ("tokens", "logits", "lse")
+            )
+            return Draft(ranks, tokens, laws, lse)
+        return self._drafted_by(logits.to(dtype), ranks)
+
+    def _drafted_by(self, logits: Tensor, ranks: Tensor) -> Draft:
+        """Drafts from a drafter's logits; what is wrong with them is the drafter's fault."""
         shape = (*ranks.shape, self.engine.vocab_size)
         if logits.shape != shape:
             raise ValueError(
-                f"method: the drafter returned logits of shape {list(logits.shape)}; they must be [b, k, V] = "
-                f"{list(shape)}"
+                f"method: the drafter gave logits of shape {list(logits.shape)}; for this draw they must be {list(shape)}"
             )
-        if not isinstance(answer, tuple):
+        try:
             return self._draft(logits, ranks)[0]
-        if len(drawn) != ranks.shape[1]:
-            raise ValueError(
-                f"method: the drafter returned tokens but drew {len(drawn)} of {ranks.shape[1]} with context.draw; the "
-                "draws must come from there, so that they follow the processing and the seed"
-            )
-        lse = torch.cat([drawn[j].lse for j in range(ranks.shape[1])], 1)
-        return Draft(ranks, answer[0], logits, lse)
+        except ValueError as error:
+            raise ValueError(f"method: nothing can be drawn from the drafter's logits: {error}") from error
 
     def _filled(self, draft: Draft) -> Tensor:
         """The tokens with the drafts in their places."""

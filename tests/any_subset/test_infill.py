@@ -124,15 +124,10 @@ def test_drafts_may_look_at_those_before_them(model, ids, mask):
     seen = []
 
     def chain(context):
-        tokens, laws = [], []
-        for j in range(context.positions.shape[1]):
-            law = torch.zeros(len(ids), V)
-            if tokens:
-                law.scatter_(1, tokens[-1][:, None], 3.0)
-            laws.append(law[: len(context.tokens)])
-            tokens.append(context.draw(laws[-1], j))
+        law = torch.zeros(len(context.tokens), V)
+        for _ in range(context.positions.shape[1]):
+            law = torch.zeros_like(law).scatter_(1, context.draw(law)[:, None], 3.0)
         seen.append(context)
-        return torch.stack(tokens, 1), torch.stack(laws, 1)
 
     exact = pyquiet.infill(model, ids, mask=mask, method="sequential", seed=2, coupling="gumbel")
     out = pyquiet.infill(model, ids, mask=mask, method=chain, k=3, seed=2, coupling="gumbel")
@@ -193,6 +188,8 @@ GOOD = {"mask": torch.ones(2, 3, dtype=torch.bool)}
         ({"order": torch.zeros(2, 3, dtype=torch.int64)}, "order"),
         ({"seed": 2**64}, "seed"),
         ({"method": lambda context: torch.zeros(1)}, "method"),
+        ({"method": lambda context: None}, "method"),
+        ({"method": lambda context: torch.full((*context.positions.shape, V), -torch.inf)}, "method"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

@@ -26,10 +26,11 @@ class ContraryEngine(TabularEngine):
 def stubborn_drafter(vocab_size: int):
     """Sure of one token by position and number of known tokens, whatever the model thinks."""
 
-    def draft(context: Context) -> tuple[Tensor, Tensor]:
+    def draft(context: Context) -> None:
         token = (3 * context.positions + context.known.sum(1, keepdim=True)) % vocab_size
         logits = torch.full((*token.shape, vocab_size), -torch.inf).scatter(-1, token[..., None], 0.0)
-        return torch.stack([context.draw(logits[:, j], j) for j in range(token.shape[1])], 1), logits
+        for j in range(token.shape[1]):
+            context.draw(logits[:, j])
 
     return draft
 
