@@ -12,6 +12,8 @@ from pyquiet.zoo import load
 
 __version__ = "0.1.0"
 __all__ = [
+    "AnySubsetTrainer",
+    "AnySubsetTrainingArguments",
     "NextTokenTrainer",
     "NextTokenTrainingArguments",
     "QuietStarConfig",
@@ -29,5 +31,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(quiet_star, name)
+        return getattr(any_subset if name in any_subset.__all__ else quiet_star, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

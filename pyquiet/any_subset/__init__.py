@@ -1,5 +1,8 @@
 """Any-subset autoregressive models: a text filled in any order, exactly and in parallel (arXiv 2504.20456)."""
 
+from importlib import import_module
+from typing import Any
+
 from pyquiet.any_subset.conversion import load_released
 from pyquiet.any_subset.drafting import Context, ngram_drafter
 from pyquiet.any_subset.engine import Cache, Engine, as_engine
@@ -9,10 +12,13 @@ from pyquiet.any_subset.order import order_from_mask
 from pyquiet.any_subset.sampling import Infilling, infill
 
 __all__ = [
+    "AnySubsetTrainer",
+    "AnySubsetTrainingArguments",
     "Cache",
     "Context",
     "Engine",
     "Infilling",
+    "any_subset_loss",
     "as_engine",
     "generate",
     "infill",
@@ -22,3 +28,16 @@ __all__ = [
     "ngram_drafter",
     "order_from_mask",
 ]
+
+_TRAINING = {
+    "AnySubsetTrainer": "trainer",
+    "AnySubsetTrainingArguments": "arguments",
+    "any_subset_loss": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """What training needs, imported when it is asked for: transformers' Trainer brings accelerate and more along."""
+    if name not in _TRAINING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_TRAINING[name]}"), name)

@@ -36,7 +36,7 @@ def read_inputs(
     mask_name: str = "known",
     filled: bool = False,
 ) -> Inputs:
-    """The orders of a batch, checked. `mask_name` is what the caller calls the mask; of `filled` texts all tokens count.
+    """The orders of a batch, checked; of `filled` texts all tokens. `mask_name` is what the caller calls the mask.
 
     Raises:
         TypeError, ValueError: an argument does not fit the others; a given token is outside the vocabulary.

@@ -246,7 +246,7 @@ class Session:
         shape = (*ranks.shape, self.engine.vocab_size)
         if logits.shape != shape:
             raise ValueError(
-                f"method: the drafter gave logits of shape {list(logits.shape)}; for this draw they must be {list(shape)}"
+                f"method: the drafter gave logits of shape {list(logits.shape)}; here they must be {list(shape)}"
             )
         try:
             return self._draft(logits, ranks)[0]

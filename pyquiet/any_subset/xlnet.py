@@ -168,7 +168,7 @@ class XLNetEngine(Engine):
 
 
 def _biases(attention: Any) -> Tensor:
-    """What is added to scaled queries [B, H, R, D] that meet keys, and to those that meet differences: [2, 1, H, 1, D]."""
+    """What is added to scaled queries [B, H, R, D] that meet keys, and that meet differences, [2, 1, H, 1, D]."""
     biases: Tensor = torch.stack([attention.r_w_bias, attention.r_r_bias])[:, None, :, None] * attention.scale
     return biases
 
