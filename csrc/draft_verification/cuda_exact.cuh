@@ -112,10 +112,10 @@ __global__ void __launch_bounds__(kExactThreads, 1) exact_kernel(const __grid_co
     if (law.top_k > 0 && law.top_k < a.V)
       threshold = select<uint32_t>(a, row, static_cast<uint32_t>(law.top_k - 1), s, [](float) { return 1u; });
     if (law.top_p < 1) {
-      const float kept = threshold;
-      total = total_weight(a, row, top, kept, s.total[0]);
-      threshold = select<uint64_t>(a, row, below(total, law.top_p), s,
-                                   [&](float score) { return score < kept ? uint64_t{0} : fixed_weight(score - top); });
+      total = total_weight(a, row, top, threshold, s.total[0]);
+      // What is below the threshold of top-k comes after all that counts.
+      threshold =
+          select<uint64_t>(a, row, below(total, law.top_p), s, [&](float score) { return fixed_weight(score - top); });
     }
     if (!a.partial) total = total_weight(a, row, top, threshold, s.total[1]);
   }

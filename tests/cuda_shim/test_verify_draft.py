@@ -17,11 +17,12 @@ import torch
 from pyquiet import native
 from pyquiet.kernels import Verification, verify_draft
 from pyquiet.kernels.draft_verification import Arguments, reference
-from pyquiet.randomness import Purpose, Stream, draw
+from pyquiet.randomness import Purpose, Stream, draw, uniforms
 
 from ..chi_square import chi_square
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAN, INF, NONE = torch.nan, torch.inf, -torch.inf
 OUTPUTS = ("tokens", "count", "accepted", "log_probs", "bonus", "fault")
 
 
@@ -185,6 +186,40 @@ def test_deterministic_tokens_are_those_of_the_cpu(driver, case, dtype):
         assert torch.equal(x, y)
 
 
+def near_ties(B: int, seed: int = 2) -> Arguments:
+    """Deterministic; logits are as near as float32 comes to where an accept test, then a residual draw, changes."""
+    position = torch.arange(B) * 5
+    u = uniforms(Stream(seed, Purpose.ACCEPT, position=position), B)
+    v = uniforms(Stream(seed, Purpose.RESIDUAL, position=position + 1), B)
+    p = torch.tensor([0.0, -1.0, -1.0], dtype=torch.float64).softmax(-1)[1]
+    target, draft = torch.zeros(B, 2, 3), torch.zeros(B, 2, 3)
+    target[:, 0, 0] = (u / 2).logit()  # u / 2 = q against p = 1 / 2
+    target[:, 1, 1] = (p + v * (1 - 2 * p)).logit()  # of q - p, the share v is at id 1
+    target[:, 0, 2] = target[:, 1, 0] = draft[:, 0, 2] = NONE
+    draft[:, 1, 1:] = -1
+    a = make(B, 2, 3, bonus=False, deterministic=True, stream_position=position, stream_words=[-1, 0, 0, 0], seed=seed)
+    return a._replace(target_logits=target, draft_logits=draft, draft_tokens=torch.zeros_like(a.draft_tokens))
+
+
+@pytest.mark.skipif(not hasattr(native.cpu, "verify_draft"), reason="needs the native kernel of the CPU")
+def test_deterministic_near_ties_fall_as_on_the_cpu(driver):
+    a = near_ties(60)
+    tokens, in_floats = (run(driver, a._replace(deterministic=x))[0] for x in (True, False))
+    assert torch.equal(tokens, public(a).tokens)
+    assert (tokens != in_floats).any(dim=0)[:2].all()
+
+
+def test_a_draft_that_its_own_law_leaves_out_is_kept(driver):
+    """p(d) = 0 < q(d); with a log-sum-exp, the draft counts as kept by its law."""
+    target, draft = torch.tensor([[-9.0, -9.0, 0.0, 3.0], [1.0, 1.1, 0.9, -9.0]])
+    for options in ({}, {"deterministic": True}, {"lse": True}):
+        a = make(8, 1, 4, top_k=2, **options)
+        a.target_logits[:, 0], a.draft_logits[:] = target, draft
+        a = a._replace(draft_tokens=torch.full_like(a.draft_tokens, 2))
+        assert options.get("lse") or (run(driver, a)[2] == 1).all()
+        check(driver, a)
+
+
 def test_tokens_follow_the_target(driver):
     """The first token of many sequences with the same, expanded rows, of which the draft's have another law."""
     B = 400
@@ -220,11 +255,10 @@ def test_without_a_residual_the_target_itself_is_drawn_from(driver):
     check(driver, a)
 
 
-NAN, INF, NONE = torch.nan, torch.inf, -torch.inf
-
-
 @pytest.mark.parametrize(
-    "options", [{}, {"lse": True}, {"deterministic": True}, {"top_p": 0.9}, {"gumbel": True}], ids=name_of
+    "options",
+    [{}, {"lse": True}, {"deterministic": True}, {"top_p": 0.9}, {"top_p": 0.9, "lse": True}, {"gumbel": True}],
+    ids=name_of,
 )
 @pytest.mark.parametrize("value", [NAN, INF, NONE])
 def test_the_first_bad_row_that_is_met_is_reported(driver, options, value):

@@ -9,7 +9,7 @@ from pyquiet.kernels.draft_verification import Arguments, reference
 from pyquiet.randomness import Purpose, Stream, draw
 
 from ..chi_square import chi_square
-from ..cuda_shim.test_verify_draft import CASES, make, name_of, public
+from ..cuda_shim.test_verify_draft import CASES, make, name_of, near_ties, public
 
 pytestmark = pytest.mark.gpu
 
@@ -55,6 +55,11 @@ def test_deterministic_tokens_are_those_of_the_cpu(case, V, dtype):
     assert (here[2] < 5).any()
     for x, y in zip(there[:3], here[:3], strict=True):
         assert torch.equal(x, y)
+
+
+def test_deterministic_near_ties_fall_as_on_the_cpu():
+    a = near_ties(10_000)
+    assert torch.equal(public(on_device(a)).tokens.cpu(), public(a).tokens)
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"deterministic": True}], ids=name_of)
