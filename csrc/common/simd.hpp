@@ -53,6 +53,10 @@ inline V load(const float* p) {
 
 template <class V = F>
 inline V load(const BFloat16* p) {
+#if defined(__AVX512F__)  // of a conversion of vectors g++ makes four instructions
+  if constexpr (kWidth<V> == 16)
+    return (V)(_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))) << 16);
+#endif
   using L = Lanes<kWidth<V>>;
   typename L::Half half;
   std::memcpy(&half, p, sizeof half);
@@ -85,12 +89,31 @@ inline I load_ints(const int32_t* p) {
   return v;
 }
 
+// Bytes as integers.
+inline I load_bytes(const void* p) {
+#if defined(__AVX512F__)
+  return (I)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(static_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (I)_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+#else
+  I v;
+  for (int i = 0; i < kLanes; ++i) v[i] = static_cast<const uint8_t*>(p)[i];
+  return v;
+#endif
+}
+
 inline F fill(float x) { return x - F{}; }
 inline I fill(int32_t x) { return x - I{}; }
 
 // Operand order matters: when b is NaN the result is b, as MAXPS has it, so NaN is passed on and
 // not hidden.
-inline F max(F a, F b) { return a > b ? a : b; }
+inline F max(F a, F b) {
+#if defined(__AVX512F__)  // g++ would compare and blend
+  return _mm512_maskz_max_ps(0xffff, a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 // 2^x for x below 127; NaN for NaN; below -126, -inf included, at most 2^-126 (callers set what must be 0 to 0).
 inline F exp2(F x) {
@@ -111,18 +134,6 @@ inline F exp2(F x) {
   F power;
   std::memcpy(&power, &bits, sizeof(F));
   return exp2_fraction(fraction) * power;
-#endif
-}
-
-// The same, but 0 below -126, -inf included.
-inline F exp2_or_zero(F x) {
-#if defined(__AVX512F__)
-  constexpr __mmask16 kAll = 0xffff;
-  const __mmask16 normal = _mm512_cmp_ps_mask(x, fill(-126.0f), _CMP_NLT_UQ);
-  const __m512 whole = _mm512_maskz_roundscale_ps(kAll, x, 0);
-  return _mm512_maskz_scalef_ps(normal, exp2_fraction<F>(_mm512_maskz_reduce_ps(kAll, x, 0)), whole);
-#else
-  return exp2(x);  // where 2^-127 becomes 0
 #endif
 }
 
@@ -152,6 +163,62 @@ struct Vector {
     for (int i = 0; i < kLanes; ++i) a[i] = __builtin_fmaf(a[i], b[i], c[i]);
     return a;
 #endif
+  }
+};
+
+inline bool any_above(F x, float limit) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(x, fill(limit), _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(x > limit);
+#else
+  for (int i = 0; i < kLanes; ++i)
+    if (x[i] > limit) return true;
+  return false;
+#endif
+}
+
+// exp(x) for x below 87, to 1e-7, as power * fraction: 2^n 2^(j / kLanes) from a table in a register, and the rest by a
+// polynomial that is short for that. Below -87 it is exp(-87); NaN for NaN.
+struct Exp {
+#if defined(__AVX2__)
+  I table;
+
+  Exp() {
+    // The bits of 2^(j / 16), less what j itself adds to them below.
+    constexpr int32_t kTable[] = {0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532,
+                                  0x3f75fed7, 0x3f75583f, 0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c,
+                                  0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+    for (int j = 0; j < kLanes; ++j) table[j] = kTable[j * (16 / kLanes)];
+  }
+
+  F power(F x, F& fraction) const {
+    constexpr float kRound = 12582912.0f / kLanes;
+    x = max(fill(-87.0f), x);
+    const F shifted = Vector::fma(x, fill(kLog2E), fill(kRound));
+    const F rest = Vector::fma(x, fill(kLog2E), kRound - shifted);
+    constexpr float kExp2[] = {1.0f, 0.6931471824645996f, 0.24023355543613434f, 0.05550508573651314f};
+    fraction = polynomial<Vector>(rest, kExp2);
+    const I bits = bit_cast<I>(shifted);
+#if defined(__AVX512F__)
+    const I entry = (I)_mm512_maskz_permutexvar_epi32(0xffff, (__m512i)bits, (__m512i)table);
+#else
+    const I entry = (I)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)bits);
+#endif
+    return bit_cast<F>(entry + (bits << (kLanes == 16 ? 19 : 20)));
+  }
+#else
+  F power(F x, F& fraction) const {
+    fraction = fill(1.0f);
+    return exp2(max(fill(-87.0f), x) * kLog2E);
+  }
+#endif
+
+  // 0 below -86, -inf included.
+  F operator()(F x) const {
+    F fraction;
+    const F whole = power(x, fraction);
+    return x < -86.0f ? F{} : whole * fraction;
   }
 };
 

@@ -36,6 +36,7 @@ struct Sequence {
   const DraftVerification<E>& a;
   int64_t b;
   int threads;
+  Survey* memory;  // [2] target, draft
   int64_t fault = 0;
 
   struct Choice {
@@ -44,11 +45,11 @@ struct Sequence {
     bool accepted;
   };
 
-  Law<E> target(int64_t j) const { return {a.target.at(b, j), a.target.shape[2], a.processing}; }
+  Law<E> target(int64_t j) const { return {a.target.at(b, j), a.target.shape[2], a.processing, memory[0]}; }
   Law<E> draft(int64_t j) const {
     Processing processing = a.processing;
     processing.inverse = a.draft_inverse;
-    return {a.draft.at(b, j), a.target.shape[2], processing};
+    return {a.draft.at(b, j), a.target.shape[2], processing, memory[1]};
   }
 
   bool sound(const Law<E>& law, int64_t j, bool is_draft) {
@@ -120,8 +121,8 @@ struct Sequence {
 };
 
 template <class E>
-void draw_row(const RowDraw<E>& a, int64_t r, int threads) {
-  Law<E> law(a.logits.at(r), a.logits.shape[1], a.processing);
+void draw_row(const RowDraw<E>& a, int64_t r, int threads, Survey* memory) {
+  Law<E> law(a.logits.at(r), a.logits.shape[1], a.processing, memory[0]);
   read(law, !a.gumbel, false, threads);
   *a.fault.at(r) = !law.sound();
   if (!law.sound()) return;
@@ -135,13 +136,19 @@ void draw_row(const RowDraw<E>& a, int64_t r, int threads) {
   *a.lse.at(r) = law.greedy ? 0 : static_cast<float>(law.survey.lse());
 }
 
-// run(row, threads that share it)
+// run(row, threads that share it, memory of the thread that calls)
 template <class Run>
 void each_row(int64_t rows, int64_t ids, int threads, Run run) {
   if (rows < 4 * threads && ids >= kShared) {
-    for (int64_t r = 0; r < rows; ++r) run(r, threads);
-  } else {
-    in_parallel_dynamic(rows, threads, [&](int64_t r) { run(r, 1); });
+    Survey memory[2];
+    for (int64_t r = 0; r < rows; ++r) run(r, threads, memory);
+    return;
+  }
+#pragma omp parallel num_threads(threads) if (rows > 1)
+  {
+    Survey memory[2];
+#pragma omp for schedule(dynamic)
+    for (int64_t r = 0; r < rows; ++r) run(r, 1, memory);
   }
 }
 
@@ -150,12 +157,13 @@ void each_row(int64_t rows, int64_t ids, int threads, Run run) {
 template <class E>
 void verify_draft(const DraftVerification<E>& a, int threads) {
   each_row(a.tokens.shape[0], a.target.shape[2], threads,
-           [&](int64_t b, int share) { Sequence<E>{a, b, share}.run(); });
+           [&](int64_t b, int share, Survey* memory) { Sequence<E>{a, b, share, memory}.run(); });
 }
 
 template <class E>
 void draw(const RowDraw<E>& a, int threads) {
-  each_row(a.logits.shape[0], a.logits.shape[1], threads, [&](int64_t r, int share) { draw_row(a, r, share); });
+  each_row(a.logits.shape[0], a.logits.shape[1], threads,
+           [&](int64_t r, int share, Survey* memory) { draw_row(a, r, share, memory); });
 }
 #endif
 

@@ -14,13 +14,13 @@ namespace PYQUIET_ISA {
 template <class E>
 struct Law {
   Row<E> row;
-  Survey survey;
+  Survey& survey;
   bool greedy;         // all of it is at `best`
   int64_t best = -1;   // greedy: the first of the largest scores
   uint64_t fixed = 0;  // deterministic: the sum of the integer weights
 
-  Law(const E* logits, int64_t size, const Processing& processing)
-      : row{logits, size, processing}, greedy(processing.inverse == 0) {
+  Law(const E* logits, int64_t size, const Processing& processing, Survey& memory)
+      : row{logits, size, processing}, survey(memory), greedy(processing.inverse == 0) {
     if (greedy) row.processing.inverse = 1;
   }
 
@@ -39,7 +39,7 @@ struct Law {
       return;
     }
     keep_largest(row, survey.top);
-    if (row.filtered()) survey_rows(&row, &survey, 1, exact, threads);
+    if (row.filtered()) survey_row(row, survey, exact, threads);
     if (deterministic) fixed = fixed_total(row, survey.top, threads);
   }
 };
@@ -47,18 +47,16 @@ struct Law {
 // A draw may follow where `exact`.
 template <class E>
 inline void read(Law<E>& law, bool exact, bool deterministic, int threads) {
-  survey_rows(&law.row, &law.survey, 1, exact && !law.row.filtered(), threads);
+  survey_row(law.row, law.survey, exact && !law.row.filtered(), threads);
   law.finish(exact, deterministic, threads);
 }
 
 // Two of one size at once.
 template <class E>
 inline void read(Law<E>& q, Law<E>& p, bool deterministic, int threads) {
-  const Row<E> rows[] = {q.row, p.row};
-  Survey surveys[2];
+  const Row<E>* const rows[] = {&q.row, &p.row};
+  Survey* const surveys[] = {&q.survey, &p.survey};
   survey_rows(rows, surveys, 2, false, threads);
-  std::swap(q.survey, surveys[0]);
-  std::swap(p.survey, surveys[1]);
   Law<E>* const laws[] = {&q, &p};
   const int apart = q.row.filtered() ? std::min(threads, 2) : 1;  // a threshold is found by one thread
   in_parallel(2, apart, [&](int64_t i) { laws[i]->finish(false, deterministic, apart > 1 ? 1 : threads); });
@@ -71,27 +69,39 @@ struct FloatResidual {
   using Sum = double;
   const Law<E>&q, &p;
 
-  static F probability(const Law<E>& law, const Buffer& chunk, int i, float scale) {
-    F x = exp2_or_zero((load(chunk.score + i) - law.survey.top) * kLog2E) * scale;
-    PYQUIET_ROUNDED(x);  // equal laws leave nothing
-    return x;
+  Sum read(int64_t c, Weight* weights) const {
+    ExactSum sum;
+    if_plain(q.row.plain(c) && p.row.plain(c) && !p.greedy, [&](auto plain) { sum = read_as<plain>(c, weights); });
+    return sum.total();
   }
 
-  Sum read(int64_t c, Weight* weights) const {
-    Buffer chunk;
-    q.row.read(c, chunk);
-    const int n = q.row.padded(c);
+  template <bool kPlain>
+  ExactSum read_as(int64_t c, Weight* weights) const {
+    const Exp exp;
     const auto q_scale = static_cast<float>(1 / q.survey.total), p_scale = static_cast<float>(1 / p.survey.total);
-    for (int i = 0; i < n; i += kLanes) store(weights + i, probability(q, chunk, i, q_scale));
-    if (p.greedy) {
-      if (p.best / kChunk == c) weights[p.best % kChunk] = 0;
-    } else {
-      p.row.read(c, chunk);
-      for (int i = 0; i < n; i += kLanes)
-        store(weights + i, max(load(weights + i) - probability(p, chunk, i, p_scale), F{}));
+    ExactSum sum;
+    for (int64_t v = c * kChunk; v < q.row.end(c); v += kBlock) {
+      F x[4], y[4];
+      q.row.template block<kPlain>(v, x);
+      p.row.template block<kPlain>(v, y);
+      for (int u = 0; u < 4; ++u) {
+        F fraction;
+        x[u] = exp.power(x[u] - q.survey.top, fraction) * q_scale * fraction;
+        y[u] = exp.power(y[u] - p.survey.top, fraction) * p_scale * fraction;
+        if (!kPlain && p.greedy) y[u] = F{};
+        PYQUIET_ROUNDED(x[u]);  // equal laws leave nothing
+        PYQUIET_ROUNDED(y[u]);
+        x[u] = max(x[u] - y[u] - kNothing, F{});
+      }
+      if (!kPlain && p.greedy && p.best / kBlock == v / kBlock) x[p.best % kBlock / kLanes][p.best % kLanes] = 0;
+      for (int u = 0; u < 4; ++u) store(weights + v % kChunk + u * kLanes, x[u]);
+      sum.add((x[0] + x[1]) + (x[2] + x[3]));
     }
-    return sum_in_double(weights, n);
+    return sum;
   }
+
+  // What -inf may have been given.
+  static constexpr float kNothing = 1e-36f;
 };
 
 // The same in integers; without p, the weights of q.
@@ -103,24 +113,26 @@ struct FixedResidual {
   const Law<E>* p;
 
   Sum read(int64_t c, Weight* weights) const {
-    Buffer chunk;
-    ChunkWeights fixed;
-    q.row.read(c, chunk);
-    const int n = q.row.padded(c);
-    fixed.read(chunk, n, q.survey.top);
-    const double q_unit = probability_unit(q.fixed);
-    for (int i = 0; i < n; ++i)
-      weights[i] = p ? fixed_probability(fixed.at(i), q_unit) : static_cast<int64_t>(fixed.at(i));
-    if (p && p->greedy) {
-      if (p->best / kChunk == c) weights[p->best % kChunk] = 0;
-    } else if (p) {
-      p->row.read(c, chunk);
-      fixed.read(chunk, n, p->survey.top);
-      const double p_unit = probability_unit(p->fixed);
-      for (int i = 0; i < n; ++i)
-        weights[i] = std::max<int64_t>(weights[i] - fixed_probability(fixed.at(i), p_unit), 0);
+    BlockWeights fixed;
+    const double q_unit = probability_unit(q.fixed), p_unit = p ? probability_unit(p->fixed) : 0;
+    Sum sum = 0;
+    for (int64_t v = c * kChunk; v < q.row.end(c); v += kBlock) {
+      Weight* const to = weights + v % kChunk;
+      F x[4];
+      q.row.block(v, x);
+      fixed.of(x, q.survey.top);
+      for (int i = 0; i < kBlock; ++i)
+        to[i] = p ? fixed_probability(fixed.at(i), q_unit) : static_cast<Weight>(fixed.at(i));
+      if (p && p->greedy) {
+        if (p->best / kBlock == v / kBlock) to[p->best % kBlock] = 0;
+      } else if (p) {
+        p->row.block(v, x);
+        fixed.of(x, p->survey.top);
+        for (int i = 0; i < kBlock; ++i) to[i] = std::max<Weight>(to[i] - fixed_probability(fixed.at(i), p_unit), 0);
+      }
+      sum = std::accumulate(to, to + kBlock, sum);
     }
-    return std::accumulate(weights, weights + n, Sum{0});
+    return sum;
   }
 };
 
@@ -166,7 +178,7 @@ inline int64_t draw_residual(Law<E>& q, const Law<E>& p, double u, bool determin
     return total > kNoResidual;
   });
   if (y >= 0) return y;
-  survey_rows(&q.row, &q.survey, 1, true, threads);
+  survey_row(q.row, q.survey, true, threads);
   return draw(q.row, q.survey, u);
 }
 

@@ -260,7 +260,8 @@ def _fake(arguments: tuple[Any, ...]) -> Tensors:
     a = Arguments(*arguments)
     B, k = a.draft_tokens.shape
     new = a.target_logits.new_empty
-    tokens, count, accepted, fault = (new(size, dtype=torch.int64) for size in ((B, k + 1), B, B, B))
+    tokens, count = new((B, k + 1), dtype=torch.int64), new(B, dtype=torch.int64)
+    accepted, fault = torch.empty_like(count), torch.empty_like(count)
     dtype = torch.float64 if a.target_logits.dtype is torch.float64 else torch.float32
     return tokens, count, accepted, new((B, k + 1), dtype=dtype), new(B, dtype=torch.bool), fault
 
