@@ -24,6 +24,12 @@ FLAGS += ["--param=asan-instrumentation-with-call-threshold=0", "-fno-sanitize=n
 SUPPORTED = native.cpu.supported_isas() if native.cpu else []
 LEVELS = [level for level in SUPPORTED if level in ("avx2", SUPPORTED[-1])]
 LINKED = LEVELS + ["avx512_bf16"] * (LEVELS[-1:] == ["amx"])  # where amx sends floats
+NARROW = [level for level in SUPPORTED if level in ("avx2", "avx512")] or SUPPORTED  # avx512 serves the higher ones
+# Folder, levels to run, levels to link.
+KERNELS = {
+    "thought_attention": ("thought_attention", LEVELS, LINKED),
+    "verify_draft": ("draft_verification", NARROW, NARROW),
+}
 
 pytestmark = [
     pytest.mark.slow,
@@ -57,19 +63,25 @@ def runner(sanitizer: str, folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session", params=["thread", "address,undefined"], ids=["thread", "address"])
-def program(request, tmp_path_factory) -> list:
-    """The command that takes a level."""
-    folder = tmp_path_factory.mktemp("sanitizers")
-    prefix = runner(request.param, folder)
-    compiler = [GXX, *FLAGS, f"-fsanitize={request.param}"]
-    levels = " ".join(f"X({level})" for level in LINKED)
+def sanitizer(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session", params=KERNELS)
+def commands(request, sanitizer, tmp_path_factory) -> list[list]:
+    """One command a level, for each kernel."""
+    name, folder = request.param, tmp_path_factory.mktemp("sanitizers")
+    source, run_levels, linked = KERNELS[name]
+    prefix = runner(sanitizer, folder)
+    compiler = [GXX, *FLAGS, f"-fsanitize={sanitizer}"]
+    levels = " ".join(f"X({level})" for level in linked)
     sources = {
-        "driver": [SANITIZERS / "thought_attention.cpp", f"-DLEVELS={levels}"],
+        "driver": [SANITIZERS / f"{name}.cpp", f"-DLEVELS={levels}"],
         "gomp": [SANITIZERS / "gomp.cpp"],
         "isa": [ROOT / "csrc/common/isa.cpp"],
     }
-    for level in LINKED:
-        kernel = [ROOT / "csrc/thought_attention/cpu.cpp", f"-DPYQUIET_ISA={level}", *level_flags(level)]
+    for level in linked:
+        kernel = [ROOT / f"csrc/{source}/cpu.cpp", f"-DPYQUIET_ISA={level}", *level_flags(level)]
         sources[level] = [*kernel, "-include", SANITIZERS / "accesses.hpp"]
 
     def build(name: str) -> Path:
@@ -80,8 +92,8 @@ def program(request, tmp_path_factory) -> list:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(build, sources))
     # Without -fopenmp: gomp.cpp has all that the pragmas call, or this fails.
-    run([GXX, f"-fsanitize={request.param}", "-pthread", *objects, "-o", folder / "thought_attention"])
-    return [*prefix, folder / "thought_attention"]
+    run([GXX, f"-fsanitize={sanitizer}", "-pthread", *objects, "-o", folder / name])
+    return [[*prefix, folder / name, level] for level in run_levels]
 
 
 def run(command: list) -> None:
@@ -90,6 +102,6 @@ def run(command: list) -> None:
     assert done.returncode == 0, done.stderr[:8000] or f"exit status {done.returncode}"
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_thought_attention(program, level):
-    run([*program, level])
+def test_kernel(commands):
+    for command in commands:
+        run(command)
