@@ -18,7 +18,8 @@
 //
 // tokens: the accepted drafts, then y, then -1. count: how many. accepted: drafts kept. log_probs: of the tokens under
 // q_j, 0 at temperature 0 and at padding. fault[b]: 0, or 1 + 2 j + (0 target, 1 draft) for the first row met that
-// holds NaN or +inf in a score or has no id left; the sequence's other results are then of no meaning.
+// holds NaN or +inf in a score or has no id left, -1 on CUDA where lengths[b] or a draft is out of range; the
+// sequence's other results are then of no meaning.
 #pragma once
 
 #include "../common/law.hpp"

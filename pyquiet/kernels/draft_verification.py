@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyquiet.kernels.registration import Kernel, Tensors
-from pyquiet.native import cpu
+from pyquiet.native import cpu, cuda
 from pyquiet.randomness import (
     COUPLINGS,
     MAX_VOCABULARY,
@@ -159,7 +159,8 @@ def verify_draft(
         deterministic=deterministic,
     )
     *results, fault = _kernel(arguments)
-    if fault.is_cuda and not torch.compiler.is_compiling():
+    # A graph that is captured cannot stop for what its replays will meet.
+    if fault.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing():
         _raise_fault(arguments, fault)
     return Verification(*results)
 
@@ -249,10 +250,19 @@ def _forward(arguments: tuple[Any, ...], all_outputs: bool) -> Tensors:
     if not _runs_natively(target):
         return reference(*arguments)
     outputs = _fake(arguments)
-    on_cpu: Callable[..., int] = cpu.verify_draft
-    faults = on_cpu(*arguments, *outputs, torch.get_num_threads())
-    if faults:
-        _refuse(arguments) if faults < 0 else _raise_fault(Arguments(*arguments), outputs[-1])
+    if target.is_cpu:
+        on_cpu: Callable[..., int] = cpu.verify_draft
+        faults = on_cpu(*arguments, *outputs, torch.get_num_threads())
+        if faults:
+            _refuse(arguments) if faults < 0 else _raise_fault(Arguments(*arguments), outputs[-1])
+        return outputs
+    module, (B, k) = cuda(), arguments[2].shape
+    floats = module.verify_draft_workspace(B, k, *target.shape[1:])
+    workspace = target.new_empty(floats, dtype=torch.float32)
+    with torch.cuda.device(target.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        if not module.verify_draft(*arguments, *outputs, workspace, stream):
+            _refuse(arguments)
     return outputs
 
 
@@ -277,7 +287,10 @@ _kernel = Kernel(
 
 
 def _runs_natively(target: Tensor) -> bool:
-    return target.is_cpu and cpu is not None and target.dtype in (torch.float32, torch.bfloat16)
+    if target.is_cpu:
+        return cpu is not None and target.dtype in (torch.float32, torch.bfloat16)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return target.is_cuda and target.dtype in dtypes and target.numel() > 0 and cuda() is not None
 
 
 def _refuse(arguments: tuple[Any, ...]) -> NoReturn:
@@ -289,6 +302,8 @@ def _raise_fault(a: Arguments, fault: Tensor) -> None:
     """Raises what is wrong with the first row that a kernel marked (contract.hpp says how)."""
     if fault.any():
         b = int(fault.nonzero()[0])
+        if fault[b] < 0:  # an index out of range, which on CUDA the kernel is the first to see
+            _check(a)
         _log_law(a, b, (int(fault[b]) - 1) // 2, of_draft=int(fault[b]) % 2 == 0)
         raise ValueError(f"draft_lse or draft_logits of sequence {b} holds NaN, in row {(int(fault[b]) - 1) // 2}")
 
