@@ -3,6 +3,7 @@
 Built on native kernels.
 """
 
+from importlib import import_module
 from typing import Any
 
 from pyquiet import any_subset, quiet_star
@@ -30,6 +31,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("evaluation", "plotting", "testing"):
+        return import_module(f"pyquiet.{name}")
     if name in __all__:
         return getattr(any_subset if name in any_subset.__all__ else quiet_star, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

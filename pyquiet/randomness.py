@@ -195,7 +195,9 @@ def draw(
     options = (words, stream.seed % 2**64, stream.purpose or 0, temperature, top_k, top_p, coupling == "gumbel")
     fault = torch.empty_like(tokens)
     on_cpu: Callable[..., int] = cpu.draw
+    banned = banned if banned is None else banned.contiguous()
     faults = on_cpu(rows, banned, *fields, *options, tokens, log_probs, lse, fault, torch.get_num_threads())
+    assert faults >= 0, "the native draw refused what has been checked"
     if faults:
         row = int(fault.nonzero()[0])
         _row_maxima(_scores(logits[row : row + 1], temperature, banned), row)

@@ -9,13 +9,14 @@ from statistics import median
 import torch
 from torch import Tensor
 
-_SLACK = 0.03  # of the time so far, that may be lost against sequential rounds
+_SLACK = 0.025  # of the time of late, that may be lost against sequential rounds
+_HORIZON = 0.995  # of that time, a round: the time that counts is that of some 200 rounds
 _ADVANTAGE = 1.03  # tokens a second, over sequential rounds, that are worth a change
 _CLOSE = 0.85  # of the best rate: what is so fast may be the best in truth, and is looked at again
 _REFRESH = 16  # rounds between two looks at sequential rounds, and at another kind
 _WINDOW, _ENOUGH = 9, 3  # seconds of a kind of round that are remembered, and that must be seen to judge it
-_FORGET = 0.995  # of what is known of acceptance, a round
-_FIRST_PRICE = 3  # plus k: assumed of a round never seen, in sequential ones
+_FORGET = 0.98  # of what is known of acceptance, a round
+_FIRST_PRICE = 2  # plus k: assumed of a round never seen, in sequential ones
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,12 @@ class CostModel:
     A_(k-1) tokens a round and the one-call round 1 + A_1 + .. + A_k, with A_j = a_1 .. a_j.
 
     The kind of the most tokens a second is chosen. Sequential rounds are measured again and again, and what the others
-    have lost against them is kept below 3 % of the time: above it, there are only sequential rounds until it has worn
+    have lost against them is kept below 2.5 % of the time: above it, there are only sequential rounds until it has worn
     off. Seconds are medians, since a pause of the machine says nothing about a kind of round.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bonus: bool = True) -> None:
+        self.bonus = bonus  # of ASSD
         self.seconds: defaultdict[Plan, deque[float]] = defaultdict(lambda: deque(maxlen=_WINDOW))
         self.tried = torch.zeros(0, dtype=torch.float64)
         self.kept = torch.zeros(0, dtype=torch.float64)
@@ -76,7 +78,8 @@ class CostModel:
 
     def charge(self, plan: Plan, seconds: float, decided: float) -> None:
         """Count a round's time without learning its price from it: one that had a prompt to read, say."""
-        self.elapsed += seconds
+        self.elapsed = _HORIZON * self.elapsed + seconds
+        self.lost *= _HORIZON
         if plan != SEQUENTIAL and self.seconds[SEQUENTIAL]:
             self.lost = max(0.0, self.lost + seconds - decided * median(self.seconds[SEQUENTIAL]))
 
@@ -84,7 +87,7 @@ class CostModel:
         """Expected tokens of a round."""
         if plan == SEQUENTIAL:
             return 1.0
-        drafts = plan.k - 1 if plan.kind == "assd" else plan.k
+        drafts = plan.k - 1 - (not self.bonus) if plan.kind == "assd" else plan.k
         together = self._acceptance(drafts).cumprod(0).sum().item()
         return (2.0 if plan.kind == "assd" else 1.0) + together
 

@@ -11,7 +11,9 @@ bookkeeping (orders, ranks, lengths) are on the CPU whatever the model is on, so
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -24,14 +26,20 @@ class Cache:
         """order: int64 [B, N], rank to position; prompt: int64 [B]; both on the CPU."""
         self.order, self.prompt = order, prompt
         self.length = torch.zeros_like(prompt)
+        self._committed = self.length
 
-    def rollback(self, length: Tensor) -> None:
-        """Forget the content rows from rank `length` [B] on."""
-        self.length = torch.minimum(self.length, length)
+    def commit(self, length: Tensor) -> None:
+        """Keep the content rows of ranks below `length` [B], and forget the rest, which were drafts."""
+        self.length = self._committed = torch.minimum(self.length, length)
+
+    def rollback(self, length: Tensor | None = None) -> None:
+        """Forget the content rows from rank `length` [B] on; None: all that were made since the last commit."""
+        self.length = torch.minimum(self.length, self._committed if length is None else length)
 
     def select(self, rows: Tensor) -> None:
         """Keep only these sequences, int64 [b]."""
-        self.order, self.prompt, self.length = self.order[rows], self.prompt[rows], self.length[rows]
+        self.order, self.prompt = self.order[rows], self.prompt[rows]
+        self.length, self._committed = self.length[rows], self._committed[rows]
 
 
 class Engine(ABC):
@@ -43,6 +51,7 @@ class Engine(ABC):
     vocab_size: int
     device: torch.device
     dtype: torch.dtype = torch.float32  # of logits
+    training: bool = False  # dropout is at work
 
     @abstractmethod
     def start(self, order: Tensor, prompt: Tensor) -> Any:
@@ -96,6 +105,20 @@ class Engine(ABC):
         return self.forward(cache, tokens, torch.maximum(until, cache.prompt), ranks, ranks.clamp(min=0))
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def undisturbed(function: Function) -> Function:
+    """A function of a model, run without gradients and without autocast, which would change the law."""
+
+    @wraps(function)
+    def run(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), torch.autocast(as_engine(model).device.type, enabled=False):
+            return function(model, *args, **kwargs)
+
+    return cast(Function, run)
+
+
 def as_engine(model: Any) -> Engine:
     """The engine of a model: itself if it is one, else that of transformers' XLNetLMHeadModel, unmodified.
 
@@ -105,6 +128,6 @@ def as_engine(model: Any) -> Engine:
     """
     if isinstance(model, Engine):
         return model
-    from pyquiet.any_subset.xlnet import XLNetEngine
+    from pyquiet.any_subset.modeling import XLNetEngine
 
     return XLNetEngine(model)

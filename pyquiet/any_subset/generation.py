@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyquiet.any_subset.sampling import infill
@@ -28,6 +29,9 @@ def generate(*, known: Tensor, attention_mask: Tensor | None = None, **options: 
         ValueError: besides what `infill` raises, logits processors, which do not apply, or an attention mask with
             padding that was not given here.
     """
+
+    if not isinstance(known, Tensor) or known.dtype != torch.bool:
+        raise TypeError(f"known must be a bool tensor [B, N], got {getattr(known, 'dtype', type(known).__name__)}")
 
     def decode(model: Any, input_ids: Tensor, logits_processor: Any = None, **kwargs: Any) -> Tensor:
         if logits_processor:

@@ -41,9 +41,24 @@ def read_inputs(
     Raises:
         TypeError, ValueError: an argument does not fit the others; a given token is outside the vocabulary.
     """
+    for name, value in (
+        ("input_ids", input_ids),
+        (mask_name, known),
+        ("attention_mask", attention_mask),
+        ("order", order),
+    ):
+        if not isinstance(value, Tensor) and not (value is None and name in ("attention_mask", "order")):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if engine.training:
+        raise ValueError("model is in training mode, where dropout changes its law; call model.eval()")
+    if input_ids.device != engine.device or known.device != engine.device:
+        raise ValueError(
+            f"input_ids and {mask_name} must be on the model's device, {engine.device}; they are on {input_ids.device} "
+            f"and {known.device}"
+        )
     if input_ids.dtype != torch.int64 or input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ValueError(
-            f"input_ids must be int64 [B, N] and hold a token, got {input_ids.dtype} {list(input_ids.shape)}"
+            f"input_ids must be int64 [B, N] with B and N at least 1, got {input_ids.dtype} {list(input_ids.shape)}"
         )
     if known.dtype != torch.bool or known.shape != input_ids.shape:
         raise ValueError(

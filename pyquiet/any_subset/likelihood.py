@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyquiet.any_subset.engine import as_engine
+from pyquiet.any_subset.engine import as_engine, undisturbed
 from pyquiet.any_subset.inputs import read_inputs
 
 _LOGITS = 1 << 22  # in flight, beside what is returned: 16 MB
 
 
-@torch.no_grad()
+@undisturbed
 def joint_log_prob(
     model: Any, input_ids: Tensor, *, known: Tensor, attention_mask: Tensor | None = None, order: Tensor | None = None
 ) -> Tensor:
@@ -46,7 +46,7 @@ def joint_log_prob(
     return torch.cat(chosen, 1).masked_fill(ranks.to(input_ids.device) < 0, 0).sum(1)
 
 
-@torch.no_grad()
+@undisturbed
 def marginals(model: Any, input_ids: Tensor, *, known: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Log-probabilities [B, N, V] of every position that is not known, given the known ones alone; one call.
 

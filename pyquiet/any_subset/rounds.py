@@ -227,7 +227,7 @@ class Session:
         known.scatter_(1, self.order, torch.arange(self.order.shape[1]) < self.known[:, None])
         places = self._places(ranks)
         places = places.masked_fill(places == self.order.shape[1], -1)
-        logits = drafter(Context(self.tokens, known.to(places.device), places, draw_next))
+        logits = drafter(Context(self.tokens.clone(), known.to(places.device), places, draw_next))
         self.drafter_calls[self.rows] += self.live
         if len(parts) != (width if logits is None else 0):
             raise ValueError(
@@ -239,7 +239,7 @@ class Session:
                 torch.cat([getattr(p, name) for p in parts], 1) for name in ("tokens", "logits", "lse")
             )
             return Draft(ranks, tokens, laws, lse)
-        return self._drafted_by(logits.to(dtype), ranks)
+        return self._drafted_by(logits.to(dtype).contiguous(), ranks)
 
     def _drafted_by(self, logits: Tensor, ranks: Tensor) -> Draft:
         """Drafts from a drafter's logits; what is wrong with them is the drafter's fault."""
@@ -275,7 +275,7 @@ class Session:
         """Keep what a verification decided, and of the cache what was computed of tokens that stay."""
         accepted = verdict.accepted.cpu()
         count = torch.minimum(verdict.count.cpu(), self.total - self.known)
-        self.cache.rollback(self.known + accepted)
+        self.cache.commit(self.known + accepted)
         return self._decide(verdict.tokens, verdict.log_probs, count, (draft.lengths, accepted))
 
     def _decide(self, tokens: Tensor, log_probs: Tensor, count: Tensor, drafts: tuple[Tensor, Tensor] | None) -> Round:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyquiet.any_subset.cost import SEQUENTIAL, CostModel, Plan
 from pyquiet.any_subset.drafting import ngram_drafter
-from pyquiet.any_subset.engine import Engine, as_engine
+from pyquiet.any_subset.engine import Engine, as_engine, undisturbed
 from pyquiet.any_subset.inputs import read_inputs
 from pyquiet.any_subset.rounds import Round, Session
 from pyquiet.randomness import process_logits, resolve_seed
@@ -21,8 +21,8 @@ from pyquiet.randomness import process_logits, resolve_seed
 METHODS = ("auto", "sequential", "assd", "one_call", "ngram")
 DRAFTS = {"assd": 5, "one_call": 2, "ngram": 5}  # a round, where nothing says how many
 _PLANS = [Plan("assd", k) for k in (3, 5, 8)] + [Plan("one_call", k) for k in (1, 2, 3, 4)]
-# What rounds of a model have cost so far, by the sizes of batch and text.
-_COSTS: WeakKeyDictionary[Any, dict[tuple[int, int], CostModel]] = WeakKeyDictionary()
+# What rounds of a model have cost so far, by the sizes of batch and text, the law and the bonus.
+_COSTS: WeakKeyDictionary[Any, dict[tuple[Any, ...], CostModel]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Infilling:
     seconds: float
 
 
-@torch.no_grad()
+@undisturbed
 def infill(
     model: Any,
     input_ids: Tensor,
@@ -98,7 +98,8 @@ def infill(
         temperature, top_k, top_p, banned: processing of every conditional, as in `pyquiet.randomness.draw`; banned is
             bool [V]. No special token is banned by default.
         coupling: "rejection", or "gumbel": noise bound to the position decides each token, so that every method gives
-            the same tokens. What is chosen by time is always coupled so: the tokens then depend on the seed alone.
+            the same tokens, but for near ties where logits differ in their last bits (in half precision, now and then).
+            What is chosen by time is always coupled so: the tokens then depend, up to these, on the seed alone.
         bonus: where all drafts are kept, draw one more token in the same round. "one_call" always does.
         sequence_ids: int64 [B], name the noise of each text; None is its number in the batch.
         order: int64 [B, N], rank to position, the known ones first; None fills from left to right.
@@ -110,7 +111,8 @@ def infill(
     _check_options(method, k, coupling)
     seed = resolve_seed(seed)
     engine = as_engine(model)
-    given = ~mask if mask.dtype == torch.bool else mask  # what is no bool is refused by its name
+    # What is no bool is refused by its name.
+    given = ~mask if isinstance(mask, Tensor) and mask.dtype == torch.bool else mask
     inputs = read_inputs(engine, input_ids, given, attention_mask, order, mask_name="mask")
     by_time = k == "auto" and method in ("auto", "assd", "one_call")
     session = Session(
@@ -127,7 +129,7 @@ def infill(
     )
     began = time.perf_counter()
     with torch.inference_mode():  # a tenth faster than no_grad; what is returned was made outside of it
-        rounds = _by_time(session, model, method) if by_time else _fixed(session, method, k, banned)
+        rounds = _by_time(session, model, method) if by_time else _fixed(session, method, k)
     seconds = time.perf_counter() - began
     tokens, log_probs = session.results()
     plan = _most_used(rounds)
@@ -149,11 +151,11 @@ def infill(
 Taken = list[tuple[Plan, Round]]
 
 
-def _fixed(session: Session, method: Any, k: Any, banned: Tensor | None) -> Taken:
+def _fixed(session: Session, method: Any, k: Any) -> Taken:
     """All rounds by one method."""
     name = "drafter" if callable(method) else method
     k = DRAFTS.get(name, 5) if k == "auto" else k
-    drafter = ngram_drafter(session.engine.vocab_size, banned) if method == "ngram" else method
+    drafter = ngram_drafter(session.engine.vocab_size, session.options["banned"]) if method == "ngram" else method
     plan = SEQUENTIAL if name == "sequential" or (name == "assd" and k == 1) else Plan(name, k)
     take = {
         "sequential": session.sequential,
@@ -173,7 +175,8 @@ def _by_time(session: Session, model: Any, method: str) -> Taken:
     rounds: Taken = []
     while session.live.any():
         size = int(session.live.sum()).bit_length(), session.order.shape[1].bit_length()
-        costs = known.setdefault(size, CostModel())
+        law = tuple(session.options[name] for name in ("temperature", "top_k", "top_p"))
+        costs = known.setdefault((*size, *law, session.bonus), CostModel(session.bonus))
         opened = bool(rounds) and rounds[-1][1].opens
         plan = rounds[-1][0] if opened else costs.choose(plans)
         began = time.perf_counter()
@@ -228,6 +231,8 @@ def _checked_law(
 ) -> dict[str, Any]:
     """The options of processing, tried on a row of zeros: what is wrong with them is known before any call."""
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "banned": banned}
+    if banned is not None and not isinstance(banned, Tensor):
+        raise TypeError(f"banned must be a bool tensor [V] or None, got {type(banned).__name__}")
     if banned is not None:
         options["banned"] = banned = banned.to(engine.device)
     process_logits(torch.zeros(1, engine.vocab_size, device=engine.device), **options)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from pyquiet.any_subset.arguments import AnySubsetTrainingArguments
+from pyquiet.any_subset.modeling import XLNetEngine
 from pyquiet.any_subset.training import SubsetLearner, random_blocks, random_order, stratified, subset_scores
-from pyquiet.any_subset.xlnet import XLNetEngine
 from pyquiet.datasets import TextCollator
 from pyquiet.trainers import SeededTrainer, check_trainable, data_seed
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from pyquiet.any_subset.modeling import XLNetEngine
 from pyquiet.any_subset.order import order_from_mask, ranks_of
-from pyquiet.any_subset.xlnet import XLNetEngine
 from pyquiet.checks import check_fraction
 from pyquiet.randomness import Purpose, Stream, uniforms
 
@@ -73,7 +73,7 @@ def any_subset_loss(
     """
     engine = model if isinstance(model, XLNetEngine) else XLNetEngine(model)
     order, prompt = order.cpu(), prompt.cpu()  # as the engine wants them
-    _check(engine, input_ids, order, prompt, draft_weight, block_size, block_offset)
+    _check(engine, input_ids, order, prompt, attention_mask, draft_weight, block_size, block_offset)
     rank, target = _targets(order, prompt, attention_mask)
     sees = [rank] if draft_weight < 1 else []
     if block_size is not None and block_offset is not None and draft_weight > 0:
@@ -149,6 +149,8 @@ def random_order(
     At least one token is. What is drawn depends on the seed, the text's id [B] and its rate alone.
     """
     B, N = input_ids.shape
+    if rate.shape != (B,) or not bool(((rate >= 0) & (rate <= 1)).all()):
+        raise ValueError(f"rate must be [B] = [{B}] shares from 0 to 1, got {rate.tolist()}")
     real = torch.ones(B, N, dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0
     stream = Stream(
         seed, Purpose.REVEAL, sequence_ids.cpu().repeat_interleave(N), torch.arange(N).repeat(B), index=_SUBSET
@@ -210,6 +212,7 @@ def _check(
     input_ids: Tensor,
     order: Tensor,
     prompt: Tensor,
+    attention_mask: Tensor | None,
     draft_weight: float,
     block_size: Tensor | None,
     block_offset: Tensor | None,
@@ -220,10 +223,20 @@ def _check(
     if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < engine.vocab_size:
         raise ValueError(f"input_ids must be in [0, {engine.vocab_size}), the model's vocabulary")
     B, N = input_ids.shape
-    if order.shape != (B, N) or not torch.equal(order.sort(1).values, torch.arange(N).expand(B, N)):
+    if (
+        order.dtype != torch.int64
+        or order.shape != (B, N)
+        or not torch.equal(order.sort(1).values, torch.arange(N).expand(B, N))
+    ):
         raise ValueError(f"order must hold the positions 0 to {N - 1} of each of {B} texts, as order_from_mask does")
     if prompt.shape != (B,) or not bool(((prompt >= 0) & (prompt <= N)).all()):
         raise ValueError(f"prompt must be [B] = [{B}] lengths from 0 to {N}, got {prompt.tolist()}")
+    if attention_mask is not None:
+        real = attention_mask.cpu() != 0
+        if real.shape != (B, N) or not bool((real.gather(1, order).long().diff() <= 0).all()):
+            raise ValueError(f"attention_mask must be [{B}, {N}] and order put padding last, as order_from_mask does")
+        if not bool((prompt <= real.sum(1)).all()):
+            raise ValueError(f"prompt counts padding: {prompt.tolist()} of {real.sum(1).tolist()} tokens")
     if draft_weight > 0:
         for name, value in (("block_size", block_size), ("block_offset", block_offset)):
             if value is None or value.shape != (B,) or int(value.min()) < (name == "block_size"):

@@ -144,9 +144,9 @@ def verify_draft(
         target_logits,
         draft_logits,
         draft_tokens,
-        draft_lse,
-        banned,
-        lengths,
+        _contiguous(draft_lse),
+        _contiguous(banned),
+        _contiguous(lengths),
         *tensors,
         stream_words=words,
         seed=stream.seed if stream.seed < 2**63 else stream.seed - 2**64,
@@ -163,6 +163,10 @@ def verify_draft(
     if fault.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing():
         _raise_fault(arguments, fault)
     return Verification(*results)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return x.contiguous() if isinstance(x, Tensor) else x  # what is no tensor is refused by its name
 
 
 def reference(*arguments: Any) -> Tensors:

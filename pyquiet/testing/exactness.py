@@ -114,6 +114,12 @@ def goodness_of_fit(counts: Tensor, probabilities: Tensor) -> Exactness:
     """
     counts, probabilities = counts.double(), probabilities.double()
     samples = counts.sum()
+    if counts.shape != probabilities.shape or counts.dim() != 1 or not (counts >= 0).all() or samples < 1:
+        raise ValueError(f"counts must be [K] = {list(probabilities.shape)}, none negative and not all 0, got {counts}")
+    if not (probabilities >= 0).all() or abs(float(probabilities.sum()) - 1) > 1e-5:
+        raise ValueError(
+            f"probabilities must be at least 0 and sum to 1, got a sum of {float(probabilities.sum()):.8g}"
+        )
     outside = int(counts[probabilities == 0].sum())
     expected, place = (probabilities * samples)[probabilities > 0].sort()
     observed = counts[probabilities > 0][place]
@@ -123,6 +129,12 @@ def goodness_of_fit(counts: Tensor, probabilities: Tensor) -> Exactness:
     if small:
         expected, observed = (torch.cat([x[:small].sum()[None], x[small:]]) for x in (expected, observed))
     chi2, dof = ((observed - expected) ** 2 / expected).sum(), len(expected) - 1
+    possible = int((probabilities > 0).sum())
+    if dof == 0 and possible > 1:
+        raise ValueError(
+            f"samples: {int(samples)} are too few for {possible} cells, of which none would be expected twice "
+            f"{_LEAST_EXPECTED:g} times; take {samples_needed(possible, 0.1)} or more"
+        )
     p_value = torch.special.gammaincc(torch.tensor(dof / 2).double(), chi2 / 2) if dof else torch.ones(())
     return Exactness(
         chi2=math.inf if outside else float(chi2),

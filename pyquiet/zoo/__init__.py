@@ -27,8 +27,9 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
     Reads the files that came with the package: no network, no cache folder. Each call gives new
     objects. `tiny-causal` is a Llama of 1.9 million parameters for English prose in the manner
-    of its training books; `tiny-thinker`, of 0.1 million, thinks and answers a puzzle by it. Their limits are in the
-    README.md of their folders.
+    of its training books; `tiny-thinker`, of 0.1 million, thinks and answers a puzzle by it;
+    `tiny-any-subset` is an XLNet of 2.3 million that fills in any part of a text. Their limits are in the README.md of
+    their folders.
 
     Raises ValueError for an unknown name.
 

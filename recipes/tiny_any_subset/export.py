@@ -15,7 +15,9 @@ SIZE_LIMIT = 5_000_000  # bytes of the folder's model and tokenizer
 
 
 def export(trained: Path, folder: Path) -> None:
-    XLNetLMHeadModel.from_pretrained(trained).half().save_pretrained(folder)
+    model = XLNetLMHeadModel.from_pretrained(trained).half()
+    model.generation_config.max_length = 8 * LENGTH  # an XLNet's configuration knows none, and generate asks for one
+    model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(trained)
     tokenizer.model_max_length = LENGTH
     tokenizer.save_pretrained(folder)

@@ -54,6 +54,13 @@ def test_what_pays_is_found_and_kept(acceptance):
     assert spent < 2000
 
 
+def test_a_text_that_is_harder_than_those_before_is_noticed():
+    costs = CostModel()
+    simulate(lambda plan: 1.0 if plan == SEQUENTIAL else 2 + 0.2 * plan.k, lambda d: 0.95, 3000, costs)
+    spent, _, _ = simulate(lambda plan: 1.0 if plan == SEQUENTIAL else 2 + 0.2 * plan.k, lambda d: 0.05, 400, costs)
+    assert spent < 1.06 * 1.05 * 400
+
+
 def test_expected_tokens_are_the_sums_of_the_theorem():
     costs = CostModel()
     for _ in range(400):  # a draft that misses d tokens is kept with probability 1/2, whatever d
@@ -62,3 +69,5 @@ def test_expected_tokens_are_the_sums_of_the_theorem():
     assert costs.tokens(Plan("one_call", 3)) == pytest.approx(1 + 1 / 2 + 1 / 4 + 1 / 8, rel=0.02)
     assert costs.tokens(Plan("assd", 4)) == pytest.approx(2 + 1 / 2 + 1 / 4 + 1 / 8, rel=0.02)
     assert costs.tokens(SEQUENTIAL) == 1
+    costs.bonus = False  # the last draft then opens no further token
+    assert costs.tokens(Plan("assd", 4)) == pytest.approx(2 + 1 / 2 + 1 / 4, rel=0.02)

@@ -159,6 +159,40 @@ def test_through_generate(model, ids, mask):
         model.generate(ids, attention_mask=everything, custom_generate=decode, max_new_tokens=1, repetition_penalty=1.2)
 
 
+def test_what_would_change_the_law_is_refused_or_kept_out(ids, mask):
+    model = random_xlnet(V)
+    known = ~mask
+    clean = pyquiet.infill(model, ids, mask=mask, method="assd", k=3, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pyquiet.infill(model, ids, mask=mask, method="assd", k=3, seed=1).tokens, clean.tokens)
+        pyquiet.joint_log_prob(model, clean.tokens, known=known)
+
+    def vandal(context):
+        context.tokens.fill_(3)
+        return torch.zeros(*context.positions.flip(1).shape, V).transpose(0, 1).contiguous().transpose(0, 1)
+
+    assert torch.equal(pyquiet.infill(model, ids, mask=mask, method=vandal, seed=1).tokens[known], ids[known])
+    for function in (pyquiet.joint_log_prob, pyquiet.marginals):
+        with pytest.raises(ValueError, match="training mode"):
+            function(model.train(), clean.tokens, known=known)
+    with pytest.raises(ValueError, match="training mode"):
+        pyquiet.infill(model, ids, mask=mask)
+    model.eval().lm_loss.to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"model\.to\(dtype\)"):
+        pyquiet.infill(model, ids, mask=mask)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_column_may_say_what_is_banned(model, ids, mask, method):
+    banned = torch.eye(V, dtype=torch.bool)[:, 3]
+    out = pyquiet.infill(model, ids, mask=mask, method=method, k=K[method], seed=1, banned=banned)
+    assert torch.equal(
+        out.tokens,
+        pyquiet.infill(model, ids, mask=mask, method=method, k=K[method], seed=1, banned=banned.clone()).tokens,
+    )
+    assert not (out.tokens[mask] == 3).any()
+
+
 GOOD = {"mask": torch.ones(2, 3, dtype=torch.bool)}
 
 
@@ -167,6 +201,9 @@ GOOD = {"mask": torch.ones(2, 3, dtype=torch.bool)}
     [
         ({"mask": torch.ones(2, 3)}, "mask"),
         ({"mask": torch.ones(2, 4, dtype=torch.bool)}, "mask"),
+        ({"mask": [[True] * 3] * 2}, "mask"),
+        ({"banned": [False] * V}, "banned"),
+        ({"input_ids": [[0] * 3] * 2}, "input_ids"),
         ({"mask": torch.tensor([[True, False, True]] * 2), "input_ids": torch.full((2, 3), V)}, "input_ids"),
         ({"mask": torch.tensor([[True, False, True]] * 2), "input_ids": torch.full((2, 3), -1)}, "input_ids"),
         ({"input_ids": torch.zeros(2, 3)}, "input_ids"),

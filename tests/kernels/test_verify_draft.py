@@ -89,10 +89,10 @@ def verify_by_loops(q, p, d, seed=SEED, lengths=None, first_is_exact=False, coup
     return results
 
 
-def problem(B=3, k=3, V=9, rows=None, spread=1.0, seed=0, **options):
+def problem(B=3, k=3, V=9, rows=None, spread=1.0, seed=0, scale=1.5, **options):
     """Target and draft logits, float32, drafts drawn from the latter, and the options of a call."""
     g = torch.Generator().manual_seed(seed)
-    q = torch.randn(B, k + 1 if rows is None else rows, V, generator=g) * 1.5
+    q = torch.randn(B, k + 1 if rows is None else rows, V, generator=g) * scale
     p = q[:, :k] + spread * torch.randn(B, k, V, generator=g)
     if options.get("first_is_exact"):
         p[:, :1] = q[:, :1]
@@ -128,6 +128,7 @@ CALLS = {
     "exact first, lengths": {"first_is_exact": True, "lengths": torch.tensor([0, 1, 2, 3] * 3), "rows": 3},
     "gumbel": {"coupling": "gumbel", "spread": 0.3},
     "gumbel, all": {"coupling": "gumbel", "spread": 0.3, "temperature": 0.8, "top_p": 0.9, "banned": BANNED},
+    "steep": {"scale": 70.0, "spread": 0.5, "V": 300},
     "no drafts": {"k": 0},
     "one draft": {"k": 1},
     "one id": {"V": 1},

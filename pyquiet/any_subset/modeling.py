@@ -49,7 +49,8 @@ class XLNetEngine(Engine):
 
     Raises:
         TypeError: `model` is no XLNetLMHeadModel.
-        ValueError: its attention is one-directional (attn_type "uni") or bi_data is set.
+        ValueError: its attention is one-directional (attn_type "uni"), bi_data is set, or its weights are of several
+            dtypes.
     """
 
     def __init__(self, model: Any) -> None:
@@ -64,6 +65,11 @@ class XLNetEngine(Engine):
                 f"model.config has attn_type={config.attn_type!r}, bi_data={config.bi_data}; filling in any order "
                 "needs attn_type='bi' and bi_data=False"
             )
+        dtypes = {weight.dtype for weight in model.parameters()}
+        if len(dtypes) > 1:  # transformers leaves some of XLNet's in float32, whatever dtype it is asked for
+            raise ValueError(
+                f"model has weights in {' and '.join(sorted(map(str, dtypes)))}; convert them all, with model.to(dtype)"
+            )
         self.model = model
         self.base = model.transformer
         self.layers: Any = self.base.layer
@@ -72,6 +78,10 @@ class XLNetEngine(Engine):
     @property
     def device(self) -> torch.device:  # type: ignore[override]  # the model may be moved
         return self.base.mask_emb.device  # type: ignore[no-any-return]
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        return self.model.training  # type: ignore[no-any-return]
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
