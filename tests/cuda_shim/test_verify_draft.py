@@ -223,7 +223,7 @@ def test_a_draft_that_its_own_law_leaves_out_is_kept(driver):
 def test_tokens_follow_the_target(driver):
     """The first token of many sequences with the same, expanded rows, of which the draft's have another law."""
     B = 400
-    logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf], [2.0, 1.0, -1.0, 0.0]])  # target, draft
+    logits = torch.tensor([[0.0, 2.0, 2.0, -torch.inf], [2.0, 1.0, -1.0, 0.0]])  # target, draft
     target, draft = (x.expand(B, 1, 4) for x in logits)
     drafts = draw(draft[:, 0], stream=Stream(1, Purpose.DRAFT)).tokens.unsqueeze(1)
     a = make(B, 1, 4, bonus=False, stream_position=None, seed=3)
