@@ -1,4 +1,4 @@
-"""Checks of arguments that every system makes."""
+"""Checks of arguments that every system makes, and their words."""
 
 
 def check_count(name: str, value: int, *, least: int) -> int:
@@ -8,6 +8,11 @@ def check_count(name: str, value: int, *, least: int) -> int:
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return value
+
+
+def some_of(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_fraction(name: str, value: float) -> float:

@@ -96,6 +96,19 @@ def resolve_seed(seed: int | None) -> int:
     return _check_seed(seed)
 
 
+def check_sequence_ids(sequence_ids: Tensor, batch: int) -> None:
+    """Raises TypeError or ValueError unless the ids are int64 [batch] in [0, 2^32), as a Stream takes them."""
+    if not isinstance(sequence_ids, Tensor):
+        raise TypeError(f"sequence_ids must be an int64 tensor, got {type(sequence_ids).__name__}")
+    if sequence_ids.dtype != torch.int64 or sequence_ids.shape != (batch,):
+        raise ValueError(
+            f"sequence_ids must be int64 of shape [{batch}], one id a sequence, got {sequence_ids.dtype} "
+            f"{list(sequence_ids.shape)}"
+        )
+    if (sequence_ids < 0).any() or (sequence_ids >= 2**32).any():
+        raise ValueError("sequence_ids must lie in 0 .. 2^32 - 1")
+
+
 def epoch_seed(seed: int, epoch: int) -> int:
     """A seed of 52 bits for an epoch of training, so that a text's noise differs from epoch to epoch."""
     return int(uniforms(Stream(seed, Purpose.EPOCH, position=epoch), 1).item() * 2**52)

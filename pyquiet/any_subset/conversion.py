@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, XLNetConfig, XLNetLMHeadModel
 
+from pyquiet.checks import some_of
+
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile and wrappers
 _EMBEDDING = "transformer.word_embedding.weight"
 # In the order in which they are replaced: three spaces are two and one when their turn comes, as in the release.
@@ -143,5 +145,4 @@ def _inferred(weights: Mapping[str, Tensor], path: Path) -> XLNetConfig:
 
 def _check_names(what: str, names: Iterable[str], path: Path) -> None:
     if names := sorted(names):
-        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        raise ValueError(f"path {path} {what} {some}: it is no whole state dict of this XLNetLMHeadModel")
+        raise ValueError(f"path {path} {what} {some_of(names)}: it is no whole state dict of this XLNetLMHeadModel")

@@ -102,12 +102,18 @@ class CostModel:
         return (kept + 1) / (tried + 2)
 
     def _count(self, tried: Tensor, kept: Tensor, first: int) -> None:
-        """Draft number j, from 0, was tried where j <= kept and j < tried; the first of ASSD's says nothing."""
-        width = int(tried.max()) if tried.numel() else 0
-        number = torch.arange(first, max(first, width))
-        reached = ((number <= kept[:, None]) & (number < tried[:, None])).sum(0).double()
-        stood = (number < kept[:, None]).sum(0).double()
-        grow = max(0, len(number) - len(self.tried))
+        """The first of ASSD's drafts, which is exact, says nothing."""
+        reached, stood = (counts[first:].double() for counts in by_number(tried, kept))
+        grow = max(0, len(reached) - len(self.tried))
         self.tried, self.kept = (torch.nn.functional.pad(_FORGET * x, (0, grow)) for x in (self.tried, self.kept))
-        self.tried[: len(number)] += reached
-        self.kept[: len(number)] += stood
+        self.tried[: len(reached)] += reached
+        self.kept[: len(reached)] += stood
+
+
+def by_number(tried: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """How often the turn of a round's draft number j came, and how often it was kept, int64 [drafts] each.
+
+    Of the drafts tried and kept in rounds, int64 [b] each: number j's turn came where j <= kept and j < tried.
+    """
+    number = torch.arange(int(tried.max()) if tried.numel() else 0)
+    return ((number <= kept[:, None]) & (number < tried[:, None])).sum(0), (number < kept[:, None]).sum(0)

@@ -53,6 +53,11 @@ class Engine(ABC):
     dtype: torch.dtype = torch.float32  # of logits
     training: bool = False  # dropout is at work
 
+    @property
+    def owner(self) -> Any:
+        """What outlives this engine: what is learned of its costs is kept by it."""
+        return self
+
     @abstractmethod
     def start(self, order: Tensor, prompt: Tensor) -> Any:
         """An empty `Cache` (or one of its kind) for the orders int64 [B, N] and prompt lengths int64 [B]."""
@@ -109,12 +114,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def undisturbed(function: Function) -> Function:
-    """A function of a model, run without gradients and without autocast, which would change the law."""
+    """A function of an engine for any model, run without gradients and without autocast, which would change the law."""
 
     @wraps(function)
     def run(model: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), torch.autocast(as_engine(model).device.type, enabled=False):
-            return function(model, *args, **kwargs)
+        engine = as_engine(model)
+        with torch.no_grad(), torch.autocast(engine.device.type, enabled=False):
+            return function(engine, *args, **kwargs)
 
     return cast(Function, run)
 

@@ -186,7 +186,7 @@ def fill_gaps(
         [i * len(several) + j for i, several in zip(ids, choices, strict=True) for j in range(len(several))]
     )
     settings = {"seed": seed, "sequence_ids": noise, "temperature": temperature, **options}
-    out = infill(model, tokens, mask=~given, attention_mask=real, **settings)
+    out = infill(engine, tokens, mask=~given, attention_mask=real, **settings)
     weights = torch.zeros(len(rows))
     counts = (~given, out.rounds, out.calls["density"], out.calls["draft"], out.drafter_calls)
     took: Cost = dict(zip(("tokens", "rounds", *(f"{kind}_calls" for kind in KINDS)), map(_total, counts), strict=True))
@@ -194,7 +194,7 @@ def fill_gaps(
     if len(rows) > len(texts):
         ends = torch.tensor([len(text.pieces[0]) for text, _ in rows], device=engine.device)
         before = torch.arange(tokens.shape[1], device=engine.device) < ends[:, None]
-        both = [joint_log_prob(model, out.tokens, known=x, attention_mask=real) for x in (before, given)]
+        both = [joint_log_prob(engine, out.tokens, known=x, attention_mask=real) for x in (before, given)]
         weights = (both[0] - both[1]).cpu()
         took["target_calls"] += 2 * len(rows)
     filled, start = [], 0

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyquiet.any_subset.engine import as_engine, undisturbed
+from pyquiet.any_subset.engine import Engine, undisturbed
 from pyquiet.any_subset.inputs import read_inputs
 
 _LOGITS = 1 << 22  # in flight, beside what is returned: 16 MB
@@ -32,7 +32,7 @@ def joint_log_prob(
     Raises:
         ValueError, TypeError: what is wrong with an argument, by its name.
     """
-    engine = as_engine(model)
+    engine: Engine = model
     inputs = read_inputs(engine, input_ids, known, attention_mask, order, filled=True)
     ranks = inputs.target_ranks()
     hidden = engine.density(engine.start(inputs.order, inputs.prompt), input_ids, ranks)
@@ -53,7 +53,7 @@ def marginals(model: Any, input_ids: Tensor, *, known: Tensor, attention_mask: T
     Known positions and padding hold 0 at their token and -inf elsewhere. The tokens at positions that are not known are
     not looked at. Arguments and errors as in `joint_log_prob`.
     """
-    engine = as_engine(model)
+    engine: Engine = model
     inputs = read_inputs(engine, input_ids, known, attention_mask, None)
     ranks = inputs.target_ranks()
     hidden = engine.draft(engine.start(inputs.order, inputs.prompt), input_ids, inputs.prompt, ranks)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyquiet.any_subset.drafting import Context, Drafter
 from pyquiet.any_subset.engine import Engine
+from pyquiet.any_subset.inputs import Inputs
 from pyquiet.kernels import Verification, verify_draft
 from pyquiet.randomness import Drawn, Purpose, Stream, draw
 
@@ -59,9 +60,7 @@ class Session:
         self,
         engine: Engine,
         tokens: Tensor,
-        order: Tensor,
-        prompt: Tensor,
-        total: Tensor,
+        inputs: Inputs,
         *,
         seed: int,
         sequences: Tensor,
@@ -73,9 +72,9 @@ class Session:
         # One column more than there are positions takes what idle columns write.
         self._tokens = torch.nn.functional.pad(tokens, (0, 1))
         self._log_probs = torch.zeros(self._tokens.shape, device=tokens.device)
-        self.order, self.total, self.sequences = order, total, sequences
-        self.known = prompt.clone()
-        self.cache = engine.start(order, prompt)
+        self.order, self.total, self.sequences = inputs.order, inputs.total, sequences
+        self.known = inputs.prompt.clone()
+        self.cache = engine.start(inputs.order, inputs.prompt)
         self.rows = torch.arange(len(tokens))  # of the whole batch
         self.pending: Draft | None = None
         self.number = 0  # of the round
@@ -115,22 +114,20 @@ class Session:
         """One token from its exact law; one call."""
         self.pending = None
         ranks = self._ranks(self.known, 1)
-        hidden = self._call("density", self.live, self.tokens, self.known, ranks, self.known[:, None])
-        drawn = self._draw(self.engine.head(hidden), ranks, Purpose.ANSWER)
+        drawn = self._draw(self.engine.head(self._marginals("density", ranks)), ranks, Purpose.ANSWER)
         return self._decide(drawn.tokens, drawn.log_probs, self.live.long(), None)
 
     def assd(self, k: int) -> Round:
         """k >= 2 drafts, the first of them exact; two calls, at least two tokens (one of each at the end)."""
         self.pending = None
         ranks = self._ranks(self.known, k)
-        hidden = self._call("draft", self.live, self.tokens, self.known, ranks, self.known[:, None].expand_as(ranks))
+        hidden = self._marginals("draft", ranks)
         draft, drawn = self._draft(self.engine.head(hidden), ranks)
         longer = draft.lengths > 1
         if not longer.any():
             return self._decide(drawn.tokens[:, :1], drawn.log_probs[:, :1], self.live.long(), None)
         targets = self._ranks(self.known + 1, k if self.bonus else k - 1).masked_fill(~longer[:, None], -1)
-        until = torch.maximum(targets.amax(1), self.known)
-        density = self._call("density", longer, self._filled(draft), until, targets, targets)
+        density = self._densities(longer, draft, targets)
         verdict = self._verify(torch.cat([hidden[:, :1], density], 1), draft, first_is_exact=True)
         return self._judge(verdict, draft)
 
@@ -139,9 +136,7 @@ class Session:
         self.pending = None
         draft = self._ask(drafter, self._ranks(self.known, k))
         targets = self._ranks(self.known, k + 1 if self.bonus else k)
-        until = torch.maximum(targets.amax(1), self.known)
-        hidden = self._call("density", self.live, self._filled(draft), until, targets, targets)
-        return self._judge(self._verify(hidden, draft), draft)
+        return self._judge(self._verify(self._densities(self.live, draft, targets), draft), draft)
 
     def one_call(self, k: int) -> Round:
         """The k drafts pending are verified, and in the same call the next k are drafted for every outcome.
@@ -157,14 +152,9 @@ class Session:
         groups = sees + torch.arange(1, k + 1).repeat(k + 1)
         groups = groups.masked_fill(groups >= self.total[:, None], -1)
         until = torch.minimum(first + k, torch.maximum(self.total - 1, first))
-        hidden = self._call(
-            "density",
-            self.live,
-            self._filled(draft),
-            until,
-            torch.cat([targets, groups], 1),
-            torch.cat([targets, sees], 1),
-        )
+        ranks, sees = torch.cat([targets, groups], 1), torch.cat([targets, sees], 1)
+        self._count("density", self.live)
+        hidden = self.engine.forward(self.cache, self._filled(draft), until, ranks, sees)
         verdict = self._verify(hidden[:, : k + 1], draft)
         done = self._judge(verdict, draft)
         following = hidden[:, k + 1 :].unflatten(1, (k + 1, k))
@@ -174,8 +164,7 @@ class Session:
 
     def _open(self, k: int) -> Round:
         ranks = self._ranks(self.known, k + 1)
-        hidden = self._call("draft", self.live, self.tokens, self.known, ranks, self.known[:, None].expand_as(ranks))
-        draft, drawn = self._draft(self.engine.head(hidden), ranks)
+        draft, drawn = self._draft(self.engine.head(self._marginals("draft", ranks)), ranks)
         done = self._decide(drawn.tokens[:, :1], drawn.log_probs[:, :1], self.live.long(), None)
         self.pending = replace(
             draft, **{name: getattr(draft, name)[:, 1:] for name in ("ranks", "tokens", "logits", "lse")}
@@ -194,9 +183,18 @@ class Session:
         places = self.order.gather(1, ranks.clamp(min=0)).masked_fill(ranks < 0, self.order.shape[1])
         return places.to(self._tokens.device)
 
-    def _call(self, kind: str, called: Tensor, tokens: Tensor, until: Tensor, ranks: Tensor, sees: Tensor) -> Tensor:
+    def _count(self, kind: str, called: Tensor) -> None:
         self.calls[kind][self.rows] += called
-        return self.engine.forward(self.cache, tokens, until, ranks, sees)
+
+    def _marginals(self, kind: str, ranks: Tensor) -> Tensor:
+        """Hidden rows of ranks that see what is decided; one call, counted as of that kind."""
+        self._count(kind, self.live)
+        return self.engine.draft(self.cache, self.tokens, self.known, ranks)
+
+    def _densities(self, called: Tensor, draft: Draft, targets: Tensor) -> Tensor:
+        """Hidden rows of the targets given all ranks before them, drafts among these; one call."""
+        self._count("density", called)
+        return self.engine.density(self.cache, self._filled(draft), targets)
 
     def _stream(self, purpose: Purpose | None, sequences: Tensor, positions: Tensor) -> Stream:
         # Coupled noise belongs to the rank alone, whichever round looks at it.

@@ -11,14 +11,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from pyquiet.any_subset.cost import SEQUENTIAL, CostModel, Plan
+from pyquiet.any_subset.cost import SEQUENTIAL, CostModel, Plan, by_number
 from pyquiet.any_subset.drafting import ngram_drafter
-from pyquiet.any_subset.engine import Engine, as_engine, undisturbed
+from pyquiet.any_subset.engine import Engine, undisturbed
 from pyquiet.any_subset.inputs import read_inputs
 from pyquiet.any_subset.rounds import Round, Session
-from pyquiet.randomness import process_logits, resolve_seed
+from pyquiet.randomness import COUPLINGS, check_sequence_ids, process_logits, resolve_seed
 
-METHODS = ("auto", "sequential", "assd", "one_call", "ngram")
+FIXED_METHODS = ("sequential", "assd", "one_call", "ngram")
+METHODS = ("auto", *FIXED_METHODS)
 DRAFTS = {"assd": 5, "one_call": 2, "ngram": 5}  # a round, where nothing says how many
 _PLANS = [Plan("assd", k) for k in (3, 5, 8)] + [Plan("one_call", k) for k in (1, 2, 3, 4)]
 # What rounds of a model have cost so far, by the sizes of batch and text, the law and the bonus.
@@ -110,7 +111,7 @@ def infill(
     """
     _check_options(method, k, coupling)
     seed = resolve_seed(seed)
-    engine = as_engine(model)
+    engine: Engine = model
     # What is no bool is refused by its name.
     given = ~mask if isinstance(mask, Tensor) and mask.dtype == torch.bool else mask
     inputs = read_inputs(engine, input_ids, given, attention_mask, order, mask_name="mask")
@@ -118,9 +119,7 @@ def infill(
     session = Session(
         engine,
         input_ids,
-        inputs.order,
-        inputs.prompt,
-        inputs.total,
+        inputs,
         seed=seed,
         sequences=_checked_ids(sequence_ids, len(input_ids)),
         coupling="gumbel" if by_time else coupling,
@@ -129,11 +128,11 @@ def infill(
     )
     began = time.perf_counter()
     with torch.inference_mode():  # a tenth faster than no_grad; what is returned was made outside of it
-        rounds = _by_time(session, model, method) if by_time else _fixed(session, method, k)
+        rounds = _by_time(session, method) if by_time else _fixed(session, method, k)
     seconds = time.perf_counter() - began
     tokens, log_probs = session.results()
     plan = _most_used(rounds)
-    accepted, tried = _by_rank([done for _, done in rounds])
+    tried, accepted = by_number(*(_together([getattr(done, name) for _, done in rounds]) for name in ("tried", "kept")))
     return Infilling(
         tokens,
         log_probs,
@@ -149,6 +148,10 @@ def infill(
 
 
 Taken = list[tuple[Plan, Round]]
+
+
+def _together(parts: list[Tensor]) -> Tensor:
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *parts])
 
 
 def _fixed(session: Session, method: Any, k: Any) -> Taken:
@@ -168,15 +171,17 @@ def _fixed(session: Session, method: Any, k: Any) -> Taken:
     return rounds
 
 
-def _by_time(session: Session, model: Any, method: str) -> Taken:
+def _by_time(session: Session, method: str) -> Taken:
     """Rounds of the kind that is expected to be fastest, as far as is known."""
     plans = [plan for plan in _PLANS if method in ("auto", plan.kind)]
-    known = _COSTS.setdefault(model, {})
+    known = _COSTS.setdefault(session.engine.owner, {})
+    law = tuple(session.options[name] for name in ("temperature", "top_k", "top_p"))
     rounds: Taken = []
     while session.live.any():
-        size = int(session.live.sum()).bit_length(), session.order.shape[1].bit_length()
-        law = tuple(session.options[name] for name in ("temperature", "top_k", "top_p"))
-        costs = known.setdefault((*size, *law, session.bonus), CostModel(session.bonus))
+        sizes = int(session.live.sum()).bit_length(), session.order.shape[1].bit_length()
+        if (key := (*sizes, *law, session.bonus)) not in known:
+            known[key] = CostModel(session.bonus)
+        costs = known[key]
         opened = bool(rounds) and rounds[-1][1].opens
         plan = rounds[-1][0] if opened else costs.choose(plans)
         began = time.perf_counter()
@@ -204,17 +209,6 @@ def _most_used(rounds: Taken) -> Plan:
     return used.most_common(1)[0][0] if used else SEQUENTIAL
 
 
-def _by_rank(rounds: list[Round]) -> tuple[Tensor, Tensor]:
-    """How often draft number j was kept and how often its turn came, int64 [drafts]."""
-    width = max([0, *(int(done.tried.max()) for done in rounds if done.tried.numel())])
-    number = torch.arange(width)
-    accepted, tried = torch.zeros(2, width, dtype=torch.int64)
-    for done in rounds:
-        accepted += (number < done.kept[:, None]).sum(0)
-        tried += ((number <= done.kept[:, None]) & (number < done.tried[:, None])).sum(0)
-    return accepted, tried
-
-
 def _check_options(method: Any, k: Any, coupling: str) -> None:
     if method not in METHODS and not callable(method):
         raise ValueError(f"method must be one of {', '.join(METHODS)} or a callable drafter, got {method!r}")
@@ -222,8 +216,8 @@ def _check_options(method: Any, k: Any, coupling: str) -> None:
         raise ValueError(f"k must be a number of drafts, 1 or more, or 'auto', got {k!r}")
     if k != "auto" and method == "auto":
         raise ValueError(f"k={k} goes with a method of its own; leave it out, or name the method: 'assd' or 'one_call'")
-    if coupling not in ("rejection", "gumbel"):
-        raise ValueError(f"coupling must be 'rejection' or 'gumbel', got {coupling!r}")
+    if coupling not in COUPLINGS:
+        raise ValueError(f"coupling must be one of {COUPLINGS}, got {coupling!r}")
 
 
 def _checked_law(
@@ -244,9 +238,6 @@ def _checked_law(
 def _checked_ids(sequence_ids: Tensor | None, batch: int) -> Tensor:
     if sequence_ids is None:
         return torch.arange(batch)
-    ids = torch.as_tensor(sequence_ids).cpu()
-    if ids.dtype != torch.int64 or ids.shape != (batch,) or (ids < 0).any() or (ids >= 1 << 32).any():
-        raise ValueError(
-            f"sequence_ids must be int64 [{batch}] in [0, 2^32), one for each text, got {ids.dtype} {ids.tolist()}"
-        )
-    return ids
+    ids = torch.as_tensor(sequence_ids)
+    check_sequence_ids(ids, batch)
+    return ids.cpu()

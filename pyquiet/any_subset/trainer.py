@@ -13,7 +13,6 @@ from pyquiet.datasets import TextCollator
 from pyquiet.trainers import SeededTrainer, check_trainable, data_seed
 
 REACH = 3  # drafts behind the exact one that evaluation looks at
-_REFUSED = ("fsdp", "deepspeed", "gradient_checkpointing", "activation_checkpointing")
 _TEXT = ("input_ids", "attention_mask")
 _NOISE = ("order", "prompt", "block_size", "block_offset")
 

@@ -2,7 +2,7 @@
 
 One differentiable pass has a query at each position for the joint law, which sees all earlier ranks, and one for
 drafts, which sees the ranks before its block alone. The joint loss never asks for a position behind others that are
-unknown, so it is the draft loss that teaches what a sampler drafts (arXiv 2504.20456, sections 3 and 5). Words: B
+unknown, so it is the draft loss that teaches what a sampler drafts (arXiv 2504.20456). Words: B
 sequences, N positions, V vocabulary, d width, n targets.
 """
 

@@ -4,13 +4,12 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from pyquiet.cli.infill import METHODS, add_law, add_model, cost_in_words, law, load_filler, memory_in_words
+from pyquiet.any_subset.sampling import FIXED_METHODS, METHODS
+from pyquiet.cli.infill import add_law, add_model, cost_in_words, law, load_filler, memory_in_words
 from pyquiet.cli.think import usable_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_COMPARED = ("sequential", "assd", "one_call", "ngram")
 
 
 def add_parser(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -31,7 +30,7 @@ def add_parser(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         nargs="+",
         choices=METHODS,
         metavar="METHOD",
-        help=f"of {', '.join(METHODS)}; several for --table (default: {' '.join(_COMPARED)}), one else (auto)",
+        help=f"of {', '.join(METHODS)}; several for --table (default: {' '.join(FIXED_METHODS)}), one else (auto)",
     )
     parser.add_argument("--items", type=int, metavar="N", help="texts (default: 16), the first N stories or problems")
     parser.add_argument("--batch-size", type=int, metavar="N", help="texts at a time (default: 8; 1 for --table)")
@@ -84,7 +83,7 @@ def _table(args: argparse.Namespace, options: dict[str, Any]) -> tuple[dict[str,
         *_filler(args),
         texts,
         _judge(args.judge, args.device),
-        methods=args.method or _COMPARED,
+        methods=args.method or FIXED_METHODS,
         count=args.items or 16,
         length=args.length,
         prompt_fraction=args.prompt_fraction,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pyquiet.any_subset.sampling import METHODS
 from pyquiet.cli.think import check_answer_options, usable_device
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from pyquiet.any_subset.gaps import Cost
 
 DEFAULT_MODEL = "tiny-any-subset"
-METHODS = ("auto", "sequential", "assd", "one_call", "ngram")
 _BOLD, _PLAIN = "\033[1m", "\033[0m"
 
 

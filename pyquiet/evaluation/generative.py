@@ -1,4 +1,4 @@
-"""The table of arXiv 2504.20456, section 6: what methods of filling in write, and what it takes them."""
+"""The table of arXiv 2504.20456: what methods of filling in write, and what it takes them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,14 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyquiet.any_subset import Infilling, as_engine, infill
 from pyquiet.any_subset.gaps import Codec
-from pyquiet.any_subset.sampling import DRAFTS
+from pyquiet.any_subset.sampling import DRAFTS, FIXED_METHODS
 from pyquiet.any_subset.training import random_order
 from pyquiet.checks import check_count
 from pyquiet.datasets import packed
 from pyquiet.evaluation.estimates import Estimate
 from pyquiet.evaluation.prompts import opening_ids, token_ids
 
-METHODS = ("sequential", "assd", "one_call", "ngram")
 _COLUMNS = {
     "perplexity": "gen. PPL",
     "entropy": "entropy",
@@ -67,7 +66,7 @@ def generative_table(
     texts: Iterable[str],
     judge: tuple[PreTrainedModel, PreTrainedTokenizerBase],
     *,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = FIXED_METHODS,
     count: int = 16,
     length: int = 512,
     prompt_fraction: float = 0.05,
@@ -146,11 +145,10 @@ def histogram_entropy(tokens: Tensor) -> Tensor:
 
 
 def _method(method: str, k: int | str) -> dict[str, Any]:
+    if method not in DRAFTS:
+        return {"method": method, "k": "auto"}
     # With k="auto" infill would choose by time, and a row of the table would stand for several numbers of drafts.
-    return {
-        "method": method,
-        "k": DRAFTS[method] if k == "auto" and method in DRAFTS else k if method in DRAFTS else "auto",
-    }
+    return {"method": method, "k": DRAFTS[method] if k == "auto" else k}
 
 
 def _counts(out: Infilling, filled: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""How well gaps are filled, and sentences of a story scored by ROUGE (arXiv 2504.20456, section 6)."""
+"""How well gaps are filled, and sentences of a story scored by ROUGE (arXiv 2504.20456)."""
 
 import csv
 import os

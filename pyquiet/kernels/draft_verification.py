@@ -6,12 +6,12 @@ Letters: B sequences, k drafts, V vocabulary; p the draft law, q the target law,
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyquiet.kernels.registration import Kernel, Tensors
+from pyquiet.kernels.registration import Kernel, Tensors, check_tensor, cuda_stream
 from pyquiet.native import cpu, cuda
 from pyquiet.randomness import (
     COUPLINGS,
@@ -102,7 +102,7 @@ def verify_draft(
     coupling: str = "rejection",
     deterministic: bool = False,
 ) -> Verification:
-    """Keeps drafts so that what is kept, with one more token, follows the target law (arXiv 2504.20456, algorithm 1).
+    """Keeps drafts so that what is kept, with one more token, follows the target law (arXiv 2504.20456).
 
     q_j and p_j are the laws of `process_logits` of the target's and the draft's row j, under `temperature` and
     `draft_temperature`. In order, draft d_j is accepted if u p_j(d_j) < q_j(d_j). At the first that is not, a
@@ -258,15 +258,14 @@ def _forward(arguments: tuple[Any, ...], all_outputs: bool) -> Tensors:
         on_cpu: Callable[..., int] = cpu.verify_draft
         faults = on_cpu(*arguments, *outputs, torch.get_num_threads())
         if faults:
-            _refuse(arguments) if faults < 0 else _raise_fault(Arguments(*arguments), outputs[-1])
+            _kernel.refuse(arguments) if faults < 0 else _raise_fault(Arguments(*arguments), outputs[-1])
         return outputs
     module, (B, k) = cuda(), arguments[2].shape
     floats = module.verify_draft_workspace(B, k, *target.shape[1:])
     workspace = target.new_empty(floats, dtype=torch.float32)
     with torch.cuda.device(target.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        if not module.verify_draft(*arguments, *outputs, workspace, stream):
-            _refuse(arguments)
+        if not module.verify_draft(*arguments, *outputs, workspace, cuda_stream()):
+            _kernel.refuse(arguments)
     return outputs
 
 
@@ -297,11 +296,6 @@ def _runs_natively(target: Tensor) -> bool:
     return target.is_cuda and target.dtype in dtypes and target.numel() > 0 and cuda() is not None
 
 
-def _refuse(arguments: tuple[Any, ...]) -> NoReturn:
-    _check(Arguments(*arguments))
-    raise AssertionError("the native kernel refused arguments that fit the contract")
-
-
 def _raise_fault(a: Arguments, fault: Tensor) -> None:
     """Raises what is wrong with the first row that a kernel marked (contract.hpp says how)."""
     if fault.any():
@@ -328,10 +322,14 @@ def _check(a: Arguments) -> None:
     if target.shape[0] != B or target.shape[1] not in (k, k + 1):
         raise ValueError(f"target_logits must be [{B}, {k + 1} or {k}, V] for {k} drafts, got {list(target.shape)}")
     dtype = torch.float64 if target.dtype is torch.float64 else torch.float32
-    _check_tensor(a, "draft_tokens", (B, k), torch.int64)
-    _check_tensor(a, "draft_logits", (B, k, V), target.dtype)
-    _check_tensor(a, "draft_lse", (B, k), dtype)
-    _check_tensor(a, "lengths", (B,), torch.int64)
+    for name, shape, kind in (
+        ("draft_tokens", (B, k), torch.int64),
+        ("draft_logits", (B, k, V), target.dtype),
+        ("draft_lse", (B, k), dtype),
+        ("lengths", (B,), torch.int64),
+    ):
+        if getattr(a, name) is not None:
+            check_tensor(name, getattr(a, name), shape, kind, "target_logits", target.device)
     check_processing(V, a.temperature, a.top_k, a.top_p, a.banned)
     check_processing(V, a.draft_temperature, name="draft_temperature")
     if a.draft_logits is None and not (a.gumbel or a.temperature == 0 or k <= a.first_is_exact):
@@ -343,18 +341,6 @@ def _check(a: Arguments) -> None:
         raise ValueError(f"stream.position + k must be below 2^32, got {a.stream_words[1]} + {k}")
     if not (torch.compiler.is_compiling() or isinstance(target, torch._subclasses.FakeTensor) or target.is_meta):
         _check_values(a, k, V)
-
-
-def _check_tensor(a: Arguments, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    tensor: Tensor | None = getattr(a, name)
-    if tensor is None:
-        return
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}; convert it with .to({dtype})")
-    if tensor.device != a.target_logits.device:
-        raise ValueError(f"{name} is on {tensor.device} but target_logits on {a.target_logits.device}; move it there")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
 def _check_values(a: Arguments, k: int, V: int) -> None:

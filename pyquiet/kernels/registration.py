@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -137,11 +137,34 @@ class Kernel:
             self.check(arguments)
             raise
 
+    def refuse(self, arguments: Arguments) -> NoReturn:
+        """Raises what is wrong with arguments that native code did not take."""
+        self.check(arguments)
+        raise AssertionError("the native kernel refused arguments that fit the contract")
+
     def _refuse_tangents(self, arguments: Arguments) -> None:
         if any(forward_ad.unpack_dual(x).tangent is not None for x in arguments[: self.inputs]):
             raise NotImplementedError(
                 f"{self.op} has no forward-mode derivative; use reverse mode (torch.autograd.grad)"
             )
+
+
+def cuda_stream() -> int:
+    """The current stream of the current device, as native code takes it."""
+    stream: int = torch.cuda.current_stream().cuda_stream
+    return stream
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, beside: str, device: torch.device
+) -> None:
+    """Raises what is wrong with the tensor's dtype, device (that of the argument `beside`) or shape."""
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}; convert it with .to({dtype})")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device} but {beside} on {device}; move it there")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
 def empty_rows_like(x: Tensor) -> Tensor:

@@ -5,12 +5,12 @@ Letters: B batch, H query heads, G KV heads, T positions, S text keys, P path st
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyquiet.kernels.registration import Kernel, Tensors, empty_rows_like
+from pyquiet.kernels.registration import Kernel, Tensors, check_tensor, cuda_stream, empty_rows_like
 from pyquiet.native import cpu, cuda
 
 _MAX_HEAD_SIZE = 256
@@ -186,9 +186,9 @@ def _forward(arguments: tuple[Any, ...], all_outputs: bool) -> Tensors:
         accepted = on_cpu(*arguments, *outputs, torch.get_num_threads())
     else:
         with torch.cuda.device(query.device):
-            accepted = cuda().thought_attention(*arguments, *outputs, _stream())
+            accepted = cuda().thought_attention(*arguments, *outputs, cuda_stream())
     if not accepted:
-        _refuse(arguments)
+        _kernel.refuse(arguments)
     return outputs  # type: ignore[return-value]  # the lse is None only where nobody asked for it
 
 
@@ -213,9 +213,11 @@ def _backward(d_out: Tensor, outputs: Tensors, arguments: tuple[Any, ...]) -> Te
         sizes = (*a.query.shape[:4], *a.text_key.shape[1:3], a.path_key.shape[3])
         workspace = lse.new_empty(module.thought_attention_backward_workspace(*sizes))
         with torch.cuda.device(a.query.device):
-            accepted = module.thought_attention_backward(*arguments, out, d_out, lse, *gradients, workspace, _stream())
+            accepted = module.thought_attention_backward(
+                *arguments, out, d_out, lse, *gradients, workspace, cuda_stream()
+            )
     if not accepted:
-        _refuse(arguments)
+        _kernel.refuse(arguments)
     return gradients
 
 
@@ -240,16 +242,6 @@ def _runs_natively(query: Tensor) -> bool:
     return query.is_cuda and query.dtype in _CUDA_DTYPES and query.numel() > 0 and cuda() is not None
 
 
-def _stream() -> int:
-    stream: int = torch.cuda.current_stream().cuda_stream
-    return stream
-
-
-def _refuse(arguments: tuple[Any, ...]) -> NoReturn:
-    _check(Arguments(*arguments))
-    raise AssertionError("the native kernel refused arguments that fit the contract")
-
-
 def _check(a: Arguments) -> None:
     _check_types(a)
     query = a.query
@@ -261,7 +253,7 @@ def _check(a: Arguments) -> None:
         ("path_key", a.path_key, (B, G, T, P, D)),
         ("path_value", a.path_value, (B, G, T, P, D)),
     ):
-        _check_tensor(name, tensor, shape, query.dtype, query.device)
+        check_tensor(name, tensor, shape, query.dtype, "query", query.device)
         if tensor.numel() and tensor.stride(-1) != 1:
             raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; call .contiguous() on it")
     _check_range("text_limits", a.text_limits, (B, T), query.device, S)
@@ -314,17 +306,8 @@ def _sizes(query: Tensor, text_key: Tensor, path_key: Tensor) -> tuple[int, ...]
     return B, H, T, Q, D, G, S, P
 
 
-def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}; convert it with .to({dtype})")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device} but query on {device}; move it there")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
-
-
 def _check_range(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, S: int) -> None:
-    _check_tensor(name, tensor, shape, torch.int64, device)
+    check_tensor(name, tensor, shape, torch.int64, "query", device)
     if (
         torch.compiler.is_compiling()
         or isinstance(tensor, torch._subclasses.FakeTensor)

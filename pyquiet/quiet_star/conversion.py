@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
+from pyquiet.checks import some_of
 from pyquiet.quiet_star.configuration import QuietStarConfig
 from pyquiet.quiet_star.modeling import QuietStarForCausalLM
 
@@ -125,11 +126,11 @@ def _check_weights(state_dict: Mapping[str, Tensor], config: QuietStarConfig) ->
     if model.config.tie_word_embeddings and "lm_head.weight" not in state_dict:
         del expected["lm_head.weight"]
     if missing := sorted(expected.keys() - state_dict.keys()):
-        raise ValueError(f"state_dict lacks {_some(missing)}: this is no checkpoint of the released Quiet-STaR code")
+        raise ValueError(f"state_dict lacks {some_of(missing)}: this is no checkpoint of the released Quiet-STaR code")
     if unknown := sorted(state_dict.keys() - expected.keys()):
         raise ValueError(
-            f"state_dict has unknown keys, {_some(unknown)}: beside the base's, only talk_head.0.{{0,2,4}} (one mixing "
-            "head of three layers), start_embedding and end_embedding are supported"
+            f"state_dict has unknown keys, {some_of(unknown)}: beside the base's, only talk_head.0.{{0,2,4}} (one "
+            "mixing head of three layers), start_embedding and end_embedding are supported"
         )
     for key, shape in expected.items():
         if tuple(state_dict[key].shape) != shape:
@@ -146,10 +147,6 @@ def _our_name(key: str) -> str:
 
 def _released_name(key: str) -> str:
     return key.removeprefix("base.").replace("mixing_head.", "talk_head.0.")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

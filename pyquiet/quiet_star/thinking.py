@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyquiet.quiet_star.configuration import check_count
 from pyquiet.quiet_star.thoughts import ThoughtCache, ThoughtLayout, run_rows
-from pyquiet.randomness import Purpose, Stream, draw, process_logits, resolve_seed
+from pyquiet.randomness import Purpose, Stream, check_sequence_ids, draw, process_logits, resolve_seed
 
 if TYPE_CHECKING:
     from pyquiet.quiet_star.modeling import QuietStarForCausalLM
@@ -55,15 +55,7 @@ class ThoughtOptions:
                 f"thought sampling (thought_temperature, thought_top_k, thought_top_p): {error}"
             ) from None
         if sequence_ids is not None:
-            if not isinstance(sequence_ids, Tensor):
-                raise TypeError(f"sequence_ids must be an int64 tensor, got {type(sequence_ids).__name__}")
-            if sequence_ids.dtype != torch.int64 or sequence_ids.shape != (batch,):
-                raise ValueError(
-                    f"sequence_ids must be int64 of shape [{batch}], one id a sequence, got {sequence_ids.dtype} "
-                    f"{list(sequence_ids.shape)}"
-                )
-            if (sequence_ids < 0).any() or (sequence_ids >= 2**32).any():
-                raise ValueError("sequence_ids must lie in 0 .. 2^32 - 1")
+            check_sequence_ids(sequence_ids, batch)
         return cls(
             resolve_seed(seed),
             thoughts,
