@@ -5,10 +5,6 @@ NaN wherever nothing may be read and in all that is to be written.
 """
 
 import math
-import os
-import shutil
-import struct
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,7 +12,8 @@ import torch
 
 from pyquiet.kernels.thought_attention import reference
 
-ROOT = Path(__file__).parents[2]
+from .driver import built, run_program
+
 INPUTS = ["query", "text_key", "text_value", "path_key", "path_value"]
 GRADIENTS = ["d_" + name for name in INPUTS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -24,26 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory) -> Path:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    if os.uname().machine != "x86_64":
-        pytest.skip("the shim's fibers are written for x86-64")
-    program = tmp_path_factory.mktemp("shim") / "thought_attention"
-    source = Path(__file__).with_name("thought_attention.cpp")
-    flags = [
-        "-std=c++17",
-        "-O1",
-        "-Wall",
-        "-Wextra",
-        "-Wno-unknown-pragmas",
-        "-Werror",
-        "-DPYQUIET_CUDA_SHIM",
-        "-fno-strict-aliasing",
-    ]
-    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{source.parent}"]
-    subprocess.run([compiler, *flags, str(source), "-o", str(program)], check=True)
-    return program
+    return built("thought_attention", tmp_path_factory.mktemp("shim"))
 
 
 def make(B, H, G, T, P, Q, D, S, window=None, softcap=None, padded=False, dtype=torch.float32, seed=0):
@@ -76,10 +54,6 @@ def lay_out(x, layout):
     return view.copy_(x)
 
 
-def storage_of(x):
-    return x.new_empty(0).set_(x.untyped_storage())
-
-
 def run(driver, tensors, options, d_out=None, layout="dense", without=()):
     """{name: tensor} of what the kernels write: out and lse, and with `d_out` the gradients."""
     nan = lambda x, dtype: torch.full_like(x, math.nan, dtype=dtype, memory_format=torch.contiguous_format)  # noqa: E731
@@ -92,23 +66,11 @@ def run(driver, tensors, options, d_out=None, layout="dense", without=()):
     given = {name: lay_out(x, layout) for name, x in given.items()}
     given |= {"d_out": lay_out(d_out, layout)} if d_out is not None else {}
     given |= {name: options[name] for name in ("text_limits", "text_start") if options[name] is not None}
-    problem, result = driver.with_suffix(".problem"), driver.with_suffix(".result")
-    with problem.open("wb") as f:
-        f.write(struct.pack("<qqq", DTYPES.index(query.dtype), d_out is not None, options["window"] or 0))
-        f.write(struct.pack("<ddq", options["scale"], options["softcap"] or 0, len(given)))
-        for name, x in given.items():
-            storage = storage_of(x).view(torch.uint8).numpy().tobytes()
-            f.write(struct.pack("<q", len(name)) + name.encode())
-            f.write(struct.pack(f"<q{2 * x.ndim}q", x.ndim, *x.shape, *x.stride()))
-            f.write(struct.pack("<qq", x.storage_offset(), len(storage)) + storage)
-    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
-    done = subprocess.run([driver, problem, result], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    data, outputs = bytearray(result.read_bytes()), {}
-    for name in sorted(written):
-        x, size = given[name], storage_of(given[name]).numel() * given[name].element_size()
-        storage = torch.frombuffer(data[:size], dtype=x.dtype) if size else storage_of(x)
-        data = data[size:]
+    given["options"] = torch.tensor([DTYPES.index(query.dtype), options["window"] or 0])
+    given["reals"] = torch.tensor([options["scale"], options["softcap"] or 0], dtype=torch.float64)
+    outputs = {}
+    for name, storage in run_program(driver, given, written).items():
+        x = given[name]
         outputs[name] = storage.as_strided(x.shape, x.stride(), x.storage_offset())
         outside = torch.ones(storage.shape, dtype=torch.bool)
         outside.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(False)

@@ -4,10 +4,6 @@ Every problem runs in two orders of the threads, which must give the same bits, 
 garbage in all that is to be written and NaN around the rows.
 """
 
-import os
-import shutil
-import struct
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +16,7 @@ from pyquiet.kernels.draft_verification import Arguments, reference
 from pyquiet.randomness import Purpose, Stream, draw, uniforms
 
 from ..chi_square import chi_square
+from .driver import built, run_program
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAN, INF, NONE = torch.nan, torch.inf, -torch.inf
@@ -28,17 +25,7 @@ OUTPUTS = ("tokens", "count", "accepted", "log_probs", "bonus", "fault")
 
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory) -> Path:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    if os.uname().machine != "x86_64":
-        pytest.skip("the shim's fibers are written for x86-64")
-    program = tmp_path_factory.mktemp("shim") / "verify_draft"
-    source = Path(__file__).with_name("verify_draft.cpp")
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-DPYQUIET_CUDA_SHIM"]
-    flags += ["-fno-strict-aliasing", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    subprocess.run([compiler, *flags, f"-I{source.parent}", str(source), "-o", str(program)], check=True)
-    return program
+    return built("verify_draft", tmp_path_factory.mktemp("shim"))
 
 
 def make(B=3, k=4, V=37, *, bonus=True, dtype=torch.float32, seed=0, apart=0.7, lse=False, **options) -> Arguments:
@@ -77,23 +64,8 @@ def run(driver: Path, a: Arguments) -> tuple[torch.Tensor, ...]:
     given = {name: among_nan(x) for name, x in zip(a._fields[:10], a[:10], strict=True) if x is not None} | written
     given["options"] = torch.tensor([DTYPES.index(target.dtype), a.seed, *a.stream_words, *flags])
     given["reals"] = torch.tensor([*inverses, a.top_p or 1.0], dtype=torch.float64)
-    problem, result = driver.with_suffix(".problem"), driver.with_suffix(".result")
-    with problem.open("wb") as f:
-        f.write(struct.pack("<q", len(given)))
-        for name, x in given.items():
-            storage = x.new_empty(0).set_(x.untyped_storage()).view(torch.uint8).numpy().tobytes()
-            f.write(struct.pack("<q", len(name)) + name.encode())
-            f.write(struct.pack(f"<q{2 * x.ndim}q", x.ndim, *x.shape, *x.stride()))
-            f.write(struct.pack("<qq", x.storage_offset(), len(storage)) + storage)
-    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
-    done = subprocess.run([driver, problem, result], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    data, results = bytearray(result.read_bytes()), []
-    for x in written.values():
-        size = x.numel() * x.element_size()
-        results.append(torch.frombuffer(data[:size], dtype=x.dtype).view(x.shape) if size else x)
-        data = data[size:]
-    return tuple(results)
+    storages = run_program(driver, given, OUTPUTS)
+    return tuple(storages[name].view(x.shape) if x.numel() else x for name, x in written.items())
 
 
 def check(driver: Path, a: Arguments) -> None:
