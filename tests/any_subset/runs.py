@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyquiet import AnySubsetTrainer, AnySubsetTrainingArguments
 
+from ..plain_descent import PLAIN_DESCENT
 from .models import random_xlnet
 
 V = 11
@@ -31,22 +32,7 @@ def examples(count: int) -> list[dict[str, Tensor]]:
 
 def arguments(folder: Path, **changes: Any) -> AnySubsetTrainingArguments:
     """Two steps of plain gradient descent over the examples in their order, unless changed."""
-    settings: dict[str, Any] = {
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "seed": 0,
-        "max_length": 16,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "train_sampling_strategy": "sequential",
-    }
+    settings = PLAIN_DESCENT | {"learning_rate": 0.1}
     return AnySubsetTrainingArguments(str(folder), **{**settings, **changes})
 
 

@@ -17,6 +17,8 @@ from pyquiet.evaluation import (
     token_ids,
 )
 
+from .one_line import error_line
+
 TEXT = "Once upon a time there was a king who had three sons. The youngest of them was called Simpleton.\n"
 GSM8K = [{"question": f"How many legs have {i} dogs?", "answer": f"4 each.\n#### {4 * i}"} for i in (2, 3, 250)]
 
@@ -135,8 +137,4 @@ def test_majority_vote(folder, thinker, capsys, monkeypatch):
 def test_errors_are_one_line_that_names_the_cause(folder, capsys, measure, arguments, named):
     arguments = [a.replace("MODEL", str(folder / "model")).replace("TEXT", str(folder / "text.txt")) for a in arguments]
     assert evaluate(folder, measure, *arguments) == 2
-    captured = capsys.readouterr()
-    last = captured.err.strip().split("\n")[-1]
-    assert last.startswith("pyquiet: error: ")
-    assert named in last
-    assert captured.out == ""
+    assert named in error_line(capsys)

@@ -11,6 +11,7 @@ from pyquiet.cli import main
 from pyquiet.evaluation import generative_table, infill_code, infill_stories, read_code_problems, read_stories
 
 from ..any_subset.models import random_xlnet
+from .one_line import error_line
 
 STORY = "a,t,Tom had a dog.,It was big.,The dog ran away.,Tom was sad.,The dog came home.\n"
 CODE = {
@@ -144,11 +145,7 @@ def test_a_file_of_weights_with_another_tokenizer(folder, capsys):
 def test_errors_are_one_line_that_names_the_cause(folder, capsys, arguments, named):
     arguments = [a.replace("BARE", str(folder / "bare")) for a in arguments]
     assert run(folder, "--text", "The ___", *arguments) == 2
-    captured = capsys.readouterr()
-    last = captured.err.strip().split("\n")[-1]
-    assert last.startswith("pyquiet: error: ")
-    assert named in last
-    assert captured.out == ""
+    assert named in error_line(capsys)
 
 
 def test_a_full_memory_is_told_in_words(folder, capsys, monkeypatch):
@@ -242,11 +239,7 @@ def test_code(folder, filler, capsys, monkeypatch):
 )
 def test_errors_of_evaluation(folder, capsys, arguments, named):
     assert evaluate(folder, *arguments) == 2
-    captured = capsys.readouterr()
-    last = captured.err.strip().split("\n")[-1]
-    assert last.startswith("pyquiet: error: ")
-    assert named in last
-    assert captured.out == ""
+    assert named in error_line(capsys)
 
 
 def test_the_embedded_model_is_the_default(capsys):

@@ -10,6 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pyquiet import QuietStarForCausalLM
 from pyquiet.cli import main
 
+from .one_line import error_line
+
 WORDS = ["---", *(f"w{i}" for i in range(40))]
 
 
@@ -96,11 +98,7 @@ def test_a_plain_model_answers_as_it_would_alone_and_says_so(folders, capsys):
 )
 def test_errors_are_one_line_that_names_the_cause(folders, capsys, arguments, named):
     assert think(folders[1], *arguments) == 2
-    captured = capsys.readouterr()
-    last = captured.err.strip().split("\n")[-1]
-    assert last.startswith("pyquiet: error: ")
-    assert named in last
-    assert captured.out == ""
+    assert named in error_line(capsys)
 
 
 def test_broken_weights_are_named(folders, tmp_path, capsys):

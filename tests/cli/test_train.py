@@ -9,6 +9,8 @@ from pyquiet import QuietStarForCausalLM, load
 from pyquiet.cli import main
 from pyquiet.cli.train_quiet_star import OPTIONS, training_arguments
 
+from .one_line import error_line
+
 
 @pytest.fixture
 def text(tmp_path):
@@ -78,9 +80,7 @@ def test_weights_in_half_precision_are_trained_in_single(text, tmp_path):
 )
 def test_errors_are_one_line(text, tmp_path, capsys, words, match):
     assert train(text, tmp_path / "out", *words) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("pyquiet: error:")
-    assert match in error
+    assert match in error_line(capsys)
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
 
 

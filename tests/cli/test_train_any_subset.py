@@ -10,6 +10,8 @@ from pyquiet import load
 from pyquiet.cli import main
 from pyquiet.cli.train_any_subset import OPTIONS, training_arguments
 
+from .one_line import error_line
+
 SIZE = ["--layers", "2", "--width", "16", "--heads", "2", "--inner", "32"]
 
 
@@ -93,9 +95,7 @@ def test_the_embedded_model_and_data_of_the_datasets_library(tmp_path):
 )
 def test_errors_are_one_line(text, tmp_path, capsys, words, match):
     assert train(text, tmp_path / "out", *words) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("pyquiet: error:")
-    assert match in error
+    assert match in error_line(capsys)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*"))
 
 

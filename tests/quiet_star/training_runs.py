@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from pyquiet import QuietStarObjective, QuietStarTrainer, QuietStarTrainingArguments
 
+from ..plain_descent import PLAIN_DESCENT
 from .thinkers import random_ids, thinker
 
 
@@ -30,22 +31,7 @@ def mixed_examples() -> list[dict[str, Tensor]]:
 
 def arguments(folder: Path, **changes: Any) -> QuietStarTrainingArguments:
     """Two steps of plain gradient descent over the examples in their order, unless changed."""
-    settings: dict[str, Any] = {
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 0.01,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "seed": 0,
-        "max_length": 16,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "train_sampling_strategy": "sequential",
-    }
+    settings = PLAIN_DESCENT | {"learning_rate": 0.01}
     if "curriculum" in changes:
         del settings["max_steps"]
     return QuietStarTrainingArguments(str(folder), **{**settings, **changes})
