@@ -16,23 +16,12 @@ from torch import Tensor
 from pyquiet.kernels import verify_draft
 from pyquiet.randomness import Purpose, Stream, draw
 
-from .bench_verify_draft_gpu import Problem, assemble, cdf, check, ours, race
 from .machine import Machine
 from .thought_attention_cases import name_of
 from .timing import best_seconds
+from .verify_draft_baselines import Problem, cdf, check, multinomial, ours, race
 
 SETS = 4
-
-
-def multinomial(given: Problem) -> Tensor:
-    """Both softmaxes, the residuals of all rows, one draw from each by torch.multinomial."""
-    q, p = given.target.softmax(-1, torch.float32), given.draft.softmax(-1, torch.float32)
-    ids = given.tokens[..., None]
-    accepted = given.log_u.exp() * p.gather(-1, ids)[..., 0] < q[:, : p.shape[1]].gather(-1, ids)[..., 0]
-    kept = accepted.long().cumprod(1).sum(1)
-    q[:, : p.shape[1]] = (q[:, : p.shape[1]] - p).clamp_min_(0)
-    drawn = q.flatten(0, 1).multinomial(1).view(q.shape[:2])
-    return assemble(given, kept, drawn.gather(1, kept[:, None])[:, 0])
 
 
 METHODS: dict[str, Callable[[Problem], Tensor]] = {
@@ -90,7 +79,7 @@ def test_verification(
     else:
         run = METHODS[method]
         if dtype == torch.float32 or method.startswith("verify_draft"):
-            check(sets[0], run(sets[0]), "race" if method == "multinomial" else method)
+            check(sets[0], run(sets[0]), method)
     measured[shape, dtype, method] = seconds = best_seconds(benchmark, rotating(run, sets))
     info: dict[str, object] = {"method": method, "microseconds": seconds * 1e6}
     if method == "verify_draft":
