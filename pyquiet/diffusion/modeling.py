@@ -1,0 +1,159 @@
+"""The denoiser of masked diffusion around a masked language model as it is (arXiv 2406.07524).
+
+Its law of a masked position is the softmax of the model's own logits without the mask token. Observed positions have no
+law: a caller asks for the rows of masked positions alone, so the LM head sees no others.
+"""
+
+import copy
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+class Denoiser(Protocol):
+    """What the samplers, losses and likelihoods need of a denoiser; any object that has it passes for one."""
+
+    mask_id: int
+    vocab_size: int
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def training(self) -> bool: ...
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor: ...
+
+    def head(self, rows: Tensor) -> Tensor: ...
+
+
+class MaskedDenoiser(nn.Module):
+    """A denoiser that is any Hugging Face masked language model, unmodified: its trunk, its head, its weights.
+
+    It is not conditioned on time: what is masked tells it how much is left to do.
+
+    Args:
+        model: a `...ForMaskedLM`: BERT, RoBERTa, ModernBERT, ALBERT, DistilBERT, ELECTRA, ...
+        mask_id: the id of the mask token; None takes `model.config.mask_token_id`.
+
+    Raises:
+        TypeError: the model is no masked language model. ValueError: mask_id is unknown or outside the vocabulary.
+    """
+
+    def __init__(self, model: PreTrainedModel, mask_id: int | None = None) -> None:
+        super().__init__()
+        if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+            raise TypeError(
+                "model must be a masked language model with its head, as BertForMaskedLM is, got "
+                f"{type(model).__name__}"
+            )
+        if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or model.config.is_encoder_decoder:
+            raise TypeError(f"model is a {type(model).__name__}, which reads to the left alone; give a masked LM")
+        self.model = model
+        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        found = getattr(model.config, "mask_token_id", None) if mask_id is None else mask_id
+        if found is None:
+            raise ValueError("mask_id is None and model.config has no mask_token_id; pass tokenizer.mask_token_id")
+        if not 0 <= found < self.vocab_size:
+            raise ValueError(f"mask_id must be a token of the model, in 0..{self.vocab_size - 1}, got {found}")
+        self.mask_id = int(found)
+        self._head = (_headed(model),)  # in a tuple, or its weights would be registered twice
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return cast(torch.device, self.model.device)
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The trunk's last hidden states [B, T, d] of texts int64 [B, T] with mask_id where they are masked."""
+        out = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask)
+        return cast(Tensor, out.last_hidden_state)
+
+    def head(self, rows: Tensor) -> Tensor:
+        """Logits [R, V] of hidden states [R, d], float32 (float64 of a float64 model); -inf for the mask token."""
+        logits = self._head[0](inputs_embeds=rows[None]).logits[0]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        mask = torch.tensor([self.mask_id], device=logits.device)
+        fill = logits.index_fill if logits.requires_grad else logits.index_fill_
+        return cast(Tensor, fill(1, mask, -torch.inf))
+
+    def log_probs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Log-probabilities [n, V] of the n masked positions, row by row of the texts."""
+        masked = masked_positions(input_ids, self.mask_id, attention_mask)
+        return self.head(self.hidden(input_ids, attention_mask)[masked]).log_softmax(-1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The same as `log_probs`."""
+        return self.log_probs(input_ids, attention_mask)
+
+
+class _Given(nn.Module):
+    """In the place of a trunk: hands on the hidden states that are given as its input."""
+
+    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=inputs_embeds)
+
+
+def _headed(model: PreTrainedModel) -> PreTrainedModel:
+    """The model's head alone, as its own forward applies it: a copy that shares all but the trunk."""
+    head = copy.copy(model)
+    head._modules = {name: _Given() if part is model.base_model else part for name, part in model._modules.items()}
+    return head
+
+
+def as_denoiser(model: Any) -> Denoiser:
+    """The denoiser itself, or that of a masked language model.
+
+    Raises:
+        TypeError, ValueError: it is neither; as `MaskedDenoiser`.
+    """
+    if all(hasattr(model, name) for name in ("mask_id", "vocab_size", "hidden", "head")):
+        return cast(Denoiser, model)
+    return MaskedDenoiser(model)
+
+
+def masked_positions(input_ids: Tensor, mask_id: int, attention_mask: Tensor | None = None) -> Tensor:
+    """Where texts [B, T] are masked and no padding, bool [B, T]."""
+    masked = input_ids == mask_id
+    return masked if attention_mask is None else masked & (attention_mask != 0)
+
+
+def backbone(
+    vocab_size: int,
+    *,
+    mask_token_id: int,
+    hidden_size: int = 192,
+    num_hidden_layers: int = 4,
+    num_attention_heads: int = 6,
+    intermediate_size: int = 320,
+    max_position_embeddings: int = 1024,
+    pad_token_id: int | None = None,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+) -> ModernBertForMaskedLM:
+    """A small bidirectional model with random weights, to train from: ModernBERT with rotary positions.
+
+    All layers see the whole text, there is no dropout, and embeddings are tied.
+    """
+    config = ModernBertConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        intermediate_size=intermediate_size,
+        max_position_embeddings=max_position_embeddings,
+        layer_types=["full_attention"] * num_hidden_layers,
+        rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+        pad_token_id=pad_token_id,
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
+        cls_token_id=None,
+        sep_token_id=None,
+        tie_word_embeddings=True,
+    )
+    config.mask_token_id = mask_token_id
+    return ModernBertForMaskedLM(config)
