@@ -1,4 +1,4 @@
-"""Checkpoints of the released any-subset models (arXiv 2504.20456), and the white space of their code model.
+"""Checkpoints of the released any-subset models (arXiv 2504.20456).
 
 They are plain weights of transformers' XLNetLMHeadModel, whose head is tied to the embeddings.
 """
@@ -6,7 +6,7 @@ They are plain weights of transformers' XLNetLMHeadModel, whose head is tied to 
 import json
 import os
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, XLNetConfig, XLNetLMHeadModel
+from transformers import XLNetConfig, XLNetLMHeadModel
 
 from pyquiet.checks import some_of
 
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile and wrappers
 _EMBEDDING = "transformer.word_embedding.weight"
-# In the order in which they are replaced: three spaces are two and one when their turn comes, as in the release.
-_WHITE_SPACE = {"\n": "cls_token", "\t": "sep_token", "  ": "unk_token", "   ": "pad_token"}
 
 
 def load_released(
@@ -57,39 +55,6 @@ def load_released(
     if config is None:
         config = _config(beside) if beside.is_file() else _inferred(weights, path)
     return _loaded(None, path, config=config, dtype=dtype or weights[_EMBEDDING].dtype, state_dict=weights)
-
-
-def drops_white_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether newlines are lost on this tokenizer, as on XLNet's, so that code goes through `encode_code`."""
-    return "\n" not in tokenizer.decode(tokenizer("a\nb", add_special_tokens=False)["input_ids"])
-
-
-def encode_code(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of code whose newlines, tabs and pairs of spaces are written <cls>, <sep> and <unk>, as in the release.
-
-    Raises:
-        ValueError: the tokenizer lacks one of these tokens.
-    """
-    for space, name in _WHITE_SPACE.items():
-        if getattr(tokenizer, name) is None:
-            raise ValueError(f"tokenizer has no {name}, by which code is written; take XLNet's, or leave code=True out")
-        text = text.replace(space, getattr(tokenizer, name))
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def decode_code(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The code that ids say; <pad> is three spaces.
-
-    Behind one of the four tokens XLNet's tokenizer begins a word whether the text has a space there or not: none is
-    read. So an odd number of spaces at the beginning of a line comes back as one less.
-    """
-    spaces = {getattr(tokenizer, f"{name}_id"): space for space, name in _WHITE_SPACE.items()}
-    text, opens = "", True
-    for token, piece in zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True):
-        written = spaces.get(token) or piece.replace("\u2581", " ")
-        text += written[1:] if opens and token not in spaces and written[0] == " " else written
-        opens = token in spaces
-    return text
 
 
 def _loaded(folder: Path | None, path: Path, **options: Any) -> XLNetLMHeadModel:

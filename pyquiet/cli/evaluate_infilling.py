@@ -104,9 +104,9 @@ def _stories(args: argparse.Namespace, options: dict[str, Any]) -> tuple[dict[st
 
 
 def _code(args: argparse.Namespace, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    from pyquiet.any_subset.gaps import read_length
     from pyquiet.evaluation import infill_code, read_code_problems
     from pyquiet.files import check_target, replacing
+    from pyquiet.gaps import read_length
 
     target = check_target(args.output) if args.output else None
     lengths = read_length(args.gap_tokens) if args.gap_tokens else None

@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,8 @@ def law(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pyquiet.any_subset.gaps import Codec, fill_gaps, parse_gaps, read_length
+    from pyquiet.any_subset.gaps import fill_gaps
+    from pyquiet.gaps import Codec, parse_gaps, read_length
 
     options, device = law(args), usable_device(args.device)
     if args.samples < 1:
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         samples = [
             {
                 "text": codec.decode(one.ids),
-                "parts": [{"text": part, "filled": is_filled} for part, is_filled in codec.parts(one)],
+                "parts": [{"text": part, "filled": is_filled} for part, is_filled in codec.parts(one.ids, one.given)],
                 "lengths": one.lengths,
                 "log_prob": one.log_prob,
             }
@@ -95,9 +96,8 @@ def run(args: argparse.Namespace) -> int:
         ]
         print(json.dumps({"model": args.model, "seed": args.seed, "samples": samples, **took}, indent=2))
         return 0
-    marks = (_BOLD, _PLAIN) if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else ("[", "]")
     for one in filled:
-        print("".join(_marked(part, *marks) if is_filled else part for part, is_filled in codec.parts(one)))
+        print(in_marks(codec.parts(one.ids, one.given)))
     print(cost_in_words(took))
     return 0
 
@@ -148,6 +148,12 @@ def memory_in_words() -> Iterator[None]:
             raise
         words = str(error).splitlines()[0]
         raise ValueError(f"memory is full ({words}); give shorter texts or gaps, or fewer at a time") from None
+
+
+def in_marks(parts: Sequence[tuple[str, bool]]) -> str:
+    """The text of such parts: what was filled in is bold on a terminal with colours and in brackets elsewhere."""
+    marks = (_BOLD, _PLAIN) if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else ("[", "]")
+    return "".join(_marked(part, *marks) if is_filled else part for part, is_filled in parts)
 
 
 def _marked(part: str, opened: str, closed: str) -> str:

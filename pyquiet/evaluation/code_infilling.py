@@ -18,10 +18,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pyquiet.any_subset.conversion import drops_white_space
-from pyquiet.any_subset.gaps import Codec
 from pyquiet.checks import check_count
 from pyquiet.evaluation.infilling import InfillingScores, fill_all, in_turns
+from pyquiet.gaps import Codec, drops_white_space
 
 _MEMORY = 1 << 32  # bytes that a tested program may use
 # Reads the program and, once it has ended well, leaves a file whose name the program was not told.

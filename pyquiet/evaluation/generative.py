@@ -10,13 +10,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyquiet.any_subset import Infilling, as_engine, infill
-from pyquiet.any_subset.gaps import Codec
 from pyquiet.any_subset.sampling import DRAFTS, FIXED_METHODS
 from pyquiet.any_subset.training import random_order
 from pyquiet.checks import check_count
 from pyquiet.datasets import packed
 from pyquiet.evaluation.estimates import Estimate
 from pyquiet.evaluation.prompts import opening_ids, token_ids
+from pyquiet.gaps import Codec
 
 _COLUMNS = {
     "perplexity": "gen. PPL",

@@ -12,9 +12,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pyquiet.any_subset import as_engine
-from pyquiet.any_subset.gaps import Codec, Cost, Gapped, fill_gaps
+from pyquiet.any_subset.gaps import Cost, fill_gaps
 from pyquiet.checks import check_count
 from pyquiet.evaluation.estimates import Estimate
+from pyquiet.gaps import Codec, Gapped
 
 _ROUGE = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
 _HIDDEN = {1: slice(2, 3), 3: slice(1, 4)}  # of five sentences
@@ -140,5 +141,5 @@ def fill_all(
         ids = range(start, start + len(batch))
         filled, took = fill_gaps(model, batch, seed=seed, sequence_ids=ids, banned=banned, **options)
         cost = {name: cost.get(name, 0) + value for name, value in took.items()}
-        found += ["".join(part for part, is_filled in codec.parts(one) if is_filled) for one in filled]
+        found += ["".join(part for part, is_filled in codec.parts(one.ids, one.given) if is_filled) for one in filled]
     return found, cost

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 import pyquiet
 from pyquiet.any_subset import load_released
-from pyquiet.any_subset.conversion import decode_code, drops_white_space, encode_code
+from pyquiet.gaps import decode_code, drops_white_space, encode_code
 
 from .models import random_xlnet
 from .tokenizers import small_xlnet_tokenizer

@@ -7,8 +7,9 @@ import torch
 
 import pyquiet
 from pyquiet.any_subset import Cache, Engine
-from pyquiet.any_subset.gaps import Codec, Filled, Gapped, fill_gaps, parse_gaps, read_length
+from pyquiet.any_subset.gaps import fill_gaps
 from pyquiet.any_subset.order import ranks_of
+from pyquiet.gaps import Codec, Gapped, parse_gaps, read_length
 
 from ..chi_square import chi_square
 from .models import random_xlnet
@@ -71,11 +72,11 @@ def test_parts_are_cut_behind_whole_characters():
     ids = codec.encode("caf\u00e9 a")
     cut = next(i for i in range(len(ids)) if "\ufffd" in codec.decode(ids[: i + 1])) + 1  # in the middle of the \u00e9
     given = [True] * cut + [False] * (len(ids) - cut)
-    assert codec.parts(Filled(ids, given, (len(ids) - cut,), 0.0)) == [("caf", False), ("\u00e9 a", True)]
+    assert codec.parts(ids, given) == [("caf", False), ("\u00e9 a", True)]
     words = [*codec.encode("The"), *codec.encode(" cat sat")]
-    filled = Filled(words, [i != 1 for i in range(len(words))], (1,), 0.0)
-    assert "".join(part for part, _ in codec.parts(filled)) == "The cat sat"
-    assert [is_filled for _, is_filled in codec.parts(filled)] == [False, True, False]
+    parts = codec.parts(words, [i != 1 for i in range(len(words))])
+    assert "".join(part for part, _ in parts) == "The cat sat"
+    assert [is_filled for _, is_filled in parts] == [False, True, False]
 
 
 class MarkovEngine(Engine):

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import pyquiet
-from pyquiet.any_subset.gaps import Codec, fill_gaps
+from pyquiet.any_subset.gaps import fill_gaps
 from pyquiet.cli import main
 from pyquiet.evaluation import generative_table, infill_code, infill_stories, read_code_problems, read_stories
+from pyquiet.gaps import Codec
 
 from ..any_subset.models import random_xlnet
 from .one_line import error_line
@@ -61,7 +62,7 @@ def expected(filler, parts, lengths, count=1, seed=0, **options):
     codec = Codec(tokenizer)
     texts = [codec.gapped(parts, lengths)] * count
     filled, took = fill_gaps(model, texts, seed=seed, banned=codec.banned(2048), **options)
-    return [codec.parts(one) for one in filled], filled, took
+    return [codec.parts(one.ids, one.given) for one in filled], filled, took
 
 
 def test_the_filled_parts_are_marked_and_what_it_took_is_told(folder, filler, capsys):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import pyquiet
-from pyquiet.any_subset.gaps import Codec
 from pyquiet.datasets import packed
 from pyquiet.evaluation import generative_table, histogram_entropy, judged_perplexity
+from pyquiet.gaps import Codec
 
 from ..any_subset.models import random_xlnet
 

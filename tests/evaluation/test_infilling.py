@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import pyquiet
-from pyquiet.any_subset.gaps import Codec
 from pyquiet.evaluation import infill_code, infill_stories, read_code_problems, read_stories
 from pyquiet.evaluation.code_infilling import CodeProblem, passes
+from pyquiet.gaps import Codec
 
 from ..any_subset.models import random_xlnet
 from ..any_subset.tokenizers import small_xlnet_tokenizer
