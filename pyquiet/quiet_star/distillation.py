@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pyquiet.heads import embedding_table, finish_logits, head_weight, log_prob
 from pyquiet.quiet_star.adapters import unwrapped
-from pyquiet.quiet_star.head import embedding_table, finish_logits, head_weight, log_prob
 from pyquiet.quiet_star.inputs import check_inputs, check_labels, check_no_nan, check_positions
 from pyquiet.quiet_star.modeling import QuietStarForCausalLM
 from pyquiet.quiet_star.objective import next_token_targets

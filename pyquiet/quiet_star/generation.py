@@ -15,7 +15,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
 
-from pyquiet.quiet_star.head import embedding_table
+from pyquiet.heads import embedding_table
 from pyquiet.quiet_star.inputs import check_context, check_inputs, to_left_padding
 from pyquiet.quiet_star.thinking import Text, Thinker, ThoughtOptions, average
 from pyquiet.randomness import Purpose, Stream, draw

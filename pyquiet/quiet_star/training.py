@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from pyquiet.heads import log_prob
 from pyquiet.quiet_star.configuration import QuietStarConfig
-from pyquiet.quiet_star.head import log_prob
 from pyquiet.quiet_star.inputs import check_labels, check_lookahead
 from pyquiet.quiet_star.objective import LogProbs, QuietStarObjective, ThinkingLoss, after, combine
 from pyquiet.quiet_star.thinking import Text, Thinker, ThoughtOptions, chunks, drawable

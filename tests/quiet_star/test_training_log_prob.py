@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyquiet import QuietStarObjective
-from pyquiet.quiet_star.head import log_prob
+from pyquiet.heads import log_prob
 
 from .thinkers import random_ids, thinker
 
