@@ -1,97 +1,10 @@
-// The kernel that reduces a row in integers: its threshold, and the sum of its weights. A block has a row, which it
-// reads again and again from the cache: for its top, for the sums, and three times for each threshold, which is found
-// by 11 bits of the score at a time with a histogram of what the ids weigh. No sum depends on its order.
+// The kernel that reduces a row in integers: its threshold, and the sum of its weights.
 #pragma once
 
+#include "../common/cuda_exact.cuh"
 #include "cuda_rows.cuh"
 
 namespace pyquiet {
-
-constexpr int kExactThreads = 1024, kExactWarps = kExactThreads / 32;
-constexpr int kDigit = 11, kBins = 1 << kDigit, kGroup = kBins / kExactWarps;  // bins, and of them a warp's own
-
-struct ExactShared {
-  union {
-    uint64_t weights[kBins];
-    uint32_t counts[kBins];
-  };
-  uint64_t group[kExactWarps], best[kExactWarps], total[2][kExactWarps];
-  uint64_t left;
-  uint32_t key;
-
-  PYQUIET_DEVICE uint64_t* bins(uint64_t) { return weights; }
-  PYQUIET_DEVICE uint32_t* bins(uint32_t) { return counts; }
-};
-
-// use(score, id) for this thread's ids of a row.
-template <class E, class Use>
-PYQUIET_DEVICE void for_each_score(const Verify<E>& a, const Row<E>& row, float threshold, Use use) {
-  constexpr int kVector = 16 / sizeof(E);
-  const Processing& law = a.processing[row.of_draft];
-  const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(row.logits) % 16 / sizeof(E));
-  for (int i = static_cast<int>(threadIdx.x) * kVector - shift; i < a.V; i += kExactThreads * kVector) {
-    E logits[kVector];
-    const bool whole = i >= 0 && i + kVector <= a.V;
-    if (whole) {
-      const Bytes16 bytes = *reinterpret_cast<const Bytes16*>(row.logits + i);
-      memcpy(logits, &bytes, 16);
-    } else {
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) logits[e] = row.logits[i + e < 0 || i + e >= a.V ? 0 : i + e];
-    }
-#pragma unroll
-    for (int e = 0; e < kVector; ++e)
-      if (whole || (i + e >= 0 && i + e < a.V)) use(law.score(logits[e], i + e, threshold), i + e);
-  }
-}
-
-// The largest of a row's scores at which the sum of what is weighed, from the largest score on, exceeds `left`.
-template <class W, class E, class Weigh>
-PYQUIET_DEVICE float select(const Verify<E>& a, const Row<E>& row, W left, ExactShared& s, Weigh weigh) {
-  W* bins = s.bins(W{});
-  const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * kGroup;
-  uint32_t found = 0;  // the leading bits of the key, which falls as the score rises
-  for (int shift = 2 * kDigit; shift >= 0; shift -= kDigit) {
-    for (int i = threadIdx.x; i < kBins; i += kExactThreads) bins[i] = 0;
-    __syncthreads();
-    for_each_score(a, row, kNegInf, [&](float score, int) {
-      const uint32_t key = ~ordered(score);
-      if (static_cast<uint64_t>(key) >> (shift + kDigit) != found) return;
-      if (const W weight = weigh(score)) fetch_add(&bins[key >> shift & (kBins - 1)], weight);
-    });
-    __syncthreads();
-    W sum = 0;
-    for (int i = lane; i < kGroup; i += 32) sum += bins[own + i];
-    sum = fold_warp(sum, Add{});
-    if (lane == 0) s.group[threadIdx.x / 32] = sum;
-    __syncthreads();
-    if (threadIdx.x < 32) {
-      const int group = pick(kExactWarps, left, [&](int i) { return static_cast<W>(s.group[i]); }) * kGroup;
-      const int bin = group + pick(kGroup, left, [&](int i) { return bins[group + i]; });
-      if (lane == 0) s.key = found << kDigit | static_cast<uint32_t>(bin), s.left = left;
-    }
-    __syncthreads();
-    found = s.key;
-    left = static_cast<W>(s.left);
-  }
-  return unordered(~found);
-}
-
-// The largest sum of weights that does not reach top_p of the total.
-PYQUIET_DEVICE uint64_t below(uint64_t total, double top_p) {
-  uint64_t below = 0;
-  for (uint64_t bit = uint64_t{1} << 63; bit; bit >>= 1)
-    if (!reaches(below | bit, total, top_p)) below |= bit;
-  return below;
-}
-
-template <class E>
-PYQUIET_DEVICE uint64_t total_weight(const Verify<E>& a, const Row<E>& row, float top, float threshold,
-                                     uint64_t* parts) {
-  uint64_t sum = 0;
-  for_each_score(a, row, threshold, [&](float score, int) { sum += fixed_weight(score - top); });
-  return fold_block<kExactWarps>(sum, Add{}, parts);
-}
 
 // Block: row.
 template <class E>
@@ -100,24 +13,14 @@ __global__ void __launch_bounds__(kExactThreads, 1) exact_kernel(const __grid_co
   const Row<E> row(a, blockIdx.x);
   if (threadIdx.x == 0) a.arrived[row.b] = 0;
   if (!row.wanted) return;
-  uint64_t best = 0;
-  for_each_score(a, row, kNegInf,
-                 [&](float score, int id) { best = Largest{}(best, ranked(fault_as_inf(score), id)); });
-  best = fold_block<kExactWarps>(best, Largest{}, s.best);
+  const ScoreRow<E> scores{row.logits, a.V, a.processing[row.of_draft]};
+  const uint64_t best = best_of(scores, s);
   const float top = value_of(best);
-  const Processing& law = a.processing[row.of_draft];
   float threshold = kNegInf;
   uint64_t total = 0;
   if (top > kNegInf && top < kInf && !a.greedy[row.of_draft]) {
-    if (law.top_k > 0 && law.top_k < a.V)
-      threshold = select<uint32_t>(a, row, static_cast<uint32_t>(law.top_k - 1), s, [](float) { return 1u; });
-    if (law.top_p < 1) {
-      total = total_weight(a, row, top, threshold, s.total[0]);
-      // What is below the threshold of top-k comes after all that counts.
-      threshold =
-          select<uint64_t>(a, row, below(total, law.top_p), s, [&](float score) { return fixed_weight(score - top); });
-    }
-    if (!a.partial) total = total_weight(a, row, top, threshold, s.total[1]);
+    threshold = find_threshold(scores, top, s);
+    if (!a.partial) total = total_weight(scores, top, threshold, s.total[1]);
   }
   if (threadIdx.x == 0) a.exacts[row.slot] = {total, best, top, threshold};
 }
