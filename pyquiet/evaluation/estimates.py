@@ -18,6 +18,13 @@ class Estimate:
         mean, error = mean_and_error(values.double())
         return cls(float(mean), float(error))
 
+    @classmethod
+    def jackknife(cls, value: float, without: Tensor) -> "Estimate":
+        """A statistic of n texts, whatever it is, and its error from what it is without each of them, [n]."""
+        n = len(without)
+        spread = (without.double() - without.double().mean()).square().sum() * (n - 1) / n
+        return cls(value, float(spread.sqrt()) if n > 1 else float("nan"))
+
     def to_dict(self) -> dict[str, float | None]:
         """`mean` and `standard_error` as JSON knows them: None for nan."""
         return {"mean": finite(self.mean), "standard_error": finite(self.error)}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pyquiet.any_subset import Infilling, as_engine, infill
 from pyquiet.any_subset.sampling import DRAFTS, FIXED_METHODS
@@ -15,12 +15,13 @@ from pyquiet.any_subset.training import random_order
 from pyquiet.checks import check_count
 from pyquiet.datasets import packed
 from pyquiet.evaluation.estimates import Estimate
-from pyquiet.evaluation.prompts import opening_ids, token_ids
+from pyquiet.evaluation.judging import Judge, judge_texts
 from pyquiet.gaps import Codec
 
 _COLUMNS = {
     "perplexity": "gen. PPL",
-    "entropy": "entropy",
+    "entropy_nats": "entropy (nats)",
+    "entropy_bits": "(bits)",
     "target_calls": "target calls",
     "draft_calls": "draft calls",
     "auxiliary_calls": "auxiliary",
@@ -32,7 +33,7 @@ _WARM = 32  # tokens of the text that each method fills before it is timed
 
 @dataclass(frozen=True)
 class GenerativeTable:
-    """Of each method, float64 [texts]: perplexity under the judge, entropy in bits, calls, tokens a round, seconds.
+    """Of each method, float64 [texts]: perplexity under the judge, entropy, calls, tokens a round, seconds.
 
     `tokens` of each text's `length` were filled in.
     """
@@ -64,7 +65,7 @@ def generative_table(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
-    judge: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    judge: Judge,
     *,
     methods: Sequence[str] = FIXED_METHODS,
     count: int = 16,
@@ -81,8 +82,7 @@ def generative_table(
     Args:
         texts: documents; packed one after another they give texts of `length` tokens, of which `count` are taken from
             all over. The part that is given is drawn by (seed, number of the text) and the same for all methods.
-        judge: a causal model and its tokenizer. A text's perplexity is exp of its mean NLL, of what its context holds;
-            the entropy is that of the histogram of the text's own tokens.
+        judge: a causal model and its tokenizer, see `judge_texts`.
         k: drafts a round; "auto" is each method's own number: 5 for "assd" and "ngram", 2 for "one_call".
         batch_size: texts at a time. Seconds are those of a batch, evenly shared: the paper's are of single texts.
         options: those of `pyquiet.infill`. Special tokens are banned.
@@ -113,35 +113,12 @@ def generative_table(
         for method in methods:  # in turn, so that a change of the machine's pace meets all
             out = infill(model, ids[batch], mask=hidden[batch], sequence_ids=batch, **_method(method, k), **fixed)
             written = [codec.decode(row) for row in out.tokens.tolist()]
-            rows[method].append(
-                {"perplexity": judged_perplexity(*judge, written), **_counts(out, hidden[batch].sum(1))}
-            )
+            judged = judge_texts(judge, written, out.tokens)
+            rows[method].append({**judged.columns(), **_counts(out, hidden[batch].sum(1))})
     columns = {
         method: {name: torch.cat([part[name] for part in parts]) for name in _COLUMNS} for method, parts in rows.items()
     }
     return GenerativeTable(columns, length, int(hidden[0].sum()))
-
-
-@torch.no_grad()
-def judged_perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
-    """exp of the mean NLL of each text's tokens under a causal model, float64 [texts]; what its context holds of it.
-
-    Behind the tokenizer's opening (BOS) all tokens count, without one all but the first. A text without any has nan.
-    """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    opening, found = opening_ids(tokenizer), []
-    for text in texts:
-        ids = torch.tensor([(opening + token_ids(tokenizer, text))[:context]], device=model.device)
-        logits = model(ids[:, :-1]).logits[0].float() if ids.shape[1] > 1 else torch.empty(0, 1)
-        nll = torch.nn.functional.cross_entropy(logits, ids[0, 1:].to(logits.device), reduction="none")
-        found.append(nll[max(0, len(opening) - 1) :].double().mean().exp())
-    return torch.stack(found).cpu()
-
-
-def histogram_entropy(tokens: Tensor) -> Tensor:
-    """Shannon entropy in bits of the histogram of each row's tokens [B, N], float64 [B]."""
-    shares = [row.unique(return_counts=True)[1].double() / len(row) for row in tokens]
-    return torch.stack([-(share * share.log2()).sum() for share in shares]).cpu()
 
 
 def _method(method: str, k: int | str) -> dict[str, Any]:
@@ -156,7 +133,6 @@ def _counts(out: Infilling, filled: Tensor) -> dict[str, Tensor]:
     target, draft, auxiliary = (x.double().cpu() for x in drawn)
     rounds = out.rounds.double().cpu()
     return {
-        "entropy": histogram_entropy(out.tokens),
         "target_calls": target,
         "draft_calls": draft,
         "auxiliary_calls": auxiliary,

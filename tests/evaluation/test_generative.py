@@ -7,7 +7,7 @@ import torch
 
 import pyquiet
 from pyquiet.datasets import packed
-from pyquiet.evaluation import generative_table, histogram_entropy, judged_perplexity
+from pyquiet.evaluation import generative_table, judge_texts
 from pyquiet.gaps import Codec
 
 from ..any_subset.models import random_xlnet
@@ -66,9 +66,9 @@ def test_the_rows_are_what_infill_gives(model, judge, monkeypatch):
         assert row["auxiliary_calls"].tolist() == [int(out.drafter_calls) for out in outs]
         assert row["tokens_per_round"].tolist() == [15 / int(out.rounds) for out in outs]
         assert row["seconds"].tolist() == [out.seconds for out in outs]
-        assert row["entropy"].tolist() == [histogram_entropy(out.tokens).item() for out in outs]
         written = [codec.decode(out.tokens[0].tolist()) for out in outs]
-        assert torch.equal(row["perplexity"], judged_perplexity(*judge, written))
+        for name, values in judge_texts(judge, written, [out.tokens[0] for out in outs]).columns().items():
+            assert torch.allclose(row[name], values), name
     assert (found.rows["ngram"]["auxiliary_calls"] > 0).all()
     assert found.rows["sequential"]["target_calls"].tolist() == [15.0] * 3
 
@@ -94,26 +94,6 @@ def test_the_printed_table_and_json(model, judge):
     report = found.to_dict()
     assert (report["texts"], report["length"], report["filled"]) == (3, LENGTH, 15)
     assert report["methods"]["assd"]["target_calls"]["mean"] == estimate.mean
-
-
-def test_entropy_in_bits():
-    tokens = torch.tensor([[1, 1, 1, 1], [1, 2, 3, 4], [1, 1, 2, 2], [5, 5, 5, 7]])
-    expected = [0.0, 2.0, 1.0, -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25))]
-    assert histogram_entropy(tokens).tolist() == pytest.approx(expected)
-
-
-def test_perplexity_is_that_of_the_judge_behind_its_opening(judge, monkeypatch):
-    model, tokenizer = judge
-    ids = torch.tensor([tokenizer("The king sat down.")["input_ids"]])
-    with torch.no_grad():
-        laws = model(ids).logits[0].log_softmax(-1)
-        nll = [-laws[i, ids[0, i + 1]].item() for i in range(ids.shape[1] - 1)]
-    expected = math.exp(sum(nll) / len(nll))
-    assert judged_perplexity(model, tokenizer, ["The king sat down."]).item() == pytest.approx(expected, rel=1e-5)
-    monkeypatch.setattr(model.config, "max_position_embeddings", 4)
-    short = math.exp(sum(nll[:3]) / 3)
-    assert judged_perplexity(model, tokenizer, ["The king sat down."]).item() == pytest.approx(short, rel=1e-5)
-    assert judged_perplexity(model, tokenizer, [""]).isnan().all()
 
 
 @pytest.mark.parametrize(
