@@ -213,7 +213,7 @@ def draw(
     assert faults >= 0, "the native draw refused what has been checked"
     if faults:
         row = int(fault.nonzero()[0])
-        _row_maxima(_scores(logits[row : row + 1], temperature, banned), row)
+        row_maxima(_scores(logits[row : row + 1], temperature, banned), row)
         raise AssertionError(f"the native draw found a fault in row {row} that has none")
     return drawn
 
@@ -227,9 +227,9 @@ def _draw_in_torch(
     drawn: Drawn, logits: Tensor, stream: Stream, temperature: float,
     top_k: int | None, top_p: float | None, banned: Tensor | None, gumbel: bool,
 ) -> None:  # fmt: skip
-    for part in _row_chunks(logits):
+    for part in row_chunks(logits):
         scores = _scores(logits[part], temperature, banned)
-        top = _row_maxima(scores, part.start)
+        top = row_maxima(scores, part.start)
         law = _keep_largest(scores, top_k, top_p)
         if temperature == 0:
             drawn.tokens[part] = law.argmax(-1)
@@ -250,14 +250,13 @@ def _draw_in_torch(
 
 
 def invert_cdf(cdf: Tensor, weights: Tensor, u: Tensor) -> Tensor:
-    """The first ids whose cumulative weight exceeds u [R] times the total; cdf, weights [R, V]."""
-    threshold = (u * cdf[:, -1]).unsqueeze(-1)
-    ids = torch.searchsorted(cdf, threshold, right=True)
+    """The first ids whose cumulative weight exceeds u [R] or [R, k] times the total; cdf, weights [R, V]."""
+    ids = torch.searchsorted(cdf, u.reshape(len(cdf), -1) * cdf[:, -1:], right=True)
     # A parallel scan need not rise to the last bit, and may then point at an id of weight zero.
     stray = weights.gather(-1, ids.clamp_max(cdf.shape[1] - 1)) == 0
     if stray.any():
         ids = torch.where(stray, weights.argmax(-1, keepdim=True), ids)
-    return ids.squeeze(-1)
+    return ids.reshape(u.shape)
 
 
 def _scores(logits: Tensor, temperature: float, banned: Tensor | None) -> Tensor:
@@ -283,7 +282,7 @@ def _keep_largest(scores: Tensor, top_k: int | None, top_p: float | None) -> Ten
 def _top_p_threshold(logits: Tensor, top_p: float) -> Tensor:
     """The smallest logit that top-p keeps, [R, 1]."""
     thresholds = []
-    for part in _row_chunks(logits):
+    for part in row_chunks(logits):
         ordered = logits[part].sort(-1, descending=True).values
         mass = ordered.softmax(-1, dtype=torch.float64).cumsum_(-1)
         last = (mass < top_p).sum(-1, keepdim=True).clamp_(max=logits.shape[-1] - 1)
@@ -291,7 +290,7 @@ def _top_p_threshold(logits: Tensor, top_p: float) -> Tensor:
     return torch.cat(thresholds) if thresholds else logits.new_empty(0, 1)
 
 
-def _row_chunks(logits: Tensor) -> Iterator[slice]:
+def row_chunks(logits: Tensor) -> Iterator[slice]:
     """Rows in portions small enough for float64 copies. No result depends on the portions."""
     rows, vocabulary = logits.shape
     step = max(1, _CHUNK // vocabulary)
@@ -300,10 +299,10 @@ def _row_chunks(logits: Tensor) -> Iterator[slice]:
 
 def check_row(logits: Tensor, name: str, temperature: float, banned: Tensor | None) -> None:
     """Raises ValueError, with the name, for a row of logits [1, V] that no token can be drawn from."""
-    _row_maxima(_scores(logits, temperature, banned), 0, name)
+    row_maxima(_scores(logits, temperature, banned), 0, name)
 
 
-def _row_maxima(scores: Tensor, first_row: int, name: str = "logits: row {}") -> Tensor:
+def row_maxima(scores: Tensor, first_row: int, name: str = "logits: row {}") -> Tensor:
     """The largest score of each row, [R]; ValueError, naming the row, unless it is finite."""
     top = scores.amax(-1)  # NaN wins over all
     finite = top.isfinite()
