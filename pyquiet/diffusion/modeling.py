@@ -54,6 +54,7 @@ class MaskedDenoiser(nn.Module):
         if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or model.config.is_encoder_decoder:
             raise TypeError(f"model is a {type(model).__name__}, which reads to the left alone; give a masked LM")
         self.model = model
+        self.training = model.training
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         found = getattr(model.config, "mask_token_id", None) if mask_id is None else mask_id
         if found is None:

@@ -94,9 +94,8 @@ class Schedule:
 
     def reveal(self, t: Tensor, s: Tensor) -> Tensor:
         """The probability that a token masked at time t is revealed by the earlier time s <= t, t > 0."""
-        alpha = self.alpha(t)
-        masked = (1 - self.eps) * _KINDS[self.kind].masked(t.double())
-        return ((self.alpha(s) - alpha) / masked).clamp_max(1)
+        masked = _KINDS[self.kind].masked
+        return 1 - masked(s.double()) / masked(t.double())  # whatever eps is; exactly 1 at s = 0
 
     def grid(self, steps: int) -> Tensor:
         """The times of a sampler of so many steps, evenly spaced from 1 to exactly 0: float64 [steps + 1]."""
