@@ -1,5 +1,7 @@
-"""A base's two ends, whatever the architecture: its tables, and what it does to logits after its LM head."""
+"""A decoder's ends, whatever the architecture: its tables, its cache's name, what it does to logits after the head."""
 
+import inspect
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -16,6 +18,12 @@ def embedding_table(base: PreTrainedModel) -> Tensor:
 def head_weight(base: PreTrainedModel) -> Tensor:
     """The LM head's weight [V, d]."""
     return cast(Tensor, base.get_output_embeddings().weight)
+
+
+@cache
+def cache_argument(network: type[nn.Module]) -> str:
+    """What a network's forward calls its cache: another name since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"
 
 
 def finish_logits(base: PreTrainedModel, raw: Tensor) -> Tensor:
@@ -92,6 +100,11 @@ class _Given(nn.Module):
     def decoder(self) -> "_Given":
         """Some models (OPT) call their decoder past the base model."""
         return self
+
+    @property
+    def weight(self) -> Any:
+        """Some (Mamba) ask their head for its dtype."""
+        return self.output
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.output

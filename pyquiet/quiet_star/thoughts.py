@@ -6,13 +6,11 @@ names our function while a `thinking` context is open, and the layout travels to
 than a context variable, is there again when activation checkpointing recomputes a layer in the backward pass.
 """
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pyquiet.heads import cache_argument
 from pyquiet.kernels import thought_attention
 
 ATTENTION_NAME = "pyquiet_thoughts"
@@ -220,7 +219,7 @@ def run_rows(
                 position_ids=position_ids,
                 use_cache=not packed,
                 thought_layout=layout,
-                **{_cache_argument(base.base_model.__class__): layout.cache},
+                **{cache_argument(base.base_model.__class__): layout.cache},
             )
     finally:
         _layout.reset(token)
@@ -231,12 +230,6 @@ def run_rows(
         )
     hidden: Tensor = output.last_hidden_state
     return hidden
-
-
-@cache
-def _cache_argument(network: type[nn.Module]) -> str:
-    """What a network's forward calls its cache: another name since transformers 5.24."""
-    return "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"
 
 
 def _attention(

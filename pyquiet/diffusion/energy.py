@@ -1,0 +1,111 @@
+"""Energies: how a completion of a noisy text is judged beside the denoiser's own law (arXiv 2410.21357).
+
+With mu the denoiser's law of the masked positions, each on its own, the corrected law of a clean text is
+mu(x0 | x) exp(-E(x0, x, t)) / Z(x, t). A low energy is good.
+
+Letters: B texts, k candidates of each, T positions.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Energy(ABC):
+    """An energy E(x0, x, t); give its class `__call__`, and set what of the flags holds.
+
+    Beyond one step the sampler's law is exact only if mu exp(-E) / Z is the posterior of one joint law at every x.
+    """
+
+    needs_log_mu: bool = False
+    """It reads `log_mu`; else zeros may stand there."""
+    self_normalized: bool = False
+    """Z is 1, whatever the text and the time."""
+    time_free: bool = False
+    """It does not read `time`."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        candidates: Tensor,
+        input_ids: Tensor,
+        time: Tensor,
+        log_mu: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The energies of k completions of each text, float32 [B, k] (float64 of a float64 model), in nats.
+
+        Args:
+            candidates: int64 [B, k, T], complete texts that agree with input_ids where these are not masked.
+            input_ids: int64 [B, T], the mask id where a token is masked.
+            time: float64 [B], from 1 (all is noise) to 0.
+            log_mu: float [B, k], the sum over masked positions of the log-probability of the candidate's token under
+                the denoiser's own law: never that of a proposal with temperature, top-k or top-p.
+            attention_mask: [B, T], 0 at padding, on either side; what stands there has no say.
+        """
+
+
+class _Function(Energy):
+    needs_log_mu = True
+
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+        self.function = function
+
+    def __call__(
+        self,
+        candidates: Tensor,
+        input_ids: Tensor,
+        time: Tensor,
+        log_mu: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        energies = self.function(candidates, input_ids, time, log_mu)
+        found = list(energies.shape) if isinstance(energies, Tensor) else type(energies).__name__
+        if found != (expected := list(candidates.shape[:2])):
+            raise ValueError(f"energy must return a tensor [B, k] = {expected}, one number a candidate, got {found}")
+        return energies if energies.dtype in (torch.float32, torch.float64) else energies.float()
+
+
+def as_energy(energy: Any) -> Energy:
+    """The energy itself, or one made of any function(candidates, input_ids, time, log_mu) -> [B, k].
+
+    The function gets the tensors that `Energy.__call__` describes, in this order; a reward is one with its sign turned.
+
+    Raises:
+        TypeError: it is neither. ValueError: from the energy, when the function returns another shape.
+    """
+    if isinstance(energy, Energy):
+        return energy
+    if not callable(energy):
+        raise TypeError(
+            "energy must be a pyquiet.diffusion.Energy or a function of (candidates, input_ids, time, log_mu), got "
+            f"{type(energy).__name__}"
+        )
+    return _Function(energy)
+
+
+def check_candidates(candidates: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Where the texts are no padding, bool [B, T]; ValueError where the shapes of the three do not fit."""
+    if input_ids.ndim != 2 or candidates.ndim != 3 or candidates[:, 0].shape != input_ids.shape:
+        raise ValueError(
+            "candidates must be [B, k, T] and input_ids [B, T] with the same B and T, got "
+            f"{list(candidates.shape)} and {list(input_ids.shape)}"
+        )
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of input_ids, {list(input_ids.shape)}, got "
+            f"{list(attention_mask.shape)}"
+        )
+    return attention_mask != 0
+
+
+def leftward(keep: Tensor) -> Tensor:
+    """The places int64 [B, T] that gather each row's kept positions, bool [B, T], to its left, in their order."""
+    return (~keep).byte().argsort(dim=1, stable=True)
