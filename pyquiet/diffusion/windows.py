@@ -1,0 +1,59 @@
+"""Texts longer than the denoiser sees: a window that moves on, its prompt what is filled (arXiv 2406.07524).
+
+Letters: B texts, T columns, b texts with something to fill in a window, W positions of the window.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyquiet.diffusion.inputs import Texts
+from pyquiet.diffusion.plan import schedule_first
+from pyquiet.diffusion.session import Session
+
+
+def slide(session: Session, steps: int, context: int, stride: int) -> None:
+    """Fills the texts of a session window by window, K steps each, by the schedule-first sampler.
+
+    Windows begin every `stride` positions, padding not counted; the last one is the first that reaches the end.
+    """
+    texts = session.texts
+    # Padding goes last, so that windows of all texts stand in the same columns.
+    columns = (~texts.real).byte().argsort(dim=1, stable=True)
+    longest = int(texts.real.sum(1).max())
+    for number, start in enumerate(range(0, max(longest - context + stride, 1), stride)):
+        where = columns[:, start : start + context]
+        rows = (texts.real & session.masked).gather(1, where).any(1).nonzero().flatten()
+        if len(rows):
+            _fill_window(session, rows, where[rows], steps, number * steps)
+
+
+def _fill_window(session: Session, rows: Tensor, where: Tensor, steps: int, first: int) -> None:
+    """Fills some texts, rows int64 [b], in their columns `where` int64 [b, W]; steps are numbered from `first` on."""
+    device, whole = session.tokens.device, session.texts
+    at = rows[:, None].to(device), where.to(device)
+    on_cpu = rows[:, None], where
+    fill = session.masked[on_cpu] & whole.real[on_cpu]
+    texts = Texts(session.tokens[at], fill, whole.real[on_cpu], whole.places[on_cpu], whole.sequences[rows])
+    part = Session(
+        session.denoiser,
+        texts,
+        session.options,
+        session.schedule,
+        tokens=session.tokens_hook,
+        on_step=lambda step, time, tokens: _show(session, step, time, at, tokens),
+    )
+    part.follow(schedule_first(texts, session.schedule, steps, session.options.seed), first=first)
+    session.tokens[at], session.log_probs[at] = part.tokens, part.log_probs
+    session.masked[on_cpu] = part.masked
+    session.reveal_step[on_cpu] = torch.where(fill, part.reveal_step, session.reveal_step[on_cpu])
+    for name in ("denoiser_calls", "energy_passes", "depth"):
+        getattr(session, name)[rows] += getattr(part, name)
+    session.steps_run += part.steps_run
+    session.entries += [entry.of(rows) for entry in part.entries]
+
+
+def _show(session: Session, step: int, time: float, at: tuple[Tensor, Tensor], tokens: Tensor) -> None:
+    if session.on_step is not None:
+        session.on_step(step, time, session.tokens.clone().index_put_(at, tokens))
