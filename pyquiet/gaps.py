@@ -9,11 +9,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+State = TypeVar("State")
 _GAP = re.compile(r"\\([\\_])|_{3,}(?:(\d[\d-]*)_{3,})?")
 _WORD = "\u2581"  # with which SentencePiece begins one
 # In the order in which they are replaced: three spaces are two and one when their turn comes, as in the release.
@@ -79,17 +81,22 @@ class Codec:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, code: bool = False) -> None:
         self.tokenizer, self.code = tokenizer, code
 
-    def gapped(self, parts: Sequence[str], lengths: Sequence[range], *, trim: bool = False) -> Gapped:
+    def gapped(
+        self, parts: Sequence[str], lengths: Sequence[range], *, trim: bool = False, close: bool = False
+    ) -> Gapped:
         """The text of these parts around gaps, behind what the tokenizer opens a text with (BOS, for some).
 
-        With `trim`, spaces before a gap are left to the gap where words carry theirs, as the model knows them.
+        With `trim`, spaces before a gap are left to the gap where words carry theirs, as the model knows them. With
+        `close`, what the tokenizer ends a text with stands behind it (BERT's [SEP]).
         """
         if trim and len(self.encode("a b")) == 2:
             parts = [*(part.rstrip(" ") for part in parts[:-1]), parts[-1]]
         whole, text = list(self.tokenizer("a")["input_ids"]), self.encode("a")
         opening = whole[: whole.index(text[0])] if text and text[0] in whole else []
+        closing = whole[len(opening) + len(text) :] if close else []
         first, *rest = parts
-        return Gapped([opening + self.encode(first), *map(self.behind, rest)], list(lengths))
+        pieces = [opening + self.encode(first), *map(self.behind, rest)]
+        return Gapped([*pieces[:-1], pieces[-1] + closing], list(lengths))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text alone, nothing put before or behind it."""
@@ -126,14 +133,19 @@ class Codec:
 
     def parts(self, ids: Sequence[int], given: Sequence[bool]) -> list[tuple[str, bool]]:
         """The text of ids in parts, and of each whether it was filled in."""
-        text, parts, begin = self.decode(ids), [], 0
-        for is_given, run in groupby(range(len(ids)), given.__getitem__):
-            until = self.decode(ids[: max(run) + 1])
+        return [(part, not is_given) for part, is_given, _ in self.runs(ids, given) if part]
+
+    def runs(self, ids: Sequence[int], states: Sequence[State]) -> list[tuple[str, State, int]]:
+        """The text of ids in parts, one for each run of the same state, with that state and how many tokens they are."""
+        text, runs, begin = self.decode(ids), [], 0
+        for state, run in groupby(range(len(ids)), states.__getitem__):
+            places = list(run)
+            until = self.decode(ids[: places[-1] + 1])
             # A character may end behind the cut; the text before it then ends otherwise.
             stop = next((i for i, (x, y) in enumerate(zip(until, text, strict=False)) if x != y), len(until))
-            parts.append((text[begin:stop], not is_given))
+            runs.append((text[begin:stop], state, len(places)))
             begin = stop
-        return [(part, is_filled) for part, is_filled in parts if part]
+        return runs
 
 
 def drops_white_space(tokenizer: PreTrainedTokenizerBase) -> bool:

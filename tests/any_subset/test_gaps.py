@@ -79,6 +79,22 @@ def test_parts_are_cut_behind_whole_characters():
     assert [is_filled for _, is_filled in parts] == [False, True, False]
 
 
+def test_runs_hold_their_state_and_length_where_they_say_nothing_too():
+    codec = Codec(pyquiet.load("tiny-causal")[1])
+    the, cat = codec.encode("The"), codec.encode(" cat")
+    ids, states = [0, *the, 0, 0, *cat], ["bos", *"g" * len(the), "m", "m", *"f" * len(cat)]
+    assert codec.runs(ids, states) == [("", "bos", 1), ("The", "g", len(the)), ("", "m", 2), (" cat", "f", len(cat))]
+
+
+def test_what_a_tokenizer_closes_a_text_with_stands_behind_it_on_request():
+    codec = Codec(small_xlnet_tokenizer())
+    parts = (["The ", " sat"], [DEFAULT])
+    closing = codec.tokenizer("sat")["input_ids"][1:]
+    assert len(closing) == 2
+    (first, last), (again, closed) = (codec.gapped(*parts, close=close).pieces for close in (False, True))
+    assert (again, closed) == (first, last + closing)
+
+
 class MarkovEngine(Engine):
     """A stationary Markov chain: the laws of all orders agree, and those of different lengths too."""
 
