@@ -6,7 +6,7 @@ Built on native kernels.
 from importlib import import_module
 from typing import Any
 
-from pyquiet import any_subset, quiet_star
+from pyquiet import any_subset, diffusion, quiet_star
 from pyquiet.any_subset import infill, joint_log_prob, marginals
 from pyquiet.quiet_star import QuietStarConfig, QuietStarForCausalLM, QuietStarObjective
 from pyquiet.zoo import load
@@ -23,6 +23,7 @@ __all__ = [
     "QuietStarTrainer",
     "QuietStarTrainingArguments",
     "any_subset",
+    "diffusion",
     "infill",
     "joint_log_prob",
     "load",
