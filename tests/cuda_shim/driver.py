@@ -34,6 +34,19 @@ def storage_of(x: Tensor) -> Tensor:
     return x.new_empty(0).set_(x.untyped_storage())
 
 
+def among_nan(x: Tensor) -> Tensor:
+    """The rows of x in a storage of NaN, where every row begins elsewhere; what has no rows of floats as it is."""
+    if not x.is_floating_point() or x.ndim < 2 or 0 in x.stride() or not x.numel():
+        return x
+    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 1), torch.nan)
+    return wide[..., 1:].copy_(x)
+
+
+def name_of(case: Mapping[str, object]) -> str:
+    """The options of a case in words, for the name of its test."""
+    return "-".join(f"{name}={'...' if isinstance(x, Tensor) else x}" for name, x in case.items()) or "plain"
+
+
 def run_program(program: Path, given: Mapping[str, Tensor], written: Collection[str]) -> dict[str, Tensor]:
     """The storages of the tensors called `written` after the program has run on those that are given."""
     problem, result = program.with_suffix(".problem"), program.with_suffix(".result")

@@ -16,7 +16,7 @@ from pyquiet.kernels.draft_verification import Arguments, reference
 from pyquiet.randomness import Purpose, Stream, draw, uniforms
 
 from ..chi_square import chi_square
-from .driver import built, run_program
+from .driver import among_nan, built, name_of, run_program
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAN, INF, NONE = torch.nan, torch.inf, -torch.inf
@@ -43,14 +43,6 @@ def make(B=3, k=4, V=37, *, bonus=True, dtype=torch.float32, seed=0, apart=0.7, 
     stream = Stream(seed, Purpose.DRAFT, sequence=torch.arange(B * k))
     drawn = draw(draft.reshape(B * k, V).float(), stream=stream, **law)
     return a._replace(draft_tokens=drawn.tokens.view(B, k), draft_lse=drawn.lse.view(B, k) if lse else None)
-
-
-def among_nan(x: torch.Tensor) -> torch.Tensor:
-    """The rows of x in a storage of NaN, where every row begins elsewhere."""
-    if not x.is_floating_point() or x.ndim < 3 or 0 in x.stride() or not x.numel():
-        return x
-    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 1), torch.nan)
-    return wide[..., 1:].copy_(x)
 
 
 def run(driver: Path, a: Arguments) -> tuple[torch.Tensor, ...]:
@@ -113,10 +105,6 @@ CASES = [
     {"B": 2, "k": 2, "V": 9001, "gumbel": True, "apart": 0.1},
     {"B": 1, "k": 1, "V": 9001, "top_k": 3000, "top_p": 0.95, "temperature": 2.0},
 ]
-
-
-def name_of(case: dict) -> str:
-    return "-".join(f"{name}={'...' if isinstance(x, torch.Tensor) else x}" for name, x in case.items()) or "plain"
 
 
 def cases() -> list:

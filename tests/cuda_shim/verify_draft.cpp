@@ -6,7 +6,7 @@
 #include <string>
 
 #include "../../csrc/draft_verification/cuda.cu"
-#include "tensors.hpp"
+#include "streams.hpp"
 
 namespace {
 
@@ -28,13 +28,8 @@ int run(Tensors& t) {
   t.give("fault", a.fault);
   const int64_t* options = t.at("options").data<int64_t>();
   const double* reals = t.at("reals").data<double>();
-  a.stream.seed = static_cast<uint64_t>(options[1]);
-  CounterField* fields[] = {&a.stream.sequence, &a.stream.position, &a.stream.step, &a.stream.index};
-  const char* names[] = {"stream_sequence", "stream_position", "stream_step", "stream_index"};
-  for (int i = 0; i < 4; ++i)
-    *fields[i] = {t.count(names[i]) ? t.at(names[i]).data<int64_t>() : nullptr, options[2 + i]};
-  const bool* banned = t.count("banned") ? t.at("banned").data<bool>() : nullptr;
-  a.processing = {banned, static_cast<float>(reals[0]), options[6], reals[2]};
+  a.stream = stream_of(t, options[1], 0, options + 2);
+  a.processing = processing_of(t, reals[0], options[6], reals[2]);
   a.draft_inverse = static_cast<float>(reals[1]);
   a.first_is_exact = options[7] != 0;
   a.gumbel = options[8] != 0;

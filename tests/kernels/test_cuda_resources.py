@@ -11,9 +11,11 @@ ROOT = Path(__file__).parents[2]
 KERNELS = {
     "thought_attention": ["forward_kernel", "prepare_kernel", "query_gradient_kernel", "key_gradient_kernel"],
     "draft_verification": ["reduce_kernel", "exact_kernel", "draw_kernel"],
+    "importance_resampling": ["threshold_kernel", "sum_kernel", "lookup_kernel"],
 }
 # Of thought attention, one of the architectures that are built for; each takes half a minute.
-BUILDS = [("thought_attention", "90a"), *(("draft_verification", arch) for arch in ("80", "90a", "100"))]
+OFTEN = [(folder, arch) for folder in ("draft_verification", "importance_resampling") for arch in ("80", "90a", "100")]
+BUILDS = [("thought_attention", "90a"), *OFTEN]
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
