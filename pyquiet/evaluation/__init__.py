@@ -1,8 +1,11 @@
-"""What models are worth: gains by difficulty, direct answers, majority votes, and how well gaps are filled."""
+"""What models are worth: gains by difficulty, direct answers, majority votes, and how well gaps are filled,
+and what masked diffusion writes.
+"""
 
 from pyquiet.evaluation.answers import AnswerScores, DirectAnswers, direct_answers
 from pyquiet.evaluation.code_infilling import CodeProblem, infill_code, read_code_problems
 from pyquiet.evaluation.difficulty import DifficultyTable, TokenGains, gain_by_decile, thinking_gains
+from pyquiet.evaluation.diffusion import DiffusionRow, DiffusionTable, Matched, diffusion_table
 from pyquiet.evaluation.estimates import Estimate
 from pyquiet.evaluation.generative import GenerativeTable, generative_table
 from pyquiet.evaluation.infilling import InfillingScores, infill_stories, read_stories
@@ -20,6 +23,8 @@ __all__ = [
     "AnswerScores",
     "CodeProblem",
     "DifficultyTable",
+    "DiffusionRow",
+    "DiffusionTable",
     "DirectAnswers",
     "Estimate",
     "GenerativeTable",
@@ -27,8 +32,10 @@ __all__ = [
     "Judge",
     "Judged",
     "MajorityVote",
+    "Matched",
     "NGramModel",
     "TokenGains",
+    "diffusion_table",
     "direct_answers",
     "distinct_ngrams",
     "first_integer",

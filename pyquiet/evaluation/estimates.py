@@ -1,5 +1,6 @@
 """Means and how far they may be off."""
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,6 +20,12 @@ class Estimate:
         return cls(float(mean), float(error))
 
     @classmethod
+    def geometric(cls, values: Tensor) -> "Estimate":
+        """The geometric mean of positive values [n], which no single large one rules, and its error to first order."""
+        log = cls.of(values.double().log())
+        return cls(math.exp(log.mean), math.exp(log.mean) * log.error)
+
+    @classmethod
     def jackknife(cls, value: float, without: Tensor) -> "Estimate":
         """A statistic of n texts, whatever it is, and its error from what it is without each of them, [n]."""
         n = len(without)
@@ -26,7 +33,7 @@ class Estimate:
         return cls(value, float(spread.sqrt()) if n > 1 else float("nan"))
 
     def to_dict(self) -> dict[str, float | None]:
-        """`mean` and `standard_error` as JSON knows them: None for nan."""
+        """`mean` and `standard_error` as JSON knows them: None for what is not finite."""
         return {"mean": finite(self.mean), "standard_error": finite(self.error)}
 
     def __str__(self) -> str:
@@ -41,5 +48,5 @@ def mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def finite(number: float) -> float | None:
-    """The number, or None where it is nan, which JSON has no word for."""
-    return None if number != number else number
+    """The number, or None where it is infinite or nan, which JSON has no word for."""
+    return number if math.isfinite(number) else None

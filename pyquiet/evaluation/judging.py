@@ -35,7 +35,10 @@ class Judged:
         return {name: getattr(self, name) for name in ("perplexity", "entropy_nats", "entropy_bits")}
 
     def __str__(self) -> str:
-        perplexity, nats, bits = (Estimate.of(values) for values in self.columns().values())
+        perplexity, nats, bits = (
+            Estimate.geometric(self.perplexity),
+            *map(Estimate.of, (self.entropy_nats, self.entropy_bits)),
+        )
         return f"gen. PPL {perplexity}, entropy {nats} nats = {bits} bits"
 
 

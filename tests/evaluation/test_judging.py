@@ -68,8 +68,9 @@ def test_entropy_in_nats_and_bits():
 
 
 def test_perplexity_is_printed_with_entropy_in_both_units():
-    judged = Judged(torch.tensor([10.0, 30.0]), torch.tensor([4.0, 4.0]))
-    assert str(judged) == f"gen. PPL {Estimate(20.0, 10.0)}, entropy 4 +- 0 nats = {4 / math.log(2):.4g} +- 0 bits"
+    judged = Judged(torch.tensor([10.0, 1000.0]), torch.tensor([4.0, 4.0]))
+    perplexity = Estimate(100.0, 100 * math.log(1000 / 10) / 2)
+    assert str(judged) == f"gen. PPL {perplexity}, entropy 4 +- 0 nats = {4 / math.log(2):.4g} +- 0 bits"
 
 
 def test_texts_and_tokens_must_be_as_many(judge):
