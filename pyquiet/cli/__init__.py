@@ -5,15 +5,16 @@ import sys
 from collections.abc import Sequence
 
 from pyquiet import __version__
-from pyquiet.cli import doctor, evaluate, infill, think, train
+from pyquiet.cli import diffuse, doctor, evaluate, infill, think, train
 
-COMMANDS = (think, infill, train, evaluate, doctor)
+COMMANDS = (think, infill, diffuse, train, evaluate, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. Bad input is one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
-        prog="pyquiet", description="Language models that think before they speak and fill in any order."
+        prog="pyquiet",
+        description="Language models that think before they speak, fill in any order and write in parallel.",
     )
     parser.add_argument("--version", action="version", version=f"pyquiet {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

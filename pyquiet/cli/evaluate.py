@@ -1,10 +1,10 @@
-"""`pyquiet evaluate`: what a model's thoughts are worth, by token or question, and how it fills in."""
+"""`pyquiet evaluate`: what a model's thoughts are worth, by token or question, how it fills in, what it writes."""
 
 import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from pyquiet.cli import evaluate_infilling
+from pyquiet.cli import evaluate_diffusion, evaluate_infilling
 from pyquiet.cli.think import MODEL_HELP, load_thinker, usable_device
 
 if TYPE_CHECKING:
@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "evaluate",
-        help="measure what thoughts are worth, or how gaps are filled",
-        description="Measure what a model's thoughts are worth, or how well it fills gaps and what that takes.",
+        help="measure what thoughts are worth, how gaps are filled, or what diffusion writes",
+        description="Measure what a model's thoughts are worth, how well it fills gaps, or what it writes by "
+        "diffusion, and what that takes.",
     )
     measures = parser.add_subparsers(title="measures", metavar="MEASURE", required=True)
     _add_thoughts(measures)
     _add_answers(measures)
     evaluate_infilling.add_parser(measures)
+    evaluate_diffusion.add_parser(measures)
 
 
 def _add_thoughts(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

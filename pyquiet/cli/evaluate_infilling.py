@@ -5,11 +5,12 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from pyquiet.any_subset.sampling import FIXED_METHODS, METHODS
+from pyquiet.cli.diffuse import load_causal
 from pyquiet.cli.infill import add_law, add_model, cost_in_words, law, load_filler, memory_in_words
 from pyquiet.cli.think import usable_device
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 def add_parser(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -79,10 +80,11 @@ def _table(args: argparse.Namespace, options: dict[str, Any]) -> tuple[dict[str,
     from pyquiet.files import read_texts
 
     texts = read_texts(args.table)
+    judge, words = load_causal("--judge", args.judge)
     table = generative_table(
         *_filler(args),
         texts,
-        _judge(args.judge, args.device),
+        (judge.to(args.device), words),
         methods=args.method or FIXED_METHODS,
         count=args.items or 16,
         length=args.length,
@@ -125,20 +127,4 @@ def _code(args: argparse.Namespace, options: dict[str, Any]) -> tuple[dict[str, 
 def _filler(args: argparse.Namespace) -> "tuple[Any, PreTrainedTokenizerBase]":
     device = usable_device(args.device)
     model, tokenizer = load_filler(args.model, args.tokenizer)
-    return model.to(device), tokenizer
-
-
-def _judge(name: str, device: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    import os
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from pyquiet.zoo import available, load
-
-    if name in available():
-        model, tokenizer = load(name)
-    elif os.path.isfile(os.path.join(name, "config.json")):
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
-    else:
-        raise ValueError(f"--judge {name}: no model folder, nor the name of an embedded model")
     return model.to(device), tokenizer

@@ -115,7 +115,6 @@ def cost_in_words(took: "Cost") -> str:
 def load_filler(name: str, tokenizer: str | None) -> "tuple[Any, PreTrainedTokenizerBase]":
     """The XLNet of that name, folder or file, and its tokenizer or that of another; ValueError says what is wrong."""
     import torch
-    from transformers import AutoTokenizer
 
     from pyquiet.any_subset import as_engine, load_released
     from pyquiet.zoo import available, load
@@ -127,15 +126,23 @@ def load_filler(name: str, tokenizer: str | None) -> "tuple[Any, PreTrainedToken
         )
     model, words = load(name) if name in available() else (load_released(name, dtype=torch.float32), None)
     as_engine(model)  # refuses what is no XLNet
-    source = tokenizer or name
+    return model, words if words is not None and tokenizer in (None, name) else load_tokenizer(tokenizer or name)
+
+
+def load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of an embedded model or in a folder; ValueError if there is none."""
+    from transformers import AutoTokenizer
+
+    from pyquiet.zoo import available, load
+
     if source in available():
-        return model, words if source == name else load(source)[1]
+        return load(source)[1]
     files = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
     if not any(os.path.isfile(os.path.join(source, file)) for file in files):
         raise ValueError(
             f"{source} has no tokenizer (none of {', '.join(files)}); give the folder of one by --tokenizer"
         )
-    return model, AutoTokenizer.from_pretrained(source)
+    return AutoTokenizer.from_pretrained(source)
 
 
 @contextmanager

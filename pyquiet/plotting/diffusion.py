@@ -75,6 +75,5 @@ def _draw_ess(axes: Any, table: DiffusionTable) -> None:
         if len(trace):
             axes.plot(trace[:, 0].tolist(), trace[:, 1].tolist(), color=f"C{i}")
     axes.set_xlim(1, 0)
-    axes.set_ylim(bottom=1)
     axes.set_xlabel("time, from noise to text")
     axes.set_ylabel("effective sample size")

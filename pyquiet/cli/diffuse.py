@@ -1,0 +1,246 @@
+"""`pyquiet diffuse`: write a text, or what is missing of one, by masked diffusion whose steps an energy corrects."""
+
+import argparse
+import json
+import os
+import sys
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from pyquiet.cli.infill import in_marks, load_tokenizer, memory_in_words
+from pyquiet.cli.live import shown
+from pyquiet.cli.think import check_answer_options, usable_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pyquiet.diffusion import MaskedDenoiser
+    from pyquiet.diffusion.sampling import Diffusion
+
+DEFAULT_MODEL, DEFAULT_CAUSAL = "tiny-denoiser", "tiny-causal"
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "diffuse",
+        help="write a text in parallel steps, corrected by an energy",
+        description="Write a text, continue one (--prompt) or fill its gaps (--text), several tokens a step: masked "
+        "diffusion, each step of which picks one of several candidates by an energy. On a terminal the text is shown "
+        "as it fills in.",
+    )
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--prompt", metavar="TEXT", help="what to continue (default: nothing)")
+    given.add_argument("--text", help=r"with gaps: ___, or ___3___ for 3 tokens; \_ is an underscore, \\ a backslash")
+    parser.add_argument("--length", type=int, default=64, metavar="N", help="tokens to write (default: 64)")
+    parser.add_argument("--gap-tokens", type=int, default=3, metavar="N", help="of ___ (default: 3)")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts to write (default: 1)")
+    add_model(parser)
+    parser.add_argument(
+        "--energy",
+        metavar="DIR",
+        help=f"ar ({DEFAULT_CAUSAL}), none, or the folder or embedded name of a causal LM or a trained energy "
+        f"(default: ar for {DEFAULT_MODEL}, none for others)",
+    )
+    parser.add_argument("--steps", type=int, default=32, metavar="N", help="of the whole text (default: 32)")
+    parser.add_argument("--sampler", default="schedule_first", help=SAMPLER_HELP)
+    add_law(parser)
+    parser.add_argument("--json", action="store_true", help="print the samples and what they took as JSON")
+    parser.add_argument("--no-live", action="store_true", help="print the end result alone on a terminal too")
+    parser.set_defaults(run=run)
+
+
+SAMPLER_HELP = "schedule_first (default), ancestral, cached or first_hitting, which has no use for the steps"
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that `load_denoiser` takes, and the device."""
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="DIR",
+        help=f"folder of a masked LM, or an embedded one's name (default: {DEFAULT_MODEL})",
+    )
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder or embedded model's name, if not the model's")
+    parser.add_argument("--device", default="cpu", help="where to run, as torch names it (default: cpu)")
+
+
+def add_law(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `pyquiet.diffuse` that a command passes on."""
+    law = parser.add_argument_group("the law")
+    law.add_argument("--candidates", type=int, default=8, metavar="K", help="of a step, to pick from (default: 8)")
+    law.add_argument(
+        "--window", type=float, default=1.0, metavar="W", help="first share of time that is corrected (default: 1, all)"
+    )
+    law.add_argument("--energy-temperature", type=float, default=1.0, metavar="T", help="1 is exact (default: 1)")
+    law.add_argument("--ess-target", type=float, metavar="N", help="double the candidates of a step up to this ESS")
+    law.add_argument("--temperature", type=float, default=1.0, help="of what is proposed (default: 1)")
+    law.add_argument("--top-k", type=int, metavar="K")
+    law.add_argument("--top-p", type=float, metavar="P")
+    law.add_argument("--seed", type=int, default=0, help="same seed, same tokens (default: 0)")
+
+
+LAW = ("candidates", "window", "energy_temperature", "ess_target", "temperature", "top_k", "top_p", "seed")
+
+
+def law(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_law` added, checked."""
+    check_answer_options(args)
+    return {name: getattr(args, name) for name in LAW}
+
+
+def run(args: argparse.Namespace) -> int:
+    from pyquiet.diffusion.sampling import diffuse
+    from pyquiet.gaps import Codec
+
+    options, device = law(args), usable_device(args.device)
+    check_counts(args, "length", "gap_tokens", "samples", "steps")
+    parts, lengths = _parts(args)
+    denoiser, tokenizer = load_denoiser(args.model, args.tokenizer)
+    denoiser.to(device)
+    name = args.energy or ("ar" if args.model == DEFAULT_MODEL else "none")
+    energy = load_energy(name, denoiser, tokenizer)
+    codec = Codec(tokenizer)
+    gapped = codec.gapped(parts, [range(n, n + 1) for n in lengths], trim=True, close=True)
+    ids, given = gapped.tokens(lengths, denoiser.mask_id), gapped.given(lengths)
+    live = sys.stdout.isatty() and not (args.json or args.no_live)
+    with memory_in_words(), shown(codec, given, denoiser.mask_id) if live else nullcontext() as on_step:
+        out = diffuse(
+            denoiser,
+            energy,
+            input_ids=ids[None].to(device),
+            mask=~given[None].to(device),
+            num_samples=args.samples,
+            steps=args.steps,
+            sampler=args.sampler,
+            banned=codec.banned(denoiser.vocab_size),
+            on_step=on_step,
+            progress=False,
+            **options,
+        )
+    samples = [codec.parts(row, given.tolist()) for row in out.tokens.tolist()]
+    if args.json:
+        report = {"model": args.model, "energy": name, "seed": args.seed, "tokens": sum(lengths)}
+        print(json.dumps({**report, "samples": _report(samples, out), "seconds": out.seconds}, indent=2))
+        return 0
+    for sample in samples:
+        anything_given = not all(is_filled for _, is_filled in sample)
+        print(in_marks(sample) if anything_given else "".join(part for part, _ in sample))
+    print(_cost_in_words(out, args.samples * sum(lengths)))
+    return 0
+
+
+def _parts(args: argparse.Namespace) -> tuple[list[str], list[int]]:
+    """The text around the gaps, and how many tokens these have."""
+    from pyquiet.gaps import parse_gaps
+
+    text = args.text if args.text is not None else args.prompt or ""
+    if any("\ud800" <= character <= "\udfff" for character in text):  # how Python hands on bytes it cannot decode
+        raise ValueError("the text is not UTF-8 text")
+    if args.text is None:
+        return [text, ""], [args.length]
+    parts, ranges = parse_gaps(text, range(args.gap_tokens, args.gap_tokens + 1))
+    if several := [lengths for lengths in ranges if len(lengths) > 1]:
+        first, last = several[0][0], several[0][-1]
+        raise ValueError(f"the gap ___{first}-{last}___ has several lengths; give one, or use pyquiet infill")
+    return parts, [lengths[0] for lengths in ranges]
+
+
+def _report(samples: "list[list[tuple[str, bool]]]", out: "Diffusion") -> list[dict[str, Any]]:
+    from pyquiet.evaluation.estimates import finite
+
+    names = ("ess", "log_normalizer", "denoiser_calls", "energy_passes", "depth")
+    columns = zip(*(getattr(out, name).tolist() for name in names), strict=True)
+    return [
+        {
+            "text": "".join(part for part, _ in sample),
+            "parts": [{"text": part, "filled": is_filled} for part, is_filled in sample],
+            **{name: finite(value) for name, value in zip(names, row, strict=True)},
+        }
+        for sample, row in zip(samples, columns, strict=True)
+    ]
+
+
+def _cost_in_words(out: "Diffusion", tokens: int) -> str:
+    calls, passes, depth = int(out.denoiser_calls.sum()), int(out.energy_passes.sum()), int(out.depth.max())
+    words = f"{tokens} tokens, {calls} denoiser calls, {passes} energy passes, depth {depth}"
+    if len(drawn := out.trace.candidates[out.trace.corrected].double()):
+        words += f", mean ESS {float(out.ess.nanmean()):.2f} of {float(drawn.mean()):.3g}"
+    return f"{words}, {out.seconds:.2f} s"
+
+
+def check_counts(args: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError for an option that is given and below 1."""
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(args, name)}")
+
+
+def load_denoiser(name: str, tokenizer: str | None) -> "tuple[MaskedDenoiser, PreTrainedTokenizerBase]":
+    """The masked LM of that name or folder, and its tokenizer or that of another; ValueError says what is wrong."""
+    from transformers import AutoConfig, AutoModelForMaskedLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    from pyquiet.diffusion import MaskedDenoiser
+    from pyquiet.zoo import available, load
+
+    _check_known("--model", name)
+    if name in available():
+        model, words = load(name)
+    else:
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+            raise ValueError(f"--model {name}: a model of type {kind!r} is no masked language model")
+        model, words = AutoModelForMaskedLM.from_pretrained(name).eval(), None
+    if tokenizer or words is None:
+        words = load_tokenizer(tokenizer or name)
+    if words.mask_token_id is None:
+        raise ValueError(f"the tokenizer of --model {name} has no mask token; give another by --tokenizer")
+    return MaskedDenoiser(model, words.mask_token_id), words
+
+
+def load_energy(name: str, denoiser: "MaskedDenoiser", tokenizer: "PreTrainedTokenizerBase") -> Any:
+    """The energy of that name: none, ar, a trained one or a causal LM, on the denoiser's device."""
+    from transformers import AutoConfig, AutoModel
+
+    from pyquiet.diffusion import AREnergy, NCEEnergy, check_tokenizers
+    from pyquiet.zoo import available, load
+
+    if name == "none":
+        return None
+    name = DEFAULT_CAUSAL if name == "ar" else name
+    _check_known("--energy", name)
+    if name in available():
+        model, words = load(name)
+    elif AutoConfig.from_pretrained(name).model_type == "pyquiet_energy":
+        model, words = AutoModel.from_pretrained(name).eval(), load_tokenizer(name)
+    else:
+        model, words = load_causal("--energy", name)
+    check_tokenizers(tokenizer, words)
+    model = model.to(denoiser.device)
+    if not isinstance(model, NCEEnergy):
+        return AREnergy(model, bos_id=words.bos_token_id, mask_id=denoiser.mask_id)
+    if model.mask_id != denoiser.mask_id:
+        raise ValueError(f"--energy {name}: its mask has the id {model.mask_id}, the denoiser's {denoiser.mask_id}")
+    return model
+
+
+def load_causal(option: str, name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The causal LM of that name or folder, and its tokenizer; ValueError names the option."""
+    from transformers import AutoModelForCausalLM
+
+    from pyquiet.zoo import available, load
+
+    _check_known(option, name)
+    return (
+        load(name) if name in available() else (AutoModelForCausalLM.from_pretrained(name).eval(), load_tokenizer(name))
+    )
+
+
+def _check_known(option: str, name: str) -> None:
+    from pyquiet.zoo import available
+
+    if name not in available() and not os.path.isfile(os.path.join(name, "config.json")):
+        raise ValueError(
+            f"{option} {name}: no model folder (a folder with a config.json), nor the name of an embedded model "
+            f"({', '.join(available())})"
+        )

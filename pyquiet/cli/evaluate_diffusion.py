@@ -1,0 +1,107 @@
+"""`pyquiet evaluate diffusion`: what masked diffusion writes and what it takes, by sampler, energy and steps."""
+
+import argparse
+import json
+
+from pyquiet.cli.diffuse import (
+    DEFAULT_CAUSAL,
+    add_law,
+    add_model,
+    check_counts,
+    law,
+    load_causal,
+    load_denoiser,
+    load_energy,
+)
+from pyquiet.cli.infill import memory_in_words
+from pyquiet.cli.think import usable_device
+
+
+def add_parser(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = measures.add_parser(
+        "diffusion",
+        help="text written by masked diffusion: its quality and what it takes",
+        description="Write texts from nothing by each sampler, energy and number of steps, and print what a judge, "
+        "their entropy and n-grams say of them, what they took, and what each method takes to equal quality.",
+    )
+    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="plain text to compare with")
+    add_model(parser)
+    parser.add_argument(
+        "--energy",
+        nargs="+",
+        default=["none", "ar"],
+        metavar="DIR",
+        help="several of none, ar, embedded names, folders (default: none ar)",
+    )
+    parser.add_argument("--sampler", nargs="+", default=["schedule_first"], metavar="NAME", help=SAMPLERS)
+    parser.add_argument("--steps", nargs="+", type=int, default=[8, 16, 32, 64], metavar="N", help="(8 16 32 64)")
+    add_law(parser)
+    parser.add_argument("--items", type=int, default=16, metavar="N", help="texts to write by each (default: 16)")
+    parser.add_argument("--length", type=int, default=128, metavar="N", help="tokens of a text (default: 128)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts at a time (default: 8)")
+    parser.add_argument(
+        "--judge", default=DEFAULT_CAUSAL, metavar="DIR", help=f"causal model (default: {DEFAULT_CAUSAL})"
+    )
+    parser.add_argument("--level", choices=["token", "character"], default="token", help="of n-grams (default: token)")
+    parser.add_argument("--order", type=int, default=2, metavar="N", help="of the n-gram model (default: 2)")
+    parser.add_argument(
+        "--match",
+        default="ngram_nll",
+        metavar="QUALITY",
+        help="perplexity, ngram_nll or variation_1, 2, 3, at the best value of which that all methods reach their "
+        "costs are compared (default: ngram_nll)",
+    )
+    parser.add_argument("--plot", metavar="FILE", help="draw that quality to a .png, .svg or .pdf file")
+    parser.add_argument("--output", metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=run)
+
+
+SAMPLERS = "several of schedule_first (default), ancestral, cached, first_hitting"
+
+
+def run(args: argparse.Namespace) -> int:
+    from pyquiet.evaluation.diffusion import QUALITIES, diffusion_table
+    from pyquiet.files import check_target, read_texts, replacing
+    from pyquiet.plotting import check_figure, plot_diffusion
+
+    options, device = law(args), usable_device(args.device)
+    check_counts(args, "items", "length", "batch_size", "order")
+    if args.match not in QUALITIES:
+        raise ValueError(f"--match must be one of {', '.join(QUALITIES)}, got {args.match!r}")
+    if args.plot:
+        check_figure(args.plot)
+    target = check_target(args.output) if args.output else None
+    texts = read_texts(args.text)
+    denoiser, tokenizer = load_denoiser(args.model, args.tokenizer)
+    denoiser.to(device)
+    judge, its_words = load_causal("--judge", args.judge)
+    with memory_in_words():
+        table = diffusion_table(
+            denoiser,
+            tokenizer,
+            texts,
+            (judge.to(device), its_words),
+            energies={name: load_energy(name, denoiser, tokenizer) for name in args.energy},
+            samplers=args.sampler,
+            steps=args.steps,
+            count=args.items,
+            length=args.length,
+            level=args.level,
+            order=args.order,
+            batch_size=args.batch_size,
+            progress=not args.quiet,
+            **options,
+        )
+    matched = table.matched(args.match)
+    about = {"model": args.model, "text": args.text, "judge": args.judge, **options}
+    report = json.dumps({**about, **table.to_dict(), "matched": matched.to_dict()}, indent=2)
+    if target:
+        with replacing(target) as file:
+            file.write_text(report + "\n")
+    words = f"{args.items} texts of {args.length} tokens; judge {args.judge}; means +- standard errors"
+    print(report if args.json else f"{words}\n{table}\n\n{matched}")
+    if args.plot:
+        plot_diffusion(table, args.plot, quality=args.match)
+    return 0

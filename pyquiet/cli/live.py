@@ -1,0 +1,48 @@
+"""A text on the terminal while it fills in."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pyquiet.gaps import Codec
+
+# How a run of tokens looks: given, filled in before, filled in by this step, masked.
+_STYLES = {"given": "", "filled": "bold", "new": "bold green", "masked": "dim"}
+_MASKED = "\N{LIGHT SHADE}"
+
+
+@contextmanager
+def shown(codec: "Codec", given: "Tensor", mask_id: int) -> Iterator[Callable[[int, float, "Tensor"], None]]:
+    """Gives an `on_step` for `pyquiet.diffuse` that shows the texts until the block ends, and then leaves no trace.
+
+    Args:
+        given: bool [T], the positions of each text that are not to be filled.
+    """
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
+
+    before: list[list[int]] = []
+
+    def line(ids: list[int], last: list[int]) -> Text:
+        states = [
+            "given" if known else "masked" if new == mask_id else "new" if old != new else "filled"
+            for known, new, old in zip(given.tolist(), ids, last, strict=True)
+        ]
+        runs = codec.runs(ids, states)
+        return Text.assemble(*((_MASKED * n if s == "masked" else text, _STYLES[s]) for text, s, n in runs))
+
+    def on_step(step: int, time: float, tokens: "Tensor") -> None:
+        rows = tokens.tolist()
+        last = before or [[mask_id] * len(row) for row in rows]
+        head = Text(f"step {step + 1}, time {time:.2f}", style="dim")
+        live.update(Group(head, *(line(*pair) for pair in zip(rows, last, strict=True))), refresh=True)
+        before[:] = rows
+
+    console = Console(file=sys.stdout)
+    with Live(console=console, auto_refresh=False, transient=True, vertical_overflow="crop") as live:
+        yield on_step
