@@ -157,13 +157,17 @@ def read_dataset(name: str, column: str) -> Iterable[str]:
     return texts
 
 
-def packed(texts: Iterable[str], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
+def packed(texts: Iterable[str], tokenizer: Any, max_length: int, *, across: bool = True) -> list[dict[str, Any]]:
     """Examples of `max_length` tokens that hold the documents one after another; the last one holds what remains.
+
+    Not `across`: each document has examples of its own, of which the last one is the shorter.
 
     Raises:
         ValueError: there is no text, or an empty one.
     """
-    stream = torch.tensor([token for ids in documents(texts, tokenizer) for token in ids], dtype=torch.int64)
-    if not len(stream):
+    check_count("max_length", max_length, least=2)
+    pieces = [torch.tensor(ids, dtype=torch.int64) for ids in documents(texts, tokenizer)]
+    if not sum(map(len, pieces)):
         raise ValueError("the texts hold no token; give longer ones")
-    return [{"input_ids": piece} for piece in stream.split(check_count("max_length", max_length, least=2))]
+    streams = [torch.cat(pieces)] if across else pieces
+    return [{"input_ids": part} for stream in streams for part in stream.split(max_length)]

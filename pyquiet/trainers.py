@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
 from pyquiet.datasets import TextCollator, numbered
-from pyquiet.randomness import epoch_seed
+from pyquiet.randomness import Purpose, Stream, epoch_seed, uniforms
 
 _EVALUATION = 2**32 - 1  # the epoch whose noise evaluation draws from
+_GOLDEN = (5**0.5 - 1) / 2
+_SHIFT = 1  # the index, in a stream, of what strata are shifted by
 
 
 class SeededTrainer(Trainer):
@@ -69,6 +71,16 @@ class SeededTrainer(Trainer):
         if not counts:
             return batches, None
         return batches, self.accelerator.reduce(torch.stack(counts).sum(0).to(device), "sum")
+
+    def strata(self, number: int, batch: dict[str, Any]) -> Tensor:
+        """Uniforms [R] of the rows of a step's micro-batch of this number: evenly spread over the whole step."""
+        args, processes = self.args, self.accelerator.num_processes
+        rows = args.per_device_train_batch_size
+        # The places of a step are numbered as in a joint batch: by micro-batch, process and row.
+        first = (number * processes + self.accelerator.process_index) * rows
+        count = rows * processes * args.gradient_accumulation_steps
+        slots = first + torch.arange(len(batch["input_ids"]))
+        return stratified(slots, count, seed=data_seed(args), step=self.state.global_step)
 
     def get_train_dataloader(self) -> Any:
         """Trainer's, the examples numbered."""
@@ -163,6 +175,25 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
             continue
         return str(state.parent)
     return None
+
+
+def stratified(slots: Tensor, count: int, *, seed: int, step: int) -> Tensor:
+    """Uniforms [R] of the slots [R] of a step's `count` texts: each is uniform in [0, 1), all of them evenly spread."""
+    shift = uniforms(Stream(seed, Purpose.REVEAL, step=step, index=_SHIFT), 1)
+    return (shift + slots / count) % 1
+
+
+def evenly_spread(numbers: Tensor, *, seed: int) -> Tensor:
+    """Uniforms [R] of texts of these numbers, int64 [R]: multiples of the golden ratio, which spread evenly."""
+    shift = uniforms(Stream(seed, Purpose.REVEAL, index=_SHIFT), 1)
+    return (shift + numbers * _GOLDEN) % 1
+
+
+def tokens_in(inputs: dict[str, Any]) -> Tensor:
+    """[], the tokens of a batch that are no padding."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    tokens: Tensor = ids.new_tensor(ids.numel()) if mask is None else mask.sum()
+    return tokens
 
 
 def data_seed(args: Any) -> int:

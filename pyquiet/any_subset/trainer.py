@@ -8,9 +8,9 @@ from transformers import EvalPrediction
 
 from pyquiet.any_subset.arguments import AnySubsetTrainingArguments
 from pyquiet.any_subset.modeling import XLNetEngine
-from pyquiet.any_subset.training import SubsetLearner, random_blocks, random_order, stratified, subset_scores
+from pyquiet.any_subset.training import SubsetLearner, random_blocks, random_order, subset_scores
 from pyquiet.datasets import TextCollator
-from pyquiet.trainers import SeededTrainer, check_trainable, data_seed
+from pyquiet.trainers import SeededTrainer, check_trainable, tokens_in
 
 REACH = 3  # drafts behind the exact one that evaluation looks at
 _TEXT = ("input_ids", "attention_mask")
@@ -67,18 +67,10 @@ class AnySubsetTrainer(SeededTrainer):
     # -- one step
 
     def _draw_noise(self, batches: list[dict[str, Any]]) -> None:
-        args, processes = self.args, self.accelerator.num_processes
+        args = self.args
         low, high = args.mask_rates(self.state.global_step)
-        rows = args.per_device_train_batch_size
         for number, batch in enumerate(batches):
-            # The places of a step are numbered as in a joint batch: by micro-batch, process and row.
-            first = (number * processes + self.accelerator.process_index) * rows
-            u = stratified(
-                first + torch.arange(len(batch["input_ids"])),
-                rows * processes * args.gradient_accumulation_steps,
-                seed=data_seed(args),
-                step=self.state.global_step,
-            )
+            u = self.strata(number, batch)
             seed, ids = self.training_seed, batch["sequence_ids"]
             text = {name: batch[name] for name in _TEXT if name in batch}
             order, prompt = random_order(low + (high - low) * u, **text, seed=seed, sequence_ids=ids)
@@ -86,7 +78,7 @@ class AnySubsetTrainer(SeededTrainer):
             batch.update(zip(_NOISE, (order, prompt, *blocks), strict=True))
 
     def _counts(self, inputs: dict[str, Any]) -> Tensor:
-        tokens, prompt = _tokens(inputs), inputs["prompt"]
+        tokens, prompt = tokens_in(inputs), inputs["prompt"]
         targets: Tensor = tokens - prompt.sum().to(tokens.device)
         return targets
 
@@ -97,7 +89,7 @@ class AnySubsetTrainer(SeededTrainer):
         batch = {name: inputs[name] for name in (*_TEXT, *_NOISE) if name in inputs}
         out = model(**batch, draft_weight=self.args.draft_weight, target_count=num_items_in_batch)
         parts = {"joint_nll": out.joint_nll, "draft_nll": out.draft_nll}
-        tokens = _tokens(inputs)
+        tokens = tokens_in(inputs)
         known = {name: part.detach() for name, part in parts.items() if part is not None}
         self.meter.add({**known, "tokens": tokens}, joint=num_items_in_batch is not None)
         self.meter.add({"masked_fraction": self._counts(inputs) / tokens}, joint=False)
@@ -142,10 +134,3 @@ class AnySubsetTrainer(SeededTrainer):
                 if drafts[REACH + j]:
                     found[f"acceptance_{name}_{j + 1}"] = drafts[j] / drafts[REACH + j]
         return found
-
-
-def _tokens(inputs: dict[str, Any]) -> Tensor:
-    """[], the tokens of a batch that are no padding."""
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    tokens: Tensor = ids.new_tensor(ids.numel()) if mask is None else mask.sum()
-    return tokens

@@ -10,17 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from pyquiet.any_subset.modeling import XLNetEngine
 from pyquiet.any_subset.order import order_from_mask, ranks_of
 from pyquiet.checks import check_fraction
+from pyquiet.losses import LOGITS, token_nlls
 from pyquiet.randomness import Purpose, Stream, uniforms
 
 BLOCK_SIZES = (2, 6)  # of the drafts that are learned
-_LOGITS = 1 << 23  # that exist at a time: 32 MB
-_SUBSET, _RATE, _SIZE, _OFFSET = range(4)  # indices in a stream
+_SUBSET, _SIZE, _OFFSET = 0, 2, 3  # indices in a stream; 1 is that of `pyquiet.trainers.stratified`
 
 
 class AnySubsetLoss(NamedTuple):
@@ -80,7 +78,7 @@ def any_subset_loss(
         sees.append(_block_start(rank, prompt[:, None], block_size.cpu()[:, None], block_offset.cpu()[:, None]))
     hidden = engine.whole(input_ids, order, prompt, torch.stack(sees, 1))  # [B, A, N, d]
     where = target.to(input_ids.device)
-    nlls = _nlls(engine, hidden.transpose(1, 2)[where], input_ids[where])  # [n, A]
+    nlls = token_nlls(engine.head, hidden.transpose(1, 2)[where], input_ids[where], engine.vocab_size)  # [n, A]
     count = nlls.new_tensor(max(1, len(nlls))) if target_count is None else target_count
     parts = list((nlls.sum(0) / count).unbind())
     joint = parts.pop(0) if draft_weight < 1 else None
@@ -113,7 +111,7 @@ def subset_scores(
     drafted = (rank[:, None] - before[1:] >= prompt[:, None, None]).transpose(1, 2)[target].to(input_ids.device)
     hidden = engine.whole(input_ids, order, prompt, sees).transpose(1, 2)[target.to(input_ids.device)]
     nlls, accepted = [], []
-    size = max(1, _LOGITS // ((1 + reach) * engine.vocab_size))
+    size = max(1, LOGITS // ((1 + reach) * engine.vocab_size))
     tokens = input_ids[target.to(input_ids.device)]
     for rows, token in zip(hidden.split(size), tokens.split(size), strict=True):
         law = engine.head(rows).log_softmax(-1)  # [n, 1 + reach, V]
@@ -171,12 +169,6 @@ def random_blocks(sequence_ids: Tensor, *, seed: int, sizes: tuple[int, int] = B
     return size, (u[1] * size).long()
 
 
-def stratified(slots: Tensor, count: int, *, seed: int, step: int) -> Tensor:
-    """Uniforms [R] of the slots [R] of a step's `count` texts: each is uniform in [0, 1), all of them evenly spread."""
-    shift = uniforms(Stream(seed, Purpose.REVEAL, step=step, index=_RATE), 1)
-    return (shift + slots / count) % 1
-
-
 def _targets(order: Tensor, prompt: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Ranks of the positions and which are targets, [B, N]; padding keeps its rank, which nobody sees."""
     rank = ranks_of(order)
@@ -190,21 +182,6 @@ def _block_start(rank: Tensor, prompt: Tensor, size: Tensor, offset: Tensor) -> 
     """How many ranks lie before the block of each rank [B, N]; in the prompt, where nothing is learned, m."""
     start = (rank - prompt - offset).div(size, rounding_mode="floor") * size + offset
     return prompt + start.clamp(min=0)
-
-
-def _nlls(engine: XLNetEngine, rows: Tensor, tokens: Tensor) -> Tensor:
-    """NLLs [n, A] of tokens [n] by rows [n, A, d]; logits that would take much memory are computed twice instead."""
-    A = rows.shape[1]
-    size = max(1, _LOGITS // (A * engine.vocab_size))
-
-    def grade(part: Tensor, token: Tensor) -> Tensor:
-        logits = engine.head(part).flatten(0, 1)
-        return functional.cross_entropy(logits, token.repeat_interleave(A), reduction="none").view(-1, A)
-
-    if len(rows) <= size:
-        return grade(rows, tokens)
-    parts = zip(rows.split(size), tokens.split(size), strict=True)
-    return torch.cat([checkpoint(grade, part, token, use_reentrant=False) for part, token in parts])
 
 
 def _check(

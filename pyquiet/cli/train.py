@@ -1,13 +1,13 @@
-"""`pyquiet train`: teach a model to think, or to fill in."""
+"""`pyquiet train`: teach a model to think, to fill in, or to remove noise."""
 
 import argparse
 
-from pyquiet.cli import train_any_subset, train_quiet_star
+from pyquiet.cli import train_any_subset, train_diffusion, train_quiet_star
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    what = "teach a model to think or to fill in"
+    what = "teach a model to think, to fill in or to remove noise"
     parser = commands.add_parser("train", help=what, description=f"{what.capitalize()}.")
     methods = parser.add_subparsers(title="methods", metavar="METHOD", required=True)
-    for method in (train_quiet_star, train_any_subset):
+    for method in (train_quiet_star, train_any_subset, train_diffusion):
         method.add_parser(methods)

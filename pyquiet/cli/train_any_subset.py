@@ -1,7 +1,6 @@
 """`pyquiet train any-subset`: teach a model to fill in any part of a text."""
 
 import argparse
-import os
 from typing import TYPE_CHECKING, Any
 
 from pyquiet.cli import training
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("say which --model to train, or whose --tokenizer a fresh one is to have, e.g. tiny-causal")
     settings = training_arguments(args)
     texts, eval_texts = training.read_data(args)
-    tokenizer = _tokenizer(args.tokenizer or args.model)
+    tokenizer = training.tokenizer(args.tokenizer or args.model)
     set_seed(settings.seed)  # a fresh model is random
     trainer = AnySubsetTrainer(
         _model(args, tokenizer),
@@ -89,17 +88,6 @@ def in_words(step: int, logs: dict[str, float]) -> str:
     return f"step {step:6d}  eval   {'; '.join(words)}"
 
 
-def _tokenizer(source: str) -> Any:
-    from transformers import AutoTokenizer
-
-    from pyquiet.zoo import available, load
-
-    if source in available():
-        return load(source)[1]
-    _check_folder(source)
-    return AutoTokenizer.from_pretrained(source)
-
-
 def _model(args: argparse.Namespace, tokenizer: Any) -> Any:
     from transformers import XLNetConfig, XLNetLMHeadModel
 
@@ -108,7 +96,7 @@ def _model(args: argparse.Namespace, tokenizer: Any) -> Any:
     if args.model in available():
         return load(args.model)[0]
     if args.model:
-        _check_folder(args.model)
+        training.check_folder(args.model)
         return XLNetLMHeadModel.from_pretrained(args.model).float()  # in half precision, small steps would be lost
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     config = XLNetConfig(
@@ -116,8 +104,3 @@ def _model(args: argparse.Namespace, tokenizer: Any) -> Any:
         clamp_len=args.reach, dropout=0.0, **ids,
     )  # fmt: skip
     return XLNetLMHeadModel(config)
-
-
-def _check_folder(folder: str) -> None:
-    if not os.path.isdir(folder):
-        raise ValueError(f"there is no model folder {folder!r}")

@@ -72,6 +72,23 @@ def read_data(args: argparse.Namespace) -> tuple[Iterable[str], Iterable[str] | 
     return read(args.text, args.dataset) or [], read(args.eval_text, args.eval_dataset)
 
 
+def tokenizer(source: str) -> Any:
+    """Of an embedded model's name or a model's folder; ValueError if there is none."""
+    from transformers import AutoTokenizer
+
+    from pyquiet.zoo import available, load
+
+    if source in available():
+        return load(source)[1]
+    check_folder(source)
+    return AutoTokenizer.from_pretrained(source)
+
+
+def check_folder(folder: str) -> None:
+    if not os.path.isdir(folder):
+        raise ValueError(f"there is no model folder {folder!r}")
+
+
 def train(trainer: Any, in_words: Callable[[int, dict[str, float]], str]) -> int:
     """Runs the trainer from its last checkpoint on, if there is one, and saves the model."""
     from pyquiet.trainers import last_checkpoint

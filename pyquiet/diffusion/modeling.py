@@ -13,6 +13,8 @@ from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+_ROPE_BASE = 1000.0  # in short texts a small model finds its neighbours sooner than by a large one
+
 
 class Denoiser(Protocol):
     """What the samplers, losses and likelihoods need of a denoiser; any object that has it passes for one."""
@@ -155,6 +157,8 @@ def backbone(
         cls_token_id=None,
         sep_token_id=None,
         tie_word_embeddings=True,
+        initializer_range=hidden_size**-0.5,
     )
+    config.rope_parameters["full_attention"]["rope_theta"] = _ROPE_BASE
     config.mask_token_id = mask_token_id
     return ModernBertForMaskedLM(config)

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import XLNetLMHeadModel
 
 from pyquiet import AnySubsetTrainer, load
-from pyquiet.any_subset.training import any_subset_loss, random_blocks, random_order, stratified, subset_scores
+from pyquiet.any_subset.training import any_subset_loss, random_blocks, random_order, subset_scores
 from pyquiet.datasets import packed
 from pyquiet.randomness import epoch_seed
-from pyquiet.trainers import prepare_arguments
+from pyquiet.trainers import prepare_arguments, stratified
 
 from ..processes import in_processes
 from .runs import V, arguments, examples, model, run, weights

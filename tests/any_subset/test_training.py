@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 
-from pyquiet.any_subset import training
+from pyquiet import losses
 from pyquiet.any_subset.order import order_from_mask
-from pyquiet.any_subset.training import any_subset_loss, random_blocks, random_order, stratified, subset_scores
+from pyquiet.any_subset.training import any_subset_loss, random_blocks, random_order, subset_scores
+from pyquiet.trainers import stratified
 
 from ..allocations import allocations
 from ..chi_square import chi_square
@@ -157,7 +158,7 @@ def test_logits_in_parts_are_the_same(model, tokens, monkeypatch):
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     whole = gradients()
-    monkeypatch.setattr(training, "_LOGITS", 3 * 2 * V)
+    monkeypatch.setattr(losses, "LOGITS", 3 * 2 * V)
     parts = gradients()
     assert whole.keys() == parts.keys()
     for name, value in whole.items():
@@ -169,7 +170,7 @@ def test_no_logits_of_the_whole_batch():
     ids = torch.randint(0, 60_000, (8, 64))
     order, prompt = random_order(torch.full((8,), 0.9), ids, seed=0, sequence_ids=torch.arange(8))
     _, largest = allocations(lambda: any_subset_loss(model, ids, order=order, prompt=prompt).loss.backward())
-    assert largest <= 4 * training._LOGITS  # and the whole batch's would be 111 MB
+    assert largest <= 4 * losses.LOGITS  # and the whole batch's would be 111 MB
 
 
 def test_dropout_is_on_in_training(tokens):

@@ -1,0 +1,121 @@
+"""`pyquiet train diffusion`: teach a model to fill in masked texts, as masked diffusion samples."""
+
+import argparse
+from typing import Any
+
+from pyquiet.cli import training
+
+NOISE: training.Options = {
+    "--max-length": ("max_length", 256, "tokens of a text; longer ones are cut into several"),
+    "--weight-decay": ("weight_decay", 1e-2, "of AdamW"),
+    "--noise-schedule": ("noise_schedule", "linear", "linear, cosine, cosine_squared or geometric"),
+    "--ema": ("ema_decay", 0.999, "decay of the average of the weights that is evaluated and saved; 0: none"),
+}
+OPTIONS: training.Options = (
+    training.SHARED
+    | NOISE
+    | {
+        "--learning-rate": ("learning_rate", 1e-3, "peak"),
+        "--objective": ("objective", "low_variance", "low_variance or continuous; both estimate the same bound"),
+        "--start-level": ("start_level", 0.15, "share that is masked in the first step of --level-warmup-steps"),
+        "--level-warmup-steps": ("level_warmup_steps", 0, "from there to all shares; helps a fresh model to begin"),
+        "--seed": ("seed", 0, "of a fresh model, order and noise"),
+    }
+)
+MASK = "<mask>"  # the token that a tokenizer without one gets, behind all others
+
+
+def add_parser(methods: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    train = methods.add_parser(
+        "diffusion",
+        help="masked diffusion: fill in what is masked, all at once",
+        description="Train a masked language model as the denoiser of masked diffusion. Given again after it was "
+        "stopped, the command goes on from the last checkpoint in --output. Start it with torchrun for several "
+        "processes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    train.add_argument("--model", metavar="DIR", help="a masked LM's folder or an embedded one's name (default: fresh)")
+    train.add_argument("--tokenizer", metavar="DIR", help="folder or embedded model's name, if not the model's")
+    size = train.add_argument_group("a fresh model")
+    size.add_argument("--layers", type=int, default=4)
+    size.add_argument("--width", type=int, default=192)
+    size.add_argument("--heads", type=int, default=6)
+    size.add_argument("--inner", type=int, default=320, help="width of the MLPs")
+    what = "as transformers names it, e.g. eager, on a CPU in bfloat16 the faster one (default: the model's)"
+    train.add_argument("--attention", metavar="NAME", help=what)
+    add_pieces(train)
+    training.add_options(train, OPTIONS)
+    train.set_defaults(run=run)
+
+
+def add_pieces(parser: argparse.ArgumentParser) -> None:
+    what = "no text holds parts of two documents (default: documents are packed one after another)"
+    parser.add_argument("--documents-apart", action="store_true", help=what)
+
+
+def run(args: argparse.Namespace) -> int:
+    from transformers import set_seed
+
+    from pyquiet.diffusion.arguments import DiffusionTrainingArguments
+    from pyquiet.diffusion.trainer import DiffusionTrainer
+
+    if not (args.model or args.tokenizer):
+        raise ValueError("say which --model to train, or whose --tokenizer a fresh one is to have, e.g. tiny-causal")
+    settings = training.training_arguments(args, DiffusionTrainingArguments, OPTIONS)
+    tokenizer = training.tokenizer(args.tokenizer or args.model)
+    if tokenizer.mask_token_id is None:
+        tokenizer.add_special_tokens({"mask_token": MASK})
+    train_dataset, eval_dataset = pieces(args, tokenizer, settings.max_length)
+    set_seed(settings.seed)  # a fresh model is random
+    denoiser = _denoiser(args, tokenizer)
+    if args.attention:
+        denoiser.model.set_attn_implementation(args.attention)
+    trainer = DiffusionTrainer(
+        denoiser,
+        settings,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+    )
+    return training.train(trainer, in_words)
+
+
+def pieces(args: argparse.Namespace, tokenizer: Any, max_length: int) -> tuple[Any, Any]:
+    """What to learn from and what to evaluate on, in texts of at most `max_length` tokens."""
+    from pyquiet.datasets import packed
+
+    texts, eval_texts = training.read_data(args)
+    across = not args.documents_apart
+    learned = packed(texts, tokenizer, max_length, across=across)
+    return learned, packed(eval_texts, tokenizer, max_length, across=across) if eval_texts else None
+
+
+def in_words(step: int, logs: dict[str, float]) -> str:
+    """A line on a step's training loss or evaluation; empty for other logs."""
+    if "nelbo" in logs:
+        rest = f"masked {logs['masked_fraction']:.0%}  {logs['tokens_per_second']:.0f} tokens/s"
+        return f"step {step:6d}  train  nelbo {logs['nelbo']:.4f}  {rest}"
+    if "eval_nelbo" not in logs:
+        return ""
+    bound = f"nelbo {logs['eval_nelbo']:.4f} +- {logs['eval_nelbo_error']:.4f}"
+    return f"step {step:6d}  eval   {bound}  perplexity {logs['eval_perplexity']:.2f}"
+
+
+def _denoiser(args: argparse.Namespace, tokenizer: Any) -> Any:
+    from transformers import AutoModelForMaskedLM
+
+    from pyquiet.diffusion.modeling import MaskedDenoiser, backbone
+    from pyquiet.zoo import available, load
+
+    if args.model in available():
+        return MaskedDenoiser(load(args.model)[0], tokenizer.mask_token_id)
+    if args.model:
+        training.check_folder(args.model)
+        model = AutoModelForMaskedLM.from_pretrained(args.model).float()  # in half precision, small steps would be lost
+        return MaskedDenoiser(model, tokenizer.mask_token_id)
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    model = backbone(
+        len(tokenizer), mask_token_id=tokenizer.mask_token_id, hidden_size=args.width, num_hidden_layers=args.layers,
+        num_attention_heads=args.heads, intermediate_size=args.inner, **ids,
+    )  # fmt: skip
+    return MaskedDenoiser(model)

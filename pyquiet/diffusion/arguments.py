@@ -1,0 +1,60 @@
+"""The training arguments of `DiffusionTrainer` and `NCETrainer`: those of transformers, the noise and the average."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from pyquiet.checks import check_count, check_fraction
+from pyquiet.diffusion.schedule import Schedule
+from pyquiet.diffusion.training import MIN_TIME, OBJECTIVES
+from pyquiet.trainers import prepare_arguments
+
+
+@dataclass
+class NoiseArguments(TrainingArguments):
+    """`transformers.TrainingArguments`, and what trainings with noised texts share."""
+
+    noise_schedule: str = field(default="linear", metadata={"help": "As `Schedule` names it."})
+    min_time: float = field(default=MIN_TIME, metadata={"help": "The smallest time that a text is noised to."})
+    ema_decay: float = field(default=0.999, metadata={"help": "Of the average of the weights; 0: no average."})
+    max_length: int = field(default=256, metadata={"help": "Longer texts are cropped at seeded places."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator takes what it knows."})
+
+    def __post_init__(self) -> None:
+        self.schedule = Schedule(self.noise_schedule)
+        if not 0 < check_fraction("min_time", self.min_time) < 1:
+            raise ValueError(f"min_time must be in (0, 1), got {self.min_time}")
+        if check_fraction("ema_decay", self.ema_decay) == 1:
+            raise ValueError("ema_decay must be below 1, where the average would never move")
+        check_count("max_length", self.max_length, least=2)
+        prepare_arguments(self)
+        super().__post_init__()
+
+
+@dataclass
+class DiffusionTrainingArguments(NoiseArguments):
+    """`transformers.TrainingArguments` and how a denoiser learns; see `random_masks`.
+
+    Levels of noise are uniform in [0, 1). Both ends of this range start at `start_level` and move in a straight line
+    over the first `level_warmup_steps`: a fresh model learns to look at a token's neighbours much sooner where most of
+    them are there (0.15). The loss of these steps is no bound.
+
+    Raises:
+        ValueError, TypeError: an option is out of range.
+    """
+
+    objective: str = field(default=OBJECTIVES[0], metadata={"help": "continuous, or the same with less variance."})
+    start_level: float = field(default=0.15, metadata={"help": "Of noise, in the first step of the warm-up."})
+    level_warmup_steps: int = field(default=0, metadata={"help": "Steps from there to all levels."})
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        check_fraction("start_level", self.start_level)
+        check_count("level_warmup_steps", self.level_warmup_steps, least=0)
+        super().__post_init__()
+
+    def levels(self, step: int) -> tuple[float, float]:
+        """The ends of the range of levels at the step of this number, from 0."""
+        done = min(1.0, step / self.level_warmup_steps) if self.level_warmup_steps else 1.0
+        return self.start_level * (1 - done), self.start_level + (1 - self.start_level) * done

@@ -1,0 +1,148 @@
+"""What denoisers learn from: texts in part masked, weighed so that the loss bounds their NLL (arXiv 2406.07524).
+
+Words: B texts, T positions, V vocabulary, d width, n masked positions. All losses are in nats.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyquiet.checks import check_fraction
+from pyquiet.diffusion.modeling import Denoiser, as_denoiser
+from pyquiet.diffusion.schedule import Schedule
+from pyquiet.losses import token_nlls
+from pyquiet.randomness import Purpose, Stream, check_sequence_ids, uniforms
+
+OBJECTIVES = ("low_variance", "continuous")
+MIN_TIME = 1e-3  # the smallest time that a text is noised to
+_PLACES = 0  # the index, in a stream, of which positions are masked
+
+
+class Masks(NamedTuple):
+    """What is masked in texts, bool [B, T], how a loss weighs its tokens [B], and the times that this is of [B]."""
+
+    masked: Tensor
+    weight: Tensor
+    time: Tensor
+
+
+class Nelbo(NamedTuple):
+    """The bound in nats a token, [], and its parts: for each text, an estimate of a bound of -log p in nats, [B]."""
+
+    loss: Tensor
+    text: Tensor
+
+
+def random_masks(
+    level: Tensor,
+    input_ids: Tensor,
+    *,
+    seed: int,
+    sequence_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    objective: str = "low_variance",
+    schedule: Schedule | None = None,
+    min_time: float = MIN_TIME,
+) -> Masks:
+    """Masks of texts int64 [B, T] whose noise is as high as `level` says, in [0, 1); padding is never masked.
+
+    "continuous": each token is masked by itself at time min_time + (1 - min_time) level, and weighs -alpha' / (1 -
+    alpha). "low_variance": 1 + floor(level T) of a text's T tokens are, all sets being equally likely, and weigh T / n.
+    Over uniform levels both have the same mean, but for times below min_time, which the first leaves out: that of the
+    NELBO. What is masked depends on the seed, the text's id [B] and its level alone. On the CPU.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong shape.
+    """
+    schedule = schedule or Schedule()
+    level, real = level.cpu().double(), _real(input_ids, attention_mask).cpu()
+    _check(level, input_ids, sequence_ids, objective, min_time)
+    B, T = input_ids.shape
+    stream = Stream(
+        seed, Purpose.REVEAL, sequence_ids.cpu().repeat_interleave(T), torch.arange(T).repeat(B), index=_PLACES
+    )
+    u = uniforms(stream, B * T).view(B, T)
+    if objective == "continuous":
+        time = min_time + (1 - min_time) * level
+        return Masks((u >= schedule.alpha(time)[:, None]) & real, schedule.weight(time), time)
+    total = real.sum(1)
+    count = (1 + (level * total).floor()).clamp(max=total)
+    masked = u.masked_fill(~real, 2).argsort(1).argsort(1) < count[:, None]
+    return Masks(masked & real, total / count.clamp(min=1), schedule.time(1 - count / total.clamp(min=1)))
+
+
+def nelbo(
+    denoiser: Any,
+    input_ids: Tensor,
+    *,
+    masked: Tensor,
+    weight: Tensor,
+    attention_mask: Tensor | None = None,
+    token_count: Tensor | None = None,
+) -> Nelbo:
+    """The weighted NLL of masked tokens: an estimate of a bound of the texts' NLL (NELBO), without bias.
+
+    The LM head sees the masked positions alone, and no more logits exist at a time than take 32 MB.
+
+    Args:
+        denoiser: as `as_denoiser` takes it.
+        input_ids: the clean texts, int64 [B, T].
+        masked, weight: as `random_masks` gives them, bool [B, T] and [B].
+        attention_mask: [B, T], 0 at padding.
+        token_count: [], tokens of the joint batch that this one is a part of; the parts' losses then add up to its own.
+
+    Raises:
+        ValueError: shapes do not fit, or a token to be predicted is the mask token itself or no token.
+    """
+    denoiser = as_denoiser(denoiser)
+    masked, weight = masked.to(input_ids.device), weight.to(input_ids.device)
+    if masked.shape != input_ids.shape or weight.shape != input_ids.shape[:1]:
+        raise ValueError(
+            f"masked must be [B, T] = {list(input_ids.shape)} and weight [B], got {list(masked.shape)} and "
+            f"{list(weight.shape)}"
+        )
+    nlls = masked_nlls(denoiser, input_ids, masked, attention_mask)
+    row = masked.nonzero()[:, 0]
+    text = nlls.new_zeros(len(input_ids)).index_add_(0, row, nlls * weight.to(nlls.dtype)[row])
+    count = _real(input_ids, attention_mask).sum() if token_count is None else token_count
+    return Nelbo(text.sum() / count, text)
+
+
+def masked_nlls(denoiser: Denoiser, input_ids: Tensor, masked: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """NLLs [n] of the masked ones of the clean tokens [B, T], text by text."""
+    tokens = input_ids[masked]
+    wrong = (tokens == denoiser.mask_id) | (tokens < 0) | (tokens >= denoiser.vocab_size)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"input_ids hold {int(tokens[wrong][0])} at a masked position; give clean texts of ids in "
+            f"0..{denoiser.vocab_size - 1} other than the mask's, {denoiser.mask_id}"
+        )
+    hidden = denoiser.hidden(input_ids.masked_fill(masked, denoiser.mask_id), attention_mask)
+    return token_nlls(denoiser.head, hidden[masked], tokens, denoiser.vocab_size)
+
+
+class DenoiserLearner(nn.Module):
+    """The loss as the forward of a module around the model, so that all that wraps a module wraps it: DDP, autocast."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, **batch: Any) -> Nelbo:
+        return nelbo(self.denoiser, **batch)
+
+
+def _real(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    return torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+
+
+def _check(level: Tensor, input_ids: Tensor, sequence_ids: Tensor, objective: str, min_time: float) -> None:
+    if input_ids.dtype != torch.int64 or input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids must be int64 [B, T] with tokens, got {input_ids.dtype} {list(input_ids.shape)}")
+    check_sequence_ids(sequence_ids, len(input_ids))
+    if level.shape != input_ids.shape[:1] or not bool(((level >= 0) & (level <= 1)).all()):
+        raise ValueError(f"level must be [B] = [{len(input_ids)}] numbers in [0, 1], got {level.tolist()}")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    check_fraction("min_time", min_time)
