@@ -5,6 +5,7 @@ Inputs are made, and results compared, on the CPU, so that hardly another kernel
 
 import torch
 
+from . import draw_candidates_baselines as candidates
 from .bench_verify_draft_gpu import METHODS, Problem, check
 from .thought_attention_baselines import eager_results, kernel
 from .thought_attention_problem import Shape, make_problem, training_of
@@ -25,6 +26,9 @@ def main(device: str = "cuda") -> None:
         for method in ("pyquiet", "pyquiet draft_lse"):
             check(given, METHODS[method](given.to(device)), method)
         print(f"draft verification {dtype}: right")
+        rows = candidates.Problem.make(8, 5, 5003, dtype, "cpu")
+        candidates.check(rows, candidates.ours(rows.to(device)), "pyquiet")
+        print(f"candidates {dtype}: right")
 
 
 if __name__ == "__main__":
