@@ -148,7 +148,7 @@ def bigrams(text: str) -> Tensor:
     """Transition probabilities [27, 27] of a text's letters and spaces, each pair having been seen 0.02 times more."""
     letters = re.sub("[^a-z]+", " ", text.lower())
     symbols = torch.tensor([0 if c == " " else ord(c) - ord("a") + 1 for c in letters])
-    counts = torch.bincount(symbols[:-1] * 27 + symbols[1:], minlength=27 * 27).view(27, 27) + 0.02
+    counts = torch.bincount(symbols[:-1] * 27 + symbols[1:], minlength=27 * 27).view(27, 27).double() + 0.02
     return counts / counts.sum(1, keepdim=True)
 
 
@@ -159,7 +159,7 @@ def english() -> tuple[Tensor, bool]:
     complete = all(path.is_file() for path in paths)
     if not complete:
         paths = [Path(__file__).parents[2] / "LICENSE"]
-    return bigrams(" ".join(path.read_text("utf8", "ignore") for path in paths)).double(), complete
+    return bigrams(" ".join(path.read_text("utf8", "ignore") for path in paths)), complete
 
 
 class MarkovChain:
