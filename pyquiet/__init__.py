@@ -8,13 +8,19 @@ from typing import Any
 
 from pyquiet import any_subset, diffusion, quiet_star
 from pyquiet.any_subset import infill, joint_log_prob, marginals
+from pyquiet.diffusion import AREnergy, MaskedDenoiser, NCEEnergy, diffuse
 from pyquiet.quiet_star import QuietStarConfig, QuietStarForCausalLM, QuietStarObjective
 from pyquiet.zoo import load
 
 __version__ = "0.1.0"
 __all__ = [
+    "AREnergy",
     "AnySubsetTrainer",
     "AnySubsetTrainingArguments",
+    "DiffusionTrainer",
+    "DiffusionTrainingArguments",
+    "MaskedDenoiser",
+    "NCEEnergy",
     "NextTokenTrainer",
     "NextTokenTrainingArguments",
     "QuietStarConfig",
@@ -23,6 +29,7 @@ __all__ = [
     "QuietStarTrainer",
     "QuietStarTrainingArguments",
     "any_subset",
+    "diffuse",
     "diffusion",
     "infill",
     "joint_log_prob",
@@ -34,6 +41,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in ("evaluation", "plotting", "testing"):
         return import_module(f"pyquiet.{name}")
-    if name in __all__:
-        return getattr(any_subset if name in any_subset.__all__ else quiet_star, name)
+    for system in (quiet_star, any_subset, diffusion):
+        if name in __all__ and name in system.__all__:
+            return getattr(system, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
