@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyquiet.checks import check_count, check_fraction
 from pyquiet.diffusion.schedule import Schedule
-from pyquiet.diffusion.steps import Laws
+from pyquiet.diffusion.steps import Laws, State
 
 
 @dataclass(frozen=True)
@@ -194,51 +194,51 @@ def remdm(
     return ReMDM(rule, eta, t_on, t_off, alpha_on)
 
 
-def check_sigma(sigma: Tensor, context: Context, bounded: bool) -> Tensor:
+def check_sigma(sigma: Tensor, state: State, fill: Tensor, most: Tensor) -> Tensor:
     """The sigmas of a remask hook, float64 on the CPU.
 
-    Raises ValueError unless they are [b, T] in [0, 1], and, where `bounded`, small enough for the schedule.
+    Raises ValueError unless they are [b, T], and in [0, most], [b], at the positions to fill, bool [b, T].
     """
-    if not isinstance(sigma, Tensor) or sigma.shape != context.masked.shape:
-        got = list(sigma.shape) if isinstance(sigma, Tensor) else type(sigma).__name__
-        raise ValueError(f"remask must return a tensor [b, T] = {list(context.masked.shape)}, got {got}")
-    sigma = sigma.double().cpu()
-    most = torch.ones(len(sigma), dtype=torch.float64)
-    if bounded:
-        most = ((1 - context.next_alpha) / context.alpha).cpu().clamp(max=1)
-    wrong = ~((sigma >= 0) & (sigma <= most[:, None] * (1 + 1e-6) + 1e-12)) & context.fill.cpu()
-    if wrong.any():
+    if not isinstance(sigma, Tensor) or sigma.shape != fill.shape:
+        raise ValueError(f"remask must return a tensor [b, T] = {list(fill.shape)}, got {_described(sigma)}")
+    sigma, limit = sigma.double().cpu(), most[:, None]
+    if (wrong := ~((sigma >= 0) & (sigma <= limit * (1 + 1e-6) + 1e-12)) & fill).any():
         row, column = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"remask gave sigma {float(sigma[row, column])} for text {int(context.rows[row])} at {column}; in step "
-            f"{context.step} it must be in [0, {float(most[row])}]"
+            f"remask gave sigma {float(sigma[row, column])} for text {int(state.rows[row])} at {column}; in step "
+            f"{state.step} it must be in [0, {float(most[row])}]"
         )
-    return torch.minimum(sigma, most[:, None])
+    return torch.minimum(sigma, limit)
 
 
-def check_opened(opened: Tensor, context: Context, *, some: bool = True) -> Tensor:
+def check_opened(opened: Tensor, state: State, *, some: bool = True) -> Tensor:
     """What an order hook opens, on the CPU; ValueError unless it is bool [b, T], masked and, if `some`, not empty."""
-    if not isinstance(opened, Tensor) or opened.dtype != torch.bool or opened.shape != context.masked.shape:
-        got = f"{opened.dtype} {list(opened.shape)}" if isinstance(opened, Tensor) else type(opened).__name__
-        raise ValueError(f"order must return bool [b, T] = {list(context.masked.shape)}, got {got}")
-    opened, masked = opened.cpu(), context.masked.cpu()
-    for wrong, what in (((opened & ~masked).any(1), "opens what is not masked"), (~opened.any(1), "opens nothing")):
-        if wrong.any() and (some or what != "opens nothing"):
-            raise ValueError(f"order {what} in text {int(context.rows[int(wrong.nonzero()[0])])}, step {context.step}")
-    return opened
+    if not isinstance(opened, Tensor) or opened.dtype != torch.bool or opened.shape != state.masked.shape:
+        raise ValueError(f"order must return bool [b, T] = {list(state.masked.shape)}, got {_described(opened)}")
+    opened = opened.cpu()
+    if (wrong := (opened & ~state.masked).any(1)).any():
+        what = "what is not masked"
+    elif some and (wrong := ~opened.any(1)).any():
+        what = "nothing"
+    else:
+        return opened
+    raise ValueError(f"order opens {what} in text {int(state.rows[wrong][0])}, step {state.step}")
 
 
-def check_chosen(tokens: Tensor, opened: Tensor, context: Context, vocab_size: int, mask_id: int) -> Tensor:
+def check_chosen(tokens: Tensor, state: State, vocab_size: int, mask_id: int) -> Tensor:
     """The tokens of a tokens hook; ValueError unless they are int64 [b, T], and tokens other than the mask's."""
-    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.shape != context.tokens.shape:
-        got = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ValueError(f"tokens must return int64 [b, T] = {list(context.tokens.shape)}, got {got}")
-    tokens = tokens.to(context.tokens.device)
-    wrong = ((tokens < 0) | (tokens >= vocab_size) | (tokens == mask_id)) & opened.to(tokens.device)
+    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.shape != state.tokens.shape:
+        raise ValueError(f"tokens must return int64 [b, T] = {list(state.tokens.shape)}, got {_described(tokens)}")
+    tokens = tokens.to(state.tokens.device)
+    wrong = ((tokens < 0) | (tokens >= vocab_size) | (tokens == mask_id)) & state.opened.to(tokens.device)
     if wrong.any():
         row, column = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"tokens returned {int(tokens[row, column])} for text {int(context.rows[row])} at {column}; it must be in "
+            f"tokens returned {int(tokens[row, column])} for text {int(state.rows[row])} at {column}; it must be in "
             f"0..{vocab_size - 1} and not the mask id {mask_id}"
         )
     return tokens
+
+
+def _described(x: object) -> str:
+    return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

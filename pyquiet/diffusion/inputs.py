@@ -62,6 +62,11 @@ class Options:
         p = self.proposal
         return bool(p["temperature"] != 1 or p["top_k"] is not None or p["top_p"] not in (None, 1))
 
+    @property
+    def weighs(self) -> bool:
+        """Whether there is an energy and more than one candidate to weigh by it."""
+        return self.energy is not None and max(self.candidates, self.ess_target or 1) > 1
+
     def truncates(self, vocab_size: int) -> bool:
         """Whether some tokens of the denoiser can never be drawn."""
         p = self.proposal
@@ -84,7 +89,7 @@ def read_texts(
         TypeError, ValueError: an argument does not fit the others; a given token is outside of the vocabulary or masked
             itself; the denoiser is in training mode.
     """
-    if denoiser.training:
+    if denoiser.training or getattr(getattr(denoiser, "model", None), "training", False):
         raise ValueError("denoiser is in training mode, where dropout changes its law; call denoiser.eval()")
     check_count("num_samples", num_samples, least=1)
     for name, value in (("input_ids", input_ids), ("mask", mask), ("attention_mask", attention_mask)):
@@ -243,7 +248,7 @@ def check_sampler(
     for name, hook in hooks.items():
         if hook is not None and not callable(hook):
             raise TypeError(f"{name} must be callable or None, got {type(hook).__name__}")
-        if hook is not None and name != "tokens" and sampler != "schedule_first":
+        if hook is not None and name in ("order", "remask") and sampler != "schedule_first":
             raise ValueError(f"{name} decides itself what opens in a step, so sampler={sampler!r} cannot; leave it out")
     if hooks["tokens"] is not None and energy is not None:
         raise ValueError("tokens takes the place of the pick by energy; leave one of the two out")

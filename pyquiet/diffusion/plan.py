@@ -103,7 +103,11 @@ def _clean_shares(texts: Texts, schedule: Schedule, seed: int) -> Tensor:
     return shares
 
 
-def reveal_uniforms(texts: Texts, where: Tensor, seed: int, step: int = 0) -> Tensor:
-    """The numbers of a step that decide what opens, float64 [n]: one for each of n positions, `where` bool [B, T]."""
+def reveal_uniforms(texts: Texts, where: Tensor, seed: int, step: int | None = None) -> Tensor:
+    """The numbers that decide when positions open, or, with a step, whether they do in it; other ones.
+
+    float64 [n], one for each of n positions, `where` bool [B, T].
+    """
     row = where.nonzero()[:, 0]
-    return uniforms(Stream(seed, Purpose.REVEAL, texts.sequences[row], texts.places[where], step), len(row))
+    address = texts.sequences[row], texts.places[where], step or 0, int(step is not None)
+    return uniforms(Stream(seed, Purpose.REVEAL, *address), len(row))

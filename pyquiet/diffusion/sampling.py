@@ -157,7 +157,10 @@ def diffuse(
     began = time.perf_counter()
     denoiser = as_denoiser(denoiser)
     energy = None if energy is None else as_energy(energy)
-    check_sampler(sampler, {"order": order, "tokens": tokens, "remask": remask}, energy, context, stride)
+    hooks = {"order": order, "tokens": tokens, "remask": remask, "on_step": on_step}
+    check_sampler(sampler, hooks, energy, context, stride)
+    if not isinstance(schedule := schedule or Schedule(), Schedule):
+        raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__} {schedule!r}")
     check_count("steps", steps, least=1)
     texts = read_texts(denoiser, input_ids, mask, attention_mask, length, num_samples, sequence_ids)
     options = read_options(
@@ -175,7 +178,6 @@ def diffuse(
         seed=resolve_seed(seed),
         energy_microbatch=energy_microbatch,
     )
-    schedule = schedule or Schedule()
     # No gradients, and no autocast, which would change the law.
     with (
         torch.no_grad(),
@@ -196,7 +198,9 @@ def diffuse(
         elif context is not None:
             slide(session, steps, context, stride or max(1, context // 2))
         else:
-            session.follow(_plan(sampler, session, steps), reuse=sampler == "cached")
+            plan = _plan(sampler, session, steps)
+            bar.total = len(plan)
+            session.follow(plan, reuse=sampler == "cached")
     return _result(session, options, began)
 
 
@@ -210,7 +214,6 @@ def _plan(sampler: str, session: Session, steps: int) -> plans.Plan:
 
 def _result(session: Session, options: Options, began: float) -> Diffusion:
     trace, batch = session.trace(), len(session.masked)
-    weighed = options.energy is not None and max(options.candidates, options.ess_target or 1) > 1
     corrected = trace.corrected
     rows, count = trace.rows[corrected], torch.zeros(batch, dtype=torch.float64)
     count.index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64))
@@ -219,7 +222,7 @@ def _result(session: Session, options: Options, began: float) -> Diffusion:
         for x in (trace.ess, trace.log_normalizer)
     )
     empty = ~session.texts.fill.any(1)
-    ess = ess.where(~empty, options.candidates) if weighed else torch.ones_like(ess)
+    ess = ess.where(~empty, options.candidates) if options.weighs else torch.ones_like(ess)
     degenerate = torch.zeros(batch, dtype=torch.int64)
     degenerate.index_add_(0, rows, (trace.log_normalizer[corrected] == -torch.inf).long())
     if degenerate.any():

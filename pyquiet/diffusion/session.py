@@ -100,7 +100,7 @@ class Session:
             time, laws = self.schedule.time(alpha), self._laws(rows, self._call)
             state = self._state(step, time, rows, self.masked[rows], laws)
             context = self._context(state, alpha, alpha)
-            self._open(state.opening(check_opened(order(context), context)))
+            self._open(state.opening(check_opened(order(context), state)))
             self._end(step, time)
             step += 1
 
@@ -116,16 +116,17 @@ class Session:
             closed = torch.zeros_like(state.masked)
             opened = state.masked
             if step < steps - 1:
-                sigma = check_sigma(remask(context), context, bounded=order is None)
-                u = torch.ones(sigma.shape, dtype=torch.float64)
                 fill = self.texts.fill
+                most = ((1 - next_alpha) / alpha if order is None else torch.ones_like(alpha)).clamp(max=1)
+                sigma = check_sigma(remask(context), state, fill[rows], most)
+                u = torch.ones(sigma.shape, dtype=torch.float64)
                 u[fill[rows]] = reveal_uniforms(self.texts, fill, self.options.seed, step)
                 closed = ~state.masked & (u < sigma)
                 if order is None:
                     chance = (next_alpha[:, None] - (1 - sigma) * alpha[:, None]) / (1 - alpha[:, None])
                     opened = state.masked & (u < chance)
                 elif state.masked.any():
-                    opened = check_opened(order(context), context, some=False)
+                    opened = check_opened(order(context), state, some=False)
             keep = opened.any(1)
             if keep.any():
                 self._open(state.opening(opened).select(keep))
@@ -204,7 +205,7 @@ class Session:
         alpha = self.schedule.alpha(state.time)
         context = self._context(state, alpha, alpha)
         tokens = hook(context, state.opened.to(state.tokens.device))
-        tokens = check_chosen(tokens, state.opened, context, self.denoiser.vocab_size, self.denoiser.mask_id)
+        tokens = check_chosen(tokens, state, self.denoiser.vocab_size, self.denoiser.mask_id)
         log_probs = torch.zeros(tokens.shape, device=tokens.device)
         for part, logits in state.laws.chunks(state.opened):
             where = state.opened.to(tokens.device)

@@ -150,9 +150,7 @@ class Chooser:
     def __call__(self, state: State) -> Chosen:
         """The tokens of a step: where the window is open, of a candidate picked by its energy."""
         o = self.options
-        corrected = torch.zeros_like(state.rows, dtype=torch.bool)
-        if o.energy is not None and (o.candidates > 1 or o.ess_target is not None):
-            corrected = state.time >= 1 - o.window - 1e-9  # times of a grid are rounded
+        corrected = (state.time >= 1 - o.window - 1e-9) & o.weighs  # times of a grid are rounded
         if bool(corrected.all()):
             return self.pick(state)
         if not bool(corrected.any()):
@@ -195,7 +193,7 @@ class Chooser:
                 tokens[left.to(tokens.device)], log_probs[left.to(tokens.device)] = picked, of_picked
             if o.ess_target is None or k >= o.max_candidates:
                 break
-            few = (ess[left] < o.ess_target) | (log_normalizer[left] == -torch.inf)
+            few = (ess[left] < o.ess_target * (1 - 1e-9)) | (log_normalizer[left] == -torch.inf)
             if not few.any():
                 break
             state, pool, left = state.select(few), pool.select(few.to(tokens.device)), left[few]
@@ -212,7 +210,7 @@ class Chooser:
             fixed = rest.to(tokens.device)[:, None]
             tokens, log_base = torch.where(fixed, drawn, tokens), torch.where(fixed, base, log_base)
         log_mu = log_base.sum(-1, dtype=torch.float64)
-        energies = self._energies(state, tokens, log_mu.to(log_base.dtype))
+        energies = self._energies(state, tokens, log_mu.to(log_base.dtype), first)
         log_weights = -energies / o.energy_temperature
         if log_ratio is not None:
             log_weights = log_weights + log_ratio
@@ -256,8 +254,8 @@ class Chooser:
             f"text {int(texts[row])} has no law at {int(columns[row])}: the largest of its logits is {float(top[row])}"
         )
 
-    def _energies(self, state: State, tokens: Tensor, log_mu: Tensor) -> Tensor:
-        """float64 [b, k], from calls of at most `energy_microbatch` texts."""
+    def _energies(self, state: State, tokens: Tensor, log_mu: Tensor, first: int = 0) -> Tensor:
+        """Of candidates from number `first` on, float64 [b, k]; from calls of at most `energy_microbatch` texts."""
         o, (b, k, _) = self.options, tokens.shape
         real = None if self._whole else self.texts.real[state.rows].to(tokens.device)
         time = state.time.to(tokens.device)
@@ -272,16 +270,16 @@ class Chooser:
                     got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
                     raise ValueError(f"energy must return [b, k] = {list(log_mu[rows, some].shape)}, got {got}")
                 energies[rows, some] = found
-        self._check(energies, state.rows)
+        self._check(energies, state.rows, first)
         return energies
 
-    def _check(self, energies: Tensor, rows: Tensor) -> None:
+    def _check(self, energies: Tensor, rows: Tensor, first: int) -> None:
         wrong = energies.isnan() | (energies == -torch.inf)
         if wrong.any():
             row, candidate = wrong.nonzero()[0].tolist()
             raise ValueError(
-                f"energy gave {float(energies[row, candidate])} for text {int(rows[row])}, candidate {candidate}; it "
-                "must be finite, or inf for what is impossible"
+                f"energy gave {float(energies[row, candidate])} for text {int(rows[row])}, candidate "
+                f"{first + candidate}; it must be finite, or inf for what is impossible"
             )
 
 
