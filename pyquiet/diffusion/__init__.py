@@ -5,12 +5,15 @@ from typing import Any
 
 from pyquiet.diffusion.ar_energy import AREnergy, check_tokenizers
 from pyquiet.diffusion.energy import Energy, as_energy
+from pyquiet.diffusion.likelihood import NLL, nll
 from pyquiet.diffusion.modeling import MaskedDenoiser, backbone
 from pyquiet.diffusion.nce_energy import NCEEnergy, NCEEnergyConfig
+from pyquiet.diffusion.partition import log_z
 from pyquiet.diffusion.sampling import Diffusion, diffuse
 from pyquiet.diffusion.schedule import Schedule
 
 __all__ = [
+    "NLL",
     "AREnergy",
     "Diffusion",
     "DiffusionTrainer",
@@ -24,6 +27,8 @@ __all__ = [
     "backbone",
     "check_tokenizers",
     "diffuse",
+    "log_z",
+    "nll",
 ]
 
 _TRAINING = {
