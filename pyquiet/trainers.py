@@ -102,8 +102,12 @@ class SeededTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Trainer's, with what the class says added to the training loss."""
         if "loss" in logs:
-            logs.update(self.meter.read(self.accelerator))
+            logs.update(self._readings(self.meter.read(self.accelerator)))
         super().log(logs, *args, **kwargs)
+
+    def _readings(self, means: dict[str, float]) -> dict[str, float]:
+        """What is logged of the means that the meter read."""
+        return means
 
 
 class Meter:

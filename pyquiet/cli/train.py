@@ -1,13 +1,13 @@
-"""`pyquiet train`: teach a model to think, to fill in, or to remove noise."""
+"""`pyquiet train`: teach a model to think, to fill in, to remove noise, or to judge."""
 
 import argparse
 
-from pyquiet.cli import train_any_subset, train_diffusion, train_quiet_star
+from pyquiet.cli import train_any_subset, train_diffusion, train_energy, train_quiet_star
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    what = "teach a model to think, to fill in or to remove noise"
+    what = "teach a model to think, to fill in, to remove noise or to judge"
     parser = commands.add_parser("train", help=what, description=f"{what.capitalize()}.")
     methods = parser.add_subparsers(title="methods", metavar="METHOD", required=True)
-    for method in (train_quiet_star, train_any_subset, train_diffusion):
+    for method in (train_quiet_star, train_any_subset, train_diffusion, train_energy):
         method.add_parser(methods)

@@ -41,8 +41,6 @@ def add_parser(methods: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     size.add_argument("--width", type=int, default=192)
     size.add_argument("--heads", type=int, default=6)
     size.add_argument("--inner", type=int, default=320, help="width of the MLPs")
-    what = "as transformers names it, e.g. eager, on a CPU in bfloat16 the faster one (default: the model's)"
-    train.add_argument("--attention", metavar="NAME", help=what)
     add_pieces(train)
     training.add_options(train, OPTIONS)
     train.set_defaults(run=run)
@@ -51,6 +49,8 @@ def add_parser(methods: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 def add_pieces(parser: argparse.ArgumentParser) -> None:
     what = "no text holds parts of two documents (default: documents are packed one after another)"
     parser.add_argument("--documents-apart", action="store_true", help=what)
+    what = "as transformers names it, e.g. eager, on a CPU in bfloat16 the faster one (default: the model's)"
+    parser.add_argument("--attention", metavar="NAME", help=what)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,9 +67,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer.add_special_tokens({"mask_token": MASK})
     train_dataset, eval_dataset = pieces(args, tokenizer, settings.max_length)
     set_seed(settings.seed)  # a fresh model is random
-    denoiser = _denoiser(args, tokenizer)
-    if args.attention:
-        denoiser.model.set_attn_implementation(args.attention)
+    denoiser = load_denoiser(args, args.model, tokenizer) if args.model else _fresh(args, tokenizer)
     trainer = DiffusionTrainer(
         denoiser,
         settings,
@@ -101,21 +99,31 @@ def in_words(step: int, logs: dict[str, float]) -> str:
     return f"step {step:6d}  eval   {bound}  perplexity {logs['eval_perplexity']:.2f}"
 
 
-def _denoiser(args: argparse.Namespace, tokenizer: Any) -> Any:
+def load_denoiser(args: argparse.Namespace, source: str, tokenizer: Any) -> Any:
+    """The denoiser of this folder or embedded model's name, in float32, with --attention."""
     from transformers import AutoModelForMaskedLM
 
-    from pyquiet.diffusion.modeling import MaskedDenoiser, backbone
+    from pyquiet.diffusion.modeling import MaskedDenoiser
     from pyquiet.zoo import available, load
 
-    if args.model in available():
-        return MaskedDenoiser(load(args.model)[0], tokenizer.mask_token_id)
-    if args.model:
-        training.check_folder(args.model)
-        model = AutoModelForMaskedLM.from_pretrained(args.model).float()  # in half precision, small steps would be lost
-        return MaskedDenoiser(model, tokenizer.mask_token_id)
+    if source in available():
+        model: Any = load(source)[0]
+    else:
+        training.check_folder(source)
+        model = AutoModelForMaskedLM.from_pretrained(source).float()  # in half precision, small steps would be lost
+    if args.attention:
+        model.set_attn_implementation(args.attention)
+    return MaskedDenoiser(model, tokenizer.mask_token_id)
+
+
+def _fresh(args: argparse.Namespace, tokenizer: Any) -> Any:
+    from pyquiet.diffusion.modeling import MaskedDenoiser, backbone
+
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     model = backbone(
         len(tokenizer), mask_token_id=tokenizer.mask_token_id, hidden_size=args.width, num_hidden_layers=args.layers,
         num_attention_heads=args.heads, intermediate_size=args.inner, **ids,
     )  # fmt: skip
+    if args.attention:
+        model.set_attn_implementation(args.attention)
     return MaskedDenoiser(model)

@@ -58,3 +58,18 @@ class DiffusionTrainingArguments(NoiseArguments):
         """The ends of the range of levels at the step of this number, from 0."""
         done = min(1.0, step / self.level_warmup_steps) if self.level_warmup_steps else 1.0
         return self.start_level * (1 - done), self.start_level + (1 - self.start_level) * done
+
+
+@dataclass
+class NCETrainingArguments(NoiseArguments):
+    """`transformers.TrainingArguments` and how an energy learns; see `nce_loss`.
+
+    Raises:
+        ValueError, TypeError: an option is out of range.
+    """
+
+    negatives: int = field(default=1, metadata={"help": "Completions by the denoiser beside each text."})
+
+    def __post_init__(self) -> None:
+        check_count("negatives", self.negatives, least=1)
+        super().__post_init__()

@@ -1,17 +1,25 @@
-"""What denoisers learn from: texts in part masked, weighed so that the loss bounds their NLL (arXiv 2406.07524).
+"""What denoisers and energies learn from.
+
+Denoisers learn from texts in part masked, weighed so that the loss bounds their NLL (arXiv 2406.07524); energies, to
+tell texts from the denoiser's completions of them (noise-contrastive estimation, arXiv 2410.21357).
 
 Words: B texts, T positions, V vocabulary, d width, n masked positions. All losses are in nats.
 """
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from pyquiet.checks import check_fraction
 from pyquiet.diffusion.modeling import Denoiser, as_denoiser
 from pyquiet.diffusion.schedule import Schedule
-from pyquiet.losses import token_nlls
+from pyquiet.kernels.importance_resampling import draw_candidates
+from pyquiet.losses import LOGITS, token_nlls
 from pyquiet.randomness import Purpose, Stream, check_sequence_ids, uniforms
 
 OBJECTIVES = ("low_variance", "continuous")
@@ -58,11 +66,10 @@ def random_masks(
     schedule = schedule or Schedule()
     level, real = level.cpu().double(), _real(input_ids, attention_mask).cpu()
     _check(level, input_ids, sequence_ids, objective, min_time)
-    B, T = input_ids.shape
-    stream = Stream(
-        seed, Purpose.REVEAL, sequence_ids.cpu().repeat_interleave(T), torch.arange(T).repeat(B), index=_PLACES
-    )
-    u = uniforms(stream, B * T).view(B, T)
+    places = _places(real)
+    sequences = sequence_ids.cpu()[:, None].expand_as(places)
+    stream = Stream(seed, Purpose.REVEAL, sequences.flatten(), places.flatten(), index=_PLACES)
+    u = uniforms(stream, places.numel()).view(places.shape)
     if objective == "continuous":
         time = min_time + (1 - min_time) * level
         return Masks((u >= schedule.alpha(time)[:, None]) & real, schedule.weight(time), time)
@@ -131,6 +138,75 @@ class DenoiserLearner(nn.Module):
 
     def forward(self, **batch: Any) -> Nelbo:
         return nelbo(self.denoiser, **batch)
+
+
+def nce_loss(positive: Tensor, negative: Tensor) -> Tensor:
+    """The loss [B] of the energies of texts [B] and of nu completions of each by the proposal mu [B, nu].
+
+    softplus(E + log nu) of the text plus the sum of softplus(-E - log nu) of the completions: least at
+    E = log mu - log p, p the law of the texts, whatever nu is. As softplus, its gradient is right for any energy.
+
+    Raises:
+        ValueError: shapes do not fit, or there is no negative.
+    """
+    if positive.ndim != 1 or negative.ndim != 2 or len(positive) != len(negative) or not negative.shape[1]:
+        raise ValueError(
+            f"positive must be [B] and negative [B, nu] with nu >= 1, got {list(positive.shape)} and "
+            f"{list(negative.shape)}"
+        )
+    log_nu = math.log(negative.shape[1])
+    return softplus(positive + log_nu) + softplus(-negative - log_nu).sum(1)
+
+
+@torch.no_grad()
+def completions(
+    denoiser: Any,
+    input_ids: Tensor,
+    *,
+    masked: Tensor,
+    count: int,
+    seed: int,
+    sequence_ids: Tensor,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Draws int64 [B, count, T] from the denoiser's law of the masked ones of clean texts int64 [B, T].
+
+    The denoiser is in evaluation mode as it proposes, whatever mode it is in. Completion j of position i is that of
+    candidate j in a sampler's step 0 for this seed and text's id, so batches and padding have no say.
+    """
+    denoiser = as_denoiser(denoiser)
+    masked = masked.to(input_ids.device)
+    row, column = masked.nonzero(as_tuple=True)
+    position = _places(_real(input_ids, attention_mask))[row, column]
+    sequence = sequence_ids.to(input_ids.device)[row]
+    with _evaluating(denoiser):
+        hidden = denoiser.hidden(input_ids.masked_fill(masked, denoiser.mask_id), attention_mask)[row, column]
+        drawn = [input_ids.new_empty(0, count)]
+        for part in torch.arange(len(row), device=row.device).split(max(1, LOGITS // denoiser.vocab_size)):
+            stream = Stream(seed, Purpose.CANDIDATE, sequence[part], position[part])
+            drawn.append(draw_candidates(denoiser.head(hidden[part]), count, stream=stream).tokens)
+    out = input_ids[:, None].repeat(1, count, 1)
+    out[row, :, column] = torch.cat(drawn)
+    return out
+
+
+@contextmanager
+def _evaluating(denoiser: Any) -> Iterator[None]:
+    """The denoiser in evaluation mode; modules of a denoiser that is none have no mode."""
+    modules = list(denoiser.modules()) if isinstance(denoiser, nn.Module) else []
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def _places(real: Tensor) -> Tensor:
+    """The number of each position int64 [B, T] among those of its text that are no padding."""
+    return (real.long().cumsum(1) - 1).clamp(min=0)
 
 
 def _real(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

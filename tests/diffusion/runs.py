@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 
-from pyquiet.diffusion.arguments import DiffusionTrainingArguments
-from pyquiet.diffusion.trainer import DiffusionTrainer
+from pyquiet.diffusion.arguments import DiffusionTrainingArguments, NCETrainingArguments
+from pyquiet.diffusion.nce_energy import NCEEnergy
+from pyquiet.diffusion.trainer import DiffusionTrainer, NCETrainer
 
 from ..plain_descent import PLAIN_DESCENT
 
@@ -52,28 +53,53 @@ def run(trained: Any, settings: DiffusionTrainingArguments, texts: Any, **option
     return trainer
 
 
+def energy() -> NCEEnergy:
+    """A small energy in float64, which is not 0."""
+    found = NCEEnergy.from_denoiser(model()).double().eval()
+    with torch.no_grad():
+        found.head[-1].weight.fill_(0.1)
+    return found
+
+
+def nce_arguments(folder: Path, **changes: Any) -> NCETrainingArguments:
+    settings = PLAIN_DESCENT | {"learning_rate": 0.1, "negatives": 2}
+    return NCETrainingArguments(str(folder), **{**settings, **changes})
+
+
+def run_nce(trained: NCEEnergy, settings: NCETrainingArguments, texts: Any, **options: Any) -> NCETrainer:
+    """A trainer after its run; the denoiser is `model()` unless another is given."""
+    resume = options.pop("resume_from_checkpoint", None)
+    options.setdefault("denoiser", model())
+    trainer = NCETrainer(trained, settings, train_dataset=texts, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
 def weights(trained: Any) -> dict[str, Tensor]:
     """Copies of all parameters by name."""
     return {name: parameter.detach().clone() for name, parameter in trained.named_parameters()}
 
 
-def distributed(folder: Path, accumulate: str) -> None:
-    """A run of the trainer, the batch spread over the processes."""
+def distributed(folder: Path, method: str, accumulate: str) -> None:
+    """A run of a trainer, the batch spread over the processes."""
     steps = {"max_steps": 3, "optim": "adamw_torch", "gradient_accumulation_steps": int(accumulate)}
-    trained = model()
-    settings = arguments(folder / "two", ddp_backend="gloo", **steps)
-    trainer = run(trained, settings, examples(24), eval_dataset=examples(5))
+    steps |= {"ddp_backend": "gloo"}
+    options = {"eval_dataset": examples(5)}
+    if method == "diffusion":
+        trainer: Any = run(model(), arguments(folder / "two", **steps), examples(24), **options)
+    else:
+        trainer = run_nce(energy(), nce_arguments(folder / "two", **steps), examples(24), **options)
     assert trainer.args.world_size == 2
     assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
     evaluation = trainer.evaluate()
     if trainer.is_world_process_zero():
-        save_file(weights(trained), folder / "two.safetensors")
+        save_file(weights(trainer.model), folder / "two.safetensors")
         torch.save((trainer.state.log_history, evaluation), folder / "logs.pt")
     trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    distributed(Path(sys.argv[1]), sys.argv[2])
+    distributed(Path(sys.argv[1]), *sys.argv[2:])
     sys.stdout.flush()
     os._exit(0)  # gloo's threads may abort a process that ends by itself

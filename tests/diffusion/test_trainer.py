@@ -98,7 +98,7 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path, at):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_processes_are_one_with_the_joint_batch(tmp_path, accumulate):
-    in_processes(2, "diffusion.runs", tmp_path, str(accumulate))
+    in_processes(2, "diffusion.runs", tmp_path, "diffusion", str(accumulate))
     trained = model()
     settings = {"max_steps": 3, "optim": "adamw_torch", "gradient_accumulation_steps": accumulate}
     joint = arguments(tmp_path / "one", per_device_train_batch_size=4, **settings)

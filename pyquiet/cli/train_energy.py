@@ -1,0 +1,76 @@
+"""`pyquiet train energy`: teach an energy to tell texts from what a denoiser makes of them."""
+
+import argparse
+
+from pyquiet.cli import training
+from pyquiet.cli.train_diffusion import NOISE, add_pieces
+
+OPTIONS: training.Options = (
+    training.SHARED
+    | NOISE
+    | {
+        "--learning-rate": ("learning_rate", 3e-4, "peak"),
+        "--negatives": ("negatives", 1, "completions by the denoiser beside each text"),
+        "--seed": ("seed", 0, "of order, noise and completions"),
+    }
+)
+
+
+def add_parser(methods: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    train = methods.add_parser(
+        "energy",
+        help="an energy that corrects masked diffusion: tell texts from completions",
+        description="Train an energy by noise-contrastive estimation, beginning from the denoiser whose steps it is to "
+        "correct. Given again after it was stopped, the command goes on from the last checkpoint in --output. Start it "
+        "with torchrun for several processes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    train.add_argument("--denoiser", required=True, metavar="DIR", help="its folder or an embedded one's name")
+    train.add_argument("--model", metavar="DIR", help="an energy's folder or name to go on with (default: fresh)")
+    train.add_argument("--pool", choices=("sum_masked", "mean"), default="sum_masked", help="of a fresh energy")
+    add_pieces(train)
+    training.add_options(train, OPTIONS)
+    train.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from transformers import set_seed
+
+    from pyquiet.cli.train_diffusion import load_denoiser, pieces
+    from pyquiet.diffusion.arguments import NCETrainingArguments
+    from pyquiet.diffusion.nce_energy import NCEEnergy
+    from pyquiet.diffusion.trainer import NCETrainer
+    from pyquiet.zoo import available, load
+
+    settings = training.training_arguments(args, NCETrainingArguments, OPTIONS)
+    tokenizer = training.tokenizer(args.denoiser)
+    denoiser = load_denoiser(args, args.denoiser, tokenizer)
+    train_dataset, eval_dataset = pieces(args, tokenizer, settings.max_length)
+    set_seed(settings.seed)
+    if args.model in available():
+        energy = load(args.model)[0]
+    elif args.model:
+        training.check_folder(args.model)
+        energy = NCEEnergy.from_pretrained(args.model).float()  # in half precision, small steps would be lost
+    else:
+        energy = NCEEnergy.from_denoiser(denoiser, args.pool)
+    trainer = NCETrainer(
+        energy,
+        settings,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        denoiser=denoiser,
+        processing_class=tokenizer,
+    )
+    return training.train(trainer, in_words)
+
+
+def in_words(step: int, logs: dict[str, float]) -> str:
+    """A line on a step's training loss or evaluation; empty for other logs."""
+    kind = "eval_" if "eval_accuracy" in logs else ""
+    if f"{kind}accuracy" not in logs:
+        return ""
+    normalizers = [f"{x:.2f}" for name, x in logs.items() if name.startswith(f"{kind}log_z_")]
+    found = f"nce {logs[f'{kind}loss']:.4f}  right {logs[f'{kind}accuracy']:.1%}  log Z {' '.join(normalizers)}"
+    rest = "" if kind else f"  {logs['tokens_per_second']:.0f} tokens/s"
+    return f"step {step:6d}  {'eval ' if kind else 'train'}  {found}{rest}"
