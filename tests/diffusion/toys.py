@@ -47,6 +47,12 @@ def tv(p: Tensor, q: Tensor) -> float:
     return float((p - q).abs().sum() / 2)
 
 
+def closed_up(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where texts are no padding, bool [B, T], and the places [B, T] that put what is none first, in its order."""
+    attended = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
+    return attended, (~attended).long().argsort(dim=1, stable=True)
+
+
 class Toy:
     """What all denoisers here share: hidden rows are log-probabilities of the symbols, and the head adds the mask."""
 
@@ -60,8 +66,7 @@ class Toy:
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, T, S]; padding is closed up, so that a text's rows are the same wherever its padding is."""
         self.calls += len(input_ids)
-        attended = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
-        place = (~attended).long().argsort(dim=1, stable=True)  # the attended positions first
+        attended, place = closed_up(input_ids, attention_mask)
         masked = (input_ids == self.mask_id) | ~attended
         logits = self.log_marginals(symbols_of(input_ids, self.mask_id).gather(1, place), masked.gather(1, place))
         return torch.empty_like(logits).scatter(1, place[..., None].expand_as(logits), logits)
@@ -132,12 +137,11 @@ class LawEnergy(Energy):
         b, k, t = candidates.shape
         assert log_mu.shape == (b, k)
         assert time.shape == (b,)
-        attended = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
+        attended, place = closed_up(input_ids, attention_mask)
         masked = (input_ids == self.mask_id) & attended
         for j in range(k):  # what a sampler must never hand over
             assert (candidates[:, j] == input_ids)[attended & ~masked].all(), "an observed token was changed"
             assert (candidates[:, j] != self.mask_id)[attended].all(), "a candidate is masked"
-        place = (~attended).long().argsort(dim=1, stable=True)  # the attended positions first, as `Toy.hidden` has them
         symbols = symbols_of(candidates, self.mask_id).gather(2, place[:, None].expand(-1, k, -1)).unbind(-1)
         each = torch.stack([self.log_conditionals[i][symbols[: i + 1]] for i in range(t)], -1)  # [B, k, T]
         scored = (masked if self.carry_over else attended).gather(1, place)
@@ -179,10 +183,12 @@ class MarkovChain:
         rest = -(self.start[:, None] * self.transition * self.transition.log2()).sum()
         return float(first + (self.length - 1) * rest) / self.length
 
-    def log_prob(self, symbols: Tensor) -> Tensor:
-        """Of texts [..., T], in nats."""
-        steps = self.log_powers[1][symbols[..., :-1], symbols[..., 1:]].sum(-1)
-        return self.start.log()[symbols[..., 0]] + steps
+    def log_prob(self, symbols: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Of texts [..., T], or of their first tokens, [..., 1] of them; in nats."""
+        steps = self.log_powers[1][symbols[..., :-1], symbols[..., 1:]]
+        if lengths is not None:
+            steps = steps.where(torch.arange(1, symbols.shape[-1]) < lengths, 0.0)
+        return self.start.log()[symbols[..., 0]] + steps.sum(-1)
 
     def bits(self, symbols: Tensor) -> tuple[float, float]:
         """The mean negative log-probability of texts [B, T] in bits a symbol, and its standard error."""
@@ -221,4 +227,7 @@ class MarkovEnergy(Energy):
         self.chain, self.mask_id, self.sign = chain, mask_id, sign
 
     def __call__(self, candidates, input_ids, time, log_mu, *, attention_mask=None):
-        return self.sign * (log_mu - self.chain.log_prob(symbols_of(candidates, self.mask_id))).float()
+        attended, place = closed_up(input_ids, attention_mask)
+        symbols = symbols_of(candidates, self.mask_id).gather(2, place[:, None].expand_as(candidates))
+        lengths = attended.sum(1)[:, None, None]
+        return self.sign * (log_mu - self.chain.log_prob(symbols, lengths)).float()

@@ -1,0 +1,207 @@
+"""What a text becomes, and what it costs, does not depend on the batch that it is in; and the counts have their law."""
+
+import pytest
+import torch
+
+from pyquiet.diffusion.sampling import diffuse
+from pyquiet.diffusion.schedule import Schedule
+
+from .toys import MarkovChain, MarkovDenoiser, MarkovEnergy, Product
+
+MASK, S, B, T, K = 2, 5, 5, 9, 7
+COUNTS = torch.tensor([[(1.0 + (3 * i + 2 * j) % 7) ** 2 for j in range(S)] for i in range(S)], dtype=torch.float64)
+CHAIN = MarkovChain(COUNTS / COUNTS.sum(1, keepdim=True))
+DENOISER, ENERGY = MarkovDenoiser(CHAIN, MASK), MarkovEnergy(CHAIN, MASK)
+SAMPLERS = ("schedule_first", "ancestral", "cached", "first_hitting", "semi_autoregressive")
+FIELDS = ("tokens", "reveal_step", "denoiser_calls", "energy_passes", "depth", "ess", "log_normalizer", "degenerate")
+
+
+def texts(rows=B):
+    """Of one length with other prompts, one of them complete, one empty."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, S + 1, (rows, T), generator=generator)
+    hidden = torch.rand(rows, T, generator=generator) < 0.6
+    hidden[1], hidden[2] = True, False
+    return ids.masked_fill(hidden, MASK)
+
+
+def run(ids, energy=ENERGY, sampler="schedule_first", **options):
+    options = {"steps": 6, "candidates": K, "seed": 11} | options
+    extra = {"context": 4, "stride": 2} if sampler == "semi_autoregressive" else {}
+    return diffuse(DENOISER, energy, input_ids=ids, sampler=sampler, **extra | options)
+
+
+def assert_same(a, b):
+    for field in FIELDS:
+        x, y = getattr(a, field), getattr(b, field)
+        if x.is_floating_point():
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6, equal_nan=True)
+        else:
+            assert torch.equal(x, y), field
+
+
+class Part:
+    """Some rows of a result."""
+
+    def __init__(self, out, rows):
+        self.__dict__ = {field: getattr(out, field)[rows] for field in FIELDS}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("energy", [None, ENERGY], ids=["plain", "energy"])
+def test_five_texts_together_are_five_alone(sampler, energy):
+    ids = texts()
+    together = run(ids, energy, sampler)
+    for b in range(B):
+        alone = run(ids[b : b + 1], energy, sampler, sequence_ids=torch.tensor([b]))
+        assert_same(Part(together, [b]), alone)
+    assert len(together.tokens.unique(dim=0)) == B
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_their_order_does_not_matter(sampler):
+    ids, order = texts(), torch.tensor([3, 0, 4, 1, 2])
+    assert_same(Part(run(ids, sampler=sampler), order), run(ids[order], sampler=sampler, sequence_ids=order))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_matter(sampler, side):
+    ids = texts()
+    plain = run(ids, sampler=sampler)
+    for width in (1, 4):
+        pad = (width, 0) if side == "left" else (0, width)
+        padded, attended = (
+            torch.nn.functional.pad(x, pad, value=v) for x, v in ((ids, MASK), (torch.ones_like(ids), 0))
+        )
+        out = run(padded, sampler=sampler, attention_mask=attended)
+        part = slice(width, None) if side == "left" else slice(0, T)
+        assert (out.tokens[attended == 0] == MASK).all()  # padding is what it was
+        assert torch.equal(out.tokens[:, part], plain.tokens)
+        assert torch.equal(out.reveal_step[:, part], plain.reveal_step)
+        assert torch.equal(out.denoiser_calls, plain.denoiser_calls)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("mode", ["standard", "reveal_set"])
+def test_prompts_never_change(sampler, mode):
+    ids = texts()
+    out = run(ids, sampler=sampler, mode=mode)
+    given = ids != MASK
+    assert torch.equal(out.tokens[given], ids[given])
+    assert (out.reveal_step[given] == -1).all()
+    assert (out.tokens != MASK).all()
+    assert (out.reveal_step[~given] >= 0).all()
+    full = (given).all(1)
+    assert full.sum() == 1
+    assert (out.denoiser_calls[full] == 0).all()
+    assert (out.energy_passes[full] == 0).all()
+
+
+def test_a_mask_may_name_what_to_fill_whatever_stands_there():
+    ids = texts()
+    mask = ids == MASK
+    other = ids.masked_fill(mask, 4)
+    assert_same(run(ids), diffuse(DENOISER, ENERGY, input_ids=other, mask=mask, steps=6, candidates=K, seed=11))
+
+
+def test_the_seed_and_the_id_name_the_noise():
+    ids = torch.full((4, T), MASK)
+    first = run(ids)
+    assert_same(first, run(ids))
+    assert not torch.equal(first.tokens, run(ids, seed=12).tokens)
+    moved = run(ids, sequence_ids=torch.tensor([2, 3, 4, 5]))
+    assert torch.equal(moved.tokens[:2], first.tokens[2:])
+    twins = run(ids, sequence_ids=torch.tensor([7, 7, 7, 7]))
+    assert len(twins.tokens.unique(dim=0)) == 1
+
+
+def test_texts_of_one_batch_are_independent():
+    """The tokens of neighbours agree as often as those of strangers."""
+    ids = torch.full((4000, 1), MASK)
+    laws = torch.tensor([[0.3, 0.25, 0.2, 0.15, 0.1]], dtype=torch.float64)
+    tokens = diffuse(Product(laws, MASK), input_ids=ids, steps=1).tokens[:, 0]
+    agree = float((laws**2).sum())
+    for lag in (1, 2, 7):
+        share = float((tokens[lag:] == tokens[:-lag]).double().mean())
+        assert abs(share - agree) < 4 * (agree * (1 - agree) / 4000) ** 0.5
+
+
+def test_small_batches_of_the_energy_change_nothing():
+    sizes = []
+
+    class Listening(MarkovEnergy):
+        def __call__(self, candidates, input_ids, time, log_mu, **kwargs):
+            sizes.append(candidates.shape[0] * candidates.shape[1])
+            return super().__call__(candidates, input_ids, time, log_mu, **kwargs)
+
+    ids = texts()
+    assert_same(run(ids), run(ids, Listening(CHAIN, MASK), energy_microbatch=3))
+    assert max(sizes) <= 3
+
+
+# Counts.
+
+
+def mean_and_error(x):
+    return float(x.double().mean()), float(x.double().std()) / len(x) ** 0.5
+
+
+@pytest.mark.parametrize("schedule", [Schedule(), Schedule("cosine_squared")], ids=["linear", "cosine_squared"])
+def test_calls_have_the_mean_of_the_formula(schedule):
+    """A step opens something with 1 - (1 - q)^T, q the share of it; summed over steps. One row alone, so also of each
+    row of a batch: a batch saves as much as its rows.
+    """
+    steps, length, rows = 16, 12, 3000
+    denoiser, ids = Product(torch.full((length, 3), 1 / 3).double(), MASK), torch.full((rows, length), MASK)
+    options = {"input_ids": ids, "steps": steps, "schedule": schedule}
+    opens = 1 - (1 - schedule.alpha(schedule.grid(steps)).diff()) ** length
+    first = diffuse(denoiser, sampler="schedule_first", **options)
+    mean, error = mean_and_error(first.denoiser_calls)
+    assert abs(mean - float(opens.sum())) < 3 * error
+    assert error < 0.05
+    cached = diffuse(denoiser, sampler="cached", **options)
+    mean, error = mean_and_error(cached.denoiser_calls)
+    assert abs(mean - float(1 + opens[:-1].sum())) < 3 * error  # called again after each step that opened something
+    if schedule == Schedule():
+        assert float(opens.sum()) == pytest.approx(steps * (1 - (1 - 1 / steps) ** length))
+    assert (diffuse(denoiser, sampler="ancestral", **options).denoiser_calls == steps).all()
+
+
+def test_the_published_share_of_calls():
+    """1000 steps and 1024 tokens: 641 calls; and of 100 tokens, 95."""
+    for length, calls in ((1024, 641.0), (100, 95.2)):
+        denoiser, ids = Product(torch.full((length, 2), 0.5).double(), MASK), torch.full((8, length), MASK)
+        mean, error = mean_and_error(diffuse(denoiser, input_ids=ids, steps=1000).denoiser_calls)
+        assert abs(mean - calls) < 4 * error + 0.5
+        assert error < 8
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_counters_are_what_the_networks_saw(sampler):
+    """Calls counted by the denoiser and the energy themselves; and that of rows of logits by the head."""
+    seen = []
+
+    class Counting(MarkovEnergy):
+        def __call__(self, candidates, input_ids, time, log_mu, **kwargs):
+            seen.append(candidates.shape[0] * candidates.shape[1])
+            return super().__call__(candidates, input_ids, time, log_mu, **kwargs)
+
+    denoiser, ids = MarkovDenoiser(CHAIN, MASK), texts()
+    extra = {"context": 4, "stride": 2} if sampler == "semi_autoregressive" else {}
+    out = diffuse(
+        denoiser, Counting(CHAIN, MASK), input_ids=ids, steps=6, candidates=K, sampler=sampler, window=0.5, **extra
+    )
+    assert int(out.denoiser_calls.sum()) == denoiser.calls
+    assert int(out.energy_passes.sum()) == sum(seen)
+    assert (out.energy_passes % K == 0).all()
+    assert (out.depth == out.denoiser_calls + out.energy_passes // K).all()
+    if sampler == "first_hitting":
+        assert torch.equal(out.denoiser_calls, (ids == MASK).sum(1))
+
+
+def test_plain_diffusion_asks_the_head_for_a_row_a_token():
+    for sampler in ("schedule_first", "first_hitting"):
+        denoiser, ids = MarkovDenoiser(CHAIN, MASK), texts()
+        diffuse(denoiser, input_ids=ids, steps=6, sampler=sampler)
+        assert denoiser.rows == (ids == MASK).sum()
