@@ -226,6 +226,23 @@ def test_a_thinking_model_answers_at_once():
     torch.testing.assert_close(found[0].double(), torch.stack(expected), rtol=0, atol=1e-4)
 
 
+def test_the_embedded_model_and_a_mask_beyond_its_vocabulary():
+    lm, tokenizer = pyquiet.load("tiny-causal")
+    words = torch.tensor([tokenizer("It was the best of times.", add_special_tokens=False)["input_ids"]])
+    input_ids = words.clone()
+    input_ids[0, 2] = 2048
+    candidates = words[:, None].repeat(1, 2, 1)
+    candidates[0, 1, 2] = 2047
+    energy = AREnergy(lm, mask_id=2048)
+    assert energy.vocab_size == 2048
+    found = energy(candidates, input_ids, torch.ones(1), torch.zeros(1, 2))
+    expected = [-plain_score(lm, row, bos=tokenizer.bos_token_id) for row in candidates[0]]
+    torch.testing.assert_close(found[0].double(), torch.stack(expected), rtol=0, atol=1e-3)
+    candidates[0, 1, 2] = 2048
+    with pytest.raises(ValueError, match="candidates hold the id 2048, the mask"):
+        energy(candidates, input_ids, torch.ones(1), torch.zeros(1, 2))
+
+
 def test_real_models(shared):
     lm = AutoModelForCausalLM.from_pretrained(shared / "models" / "stories260K").eval()
     tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "stories260K")

@@ -1,0 +1,71 @@
+"""What counts as an energy, and what any function must return to be one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyquiet.diffusion.energy import Energy, as_energy, check_candidates, leftward
+
+
+class Constant(Energy):
+    def __call__(self, candidates, input_ids, time, log_mu, *, attention_mask=None):
+        return torch.zeros(candidates.shape[:2])
+
+
+CALL = (torch.ones(2, 3, 4).long(), torch.zeros(2, 4).long(), torch.full((2,), 0.5).double(), torch.zeros(2, 3))
+
+
+def test_an_energy_is_taken_as_it_is():
+    energy = Constant()
+    assert as_energy(energy) is energy
+    assert not (energy.needs_log_mu or energy.self_normalized or energy.time_free)
+
+
+def test_an_energy_needs_its_call():
+    with pytest.raises(TypeError, match="abstract"):
+        Energy()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+def test_a_function_gets_four_arguments_and_gives_floats(dtype):
+    given = []
+
+    def reward(*arguments):
+        given.extend(arguments)
+        return arguments[0].sum(-1).to(dtype)
+
+    energy = as_energy(reward)
+    assert energy.needs_log_mu
+    assert not energy.self_normalized
+    assert not energy.time_free
+    found = energy(*CALL, attention_mask=torch.ones(2, 4).bool())
+    assert all(mine is theirs for mine, theirs in zip(given, CALL, strict=True))
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (found == 4).all()
+
+
+def test_bad_energies_are_named():
+    with pytest.raises(TypeError, match="energy must be a pyquiet.diffusion.Energy or a function of .*got int"):
+        as_energy(3)
+    with pytest.raises(ValueError, match=r"energy must return a tensor \[B, k\] = \[2, 3\].*got \[2, 3, 4\]"):
+        as_energy(lambda candidates, *_: candidates.float())(*CALL)
+    with pytest.raises(ValueError, match=r"one number a candidate, got list"):
+        as_energy(lambda *_: [[0.0]])(*CALL)
+
+
+def test_shapes_must_fit():
+    candidates, input_ids, *_ = CALL
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]])
+    assert torch.equal(check_candidates(candidates, input_ids, mask), mask.bool())
+    assert check_candidates(candidates, input_ids, None).all()
+    for wrong in (candidates[:1], candidates[..., 1:], candidates[:, 0]):
+        with pytest.raises(ValueError, match=r"candidates must be \[B, k, T\] and input_ids \[B, T\]"):
+            check_candidates(wrong, input_ids, None)
+    with pytest.raises(ValueError, match=r"attention_mask must have the shape of input_ids, \[2, 4\], got \[2, 3\]"):
+        check_candidates(candidates, input_ids, mask[:, 1:])
+
+
+def test_what_is_kept_goes_to_the_left_in_its_order():
+    keep = torch.tensor([[0, 1, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0]]).bool()
+    assert leftward(keep).tolist() == [[1, 3, 0, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
