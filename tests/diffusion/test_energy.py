@@ -19,7 +19,7 @@ CALL = (torch.ones(2, 3, 4).long(), torch.zeros(2, 4).long(), torch.full((2,), 0
 def test_an_energy_is_taken_as_it_is():
     energy = Constant()
     assert as_energy(energy) is energy
-    assert not (energy.needs_log_mu or energy.self_normalized or energy.time_free)
+    assert [energy.needs_log_mu, energy.self_normalized, energy.time_free] == [False] * 3
 
 
 def test_an_energy_needs_its_call():
@@ -46,7 +46,7 @@ def test_a_function_gets_four_arguments_and_gives_floats(dtype):
 
 
 def test_bad_energies_are_named():
-    with pytest.raises(TypeError, match="energy must be a pyquiet.diffusion.Energy or a function of .*got int"):
+    with pytest.raises(TypeError, match=r"energy must be a pyquiet.diffusion.Energy or a function of .*got int"):
         as_energy(3)
     with pytest.raises(ValueError, match=r"energy must return a tensor \[B, k\] = \[2, 3\].*got \[2, 3, 4\]"):
         as_energy(lambda candidates, *_: candidates.float())(*CALL)
