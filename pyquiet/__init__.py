@@ -21,6 +21,8 @@ __all__ = [
     "DiffusionTrainingArguments",
     "MaskedDenoiser",
     "NCEEnergy",
+    "NCETrainer",
+    "NCETrainingArguments",
     "NextTokenTrainer",
     "NextTokenTrainingArguments",
     "QuietStarConfig",

@@ -22,18 +22,28 @@ __all__ = [
     "MaskedDenoiser",
     "NCEEnergy",
     "NCEEnergyConfig",
+    "NCETrainer",
+    "NCETrainingArguments",
     "Schedule",
     "as_energy",
     "backbone",
     "check_tokenizers",
     "diffuse",
     "log_z",
+    "nce_loss",
+    "nelbo",
     "nll",
+    "random_masks",
 ]
 
 _TRAINING = {
     "DiffusionTrainer": "trainer",
     "DiffusionTrainingArguments": "arguments",
+    "NCETrainer": "trainer",
+    "NCETrainingArguments": "arguments",
+    "nce_loss": "training",
+    "nelbo": "training",
+    "random_masks": "training",
 }
 
 

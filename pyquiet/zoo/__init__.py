@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,8 +32,9 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Reads the files that came with the package: no network, no cache folder. Each call gives new
     objects. `tiny-causal` is a Llama of 1.9 million parameters for English prose in the manner
     of its training books; `tiny-thinker`, of 0.1 million, thinks and answers a puzzle by it;
-    `tiny-any-subset` is an XLNet of 2.3 million that fills in any part of a text. Their limits are in the README.md of
-    their folders.
+    `tiny-any-subset` is an XLNet of 2.3 million that fills in any part of a text; `tiny-denoiser`, a ModernBERT of 1.8
+    million, is for masked diffusion, and `tiny-energy`, an `NCEEnergy` of as many, corrects it. Those four have the
+    same tokenizer, to which the last two add `<mask>`. Their limits are in the README.md of their folders.
 
     Raises ValueError for an unknown name.
 
@@ -40,6 +45,14 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if name not in available():
         raise ValueError(f"name={name!r} is no embedded model; available: {', '.join(available())}")
     folder = _FOLDER / name
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model = _kind(folder).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return model.eval(), tokenizer
+
+
+def _kind(folder: Path) -> Any:
+    """The Auto class of a folder's model."""
+    (architecture,) = AutoConfig.from_pretrained(folder, local_files_only=True).architectures
+    if architecture.endswith("ForMaskedLM"):
+        return AutoModelForMaskedLM
+    return AutoModel if architecture == "NCEEnergy" else AutoModelForCausalLM

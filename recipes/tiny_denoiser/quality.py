@@ -1,0 +1,115 @@
+"""Held-out bound and NLLs of a denoiser by how much is masked, and how well an energy tells texts from its completions.
+
+python recipes/tiny_denoiser/quality.py HELD_OUT_JSONL DENOISER_FOLDER [ENERGY_FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+
+from pyquiet.datasets import packed, read_dataset
+from pyquiet.diffusion import MaskedDenoiser
+from pyquiet.diffusion.training import completions, nelbo, random_masks
+from pyquiet.trainers import evenly_spread
+
+LENGTH, BATCH, DRAWS, COMPLETIONS = 128, 32, 4, 4
+RATES = (0.05, 0.15, 0.3, 0.5, 0.7, 0.95)
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def held_out(file: Path, tokenizer: Any) -> Tensor:
+    """The pieces of full length of the held-out documents, int64 [W, 128]."""
+    pieces = packed(read_dataset(str(file), "text"), tokenizer, LENGTH, across=False)
+    return torch.stack([piece["input_ids"] for piece in pieces if len(piece["input_ids"]) == LENGTH])
+
+
+def batches(texts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Texts and their numbers."""
+    yield from zip(texts.split(BATCH), torch.arange(len(texts)).split(BATCH), strict=True)
+
+
+@torch.no_grad()
+def bound(denoiser: MaskedDenoiser, texts: Tensor, draws: int = DRAWS) -> tuple[float, float]:
+    """The NELBO in nats a token, and its standard error over the texts."""
+    each = torch.zeros(len(texts), dtype=torch.float64)
+    for seed in range(draws):
+        for ids, numbers in batches(texts):
+            masks = random_masks(evenly_spread(numbers, seed=seed), ids, seed=seed, sequence_ids=numbers)
+            each[numbers] += nelbo(denoiser, ids, masked=masks.masked, weight=masks.weight).text.double() / draws
+    each /= LENGTH
+    return each.mean().item(), (each.std() / len(each) ** 0.5).item()
+
+
+@torch.no_grad()
+def masked_nll(denoiser: MaskedDenoiser, texts: Tensor, rate: float) -> tuple[float, int]:
+    """NLL a masked token where this share is masked, and how many there are."""
+    total, count = 0.0, 0
+    for ids, numbers in batches(texts):
+        masks = random_masks(torch.full((len(ids),), rate), ids, seed=0, sequence_ids=numbers)
+        out = nelbo(denoiser, ids, masked=masks.masked, weight=torch.ones(len(ids)))
+        total += out.text.double().sum().item()
+        count += int(masks.masked.sum())
+    return total / count, count
+
+
+@torch.no_grad()
+def energies(energy: Any, denoiser: MaskedDenoiser, texts: Tensor, time: float, count: int = COMPLETIONS) -> Tensor:
+    """Of each text and its completions when it is noised to this time, float64 [W, 1 + count]."""
+    found = []
+    for ids, numbers in batches(texts):
+        level = torch.full((len(ids),), time)
+        options: dict[str, Any] = {"seed": 0, "sequence_ids": numbers}
+        masks = random_masks(level, ids, objective="continuous", min_time=0.0, **options)
+        drawn = completions(denoiser, ids, masked=masks.masked, count=count, **options)
+        candidates = torch.cat([ids[:, None], drawn], 1)
+        found.append(energy(candidates, ids.masked_fill(masks.masked, denoiser.mask_id), masks.time))
+    return torch.cat(found).double()
+
+
+def area_under_curve(found: Tensor) -> float:
+    """How often a text has a lower energy than a completion, of any text, of energies [W, 1 + count]."""
+    texts, others = found[:, 0], found[:, 1:].flatten().sort().values
+    above = len(others) - torch.searchsorted(others, texts, right=True)
+    equal = torch.searchsorted(others, texts, right=True) - torch.searchsorted(others, texts)
+    return ((above + equal / 2).double().mean() / len(others)).item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("held_out", type=Path)
+    parser.add_argument("denoiser", type=Path)
+    parser.add_argument("energy", type=Path, nargs="?")
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.denoiser)
+    denoiser = MaskedDenoiser(AutoModelForMaskedLM.from_pretrained(args.denoiser, dtype=torch.float32).eval())
+    texts = held_out(args.held_out, tokenizer)
+    if args.energy is None:
+        nats, error = bound(denoiser, texts)
+        print(f"{len(texts)} texts of {LENGTH} tokens: NELBO {nats:.4f} +- {error:.4f} nats a token")
+        print("\n| masked | tokens | NLL |\n|---|---|---|")
+        for rate in RATES:
+            nll, count = masked_nll(denoiser, texts, rate)
+            print(f"| {rate:.0%} | {count} | {nll:.4f} |")
+        return
+    energy = AutoModel.from_pretrained(args.energy, dtype=torch.float32).eval()
+    print(
+        "| time | text below its completion | AUC | mean energy: text | completion | log Z |\n|---|---|---|---|---|---|"
+    )
+    for time in TIMES:
+        found = energies(energy, denoiser, texts, time)
+        text, others = found[:, :1], found[:, 1:]
+        right = ((others > text).double() + (others == text).double() / 2).mean()
+        log_z = (-others).exp().mean().log()
+        area = area_under_curve(found)
+        print(f"| {time} | {right:.1%} | {area:.3f} | {text.mean():.2f} | {others.mean():.2f} | {log_z:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
