@@ -68,6 +68,14 @@ def test_micro_batches_make_the_joint_batch(tmp_path):
         assert values[0] == pytest.approx(values[1], abs=1e-6), name
 
 
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    plain, saving = model(), model()
+    run(plain, arguments(tmp_path / "a"), examples(4))
+    run(saving, arguments(tmp_path / "b", gradient_checkpointing=True), examples(4))
+    assert saving.is_gradient_checkpointing
+    assert_same(weights(saving), weights(plain), 1e-12)
+
+
 @pytest.mark.parametrize("at", [3, 5])
 def test_a_resumed_run_is_the_unbroken_one(tmp_path, at):
     """Epochs have four steps, so the run breaks off within one and in the next; dropout is on."""

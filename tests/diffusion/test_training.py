@@ -205,6 +205,14 @@ def test_logits_in_parts_are_the_same(monkeypatch):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
 
 
+def test_where_nothing_is_masked_nothing_is_learned():
+    denoiser, (ids, _, masks) = small(), batch()
+    out = nelbo(denoiser, ids, masked=torch.zeros_like(masks.masked), weight=masks.weight)
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert not any(parameter.grad is not None and parameter.grad.any() for parameter in denoiser.parameters())
+
+
 def test_no_logits_of_the_whole_batch():
     denoiser = small(60_000)
     ids = torch.randint(0, 59_999, (8, 64))
