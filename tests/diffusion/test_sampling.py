@@ -8,6 +8,8 @@ import torch
 
 from pyquiet.diffusion.sampling import diffuse
 from pyquiet.diffusion.schedule import Schedule
+from pyquiet.kernels.importance_resampling import draw_candidates, resample
+from pyquiet.randomness import Purpose, Stream
 
 from ..allocations import allocations
 from .networks import MASK, PairEnergy, V, network
@@ -183,6 +185,33 @@ def test_nothing_to_fill_calls_nobody():
 # -- corrected steps
 
 
+def test_random_numbers_are_at_their_addresses():
+    """Candidates at (text's id, place, step, number), the pick at (text's id, step)."""
+    denoiser, energy, names = network(), PairEnergy(), torch.tensor([9, 2**31])
+    ids = torch.full((2, 8), MASK)
+    real = torch.ones(2, 8, dtype=torch.int64)
+    ids[:, 3], ids[1, :2], real[1, :2] = 11, 0, 0
+    options = {"attention_mask": real, "sequence_ids": names, "steps": 4, "candidates": 5, "seed": 6}
+    out = diffuse(denoiser, energy, input_ids=ids, **options)
+    rows = out.trace.rows.split([len(given) for _, given, *_ in energy.calls])
+    for (candidates, given, *told), row, step in zip(
+        list(energy.calls), rows, out.trace.steps.unique().tolist(), strict=True
+    ):
+        hidden = real[row] == 0
+        masked = (given == MASK) & ~hidden
+        with torch.no_grad():
+            logits = denoiser.head(denoiser.hidden(given, None if not hidden.any() else real[row])[masked])
+        text, column = masked.nonzero(as_tuple=True)
+        places = column - 2 * row[text]
+        stream = Stream(6, Purpose.CANDIDATE, names[row][text], places, step)
+        drawn = draw_candidates(logits, 5, stream=stream)
+        assert torch.equal(candidates.transpose(1, 2)[masked], drawn.tokens)
+        log_weights = -energy(candidates, given, *told, attention_mask=real[row]).double()
+        pick = resample(log_weights, stream=Stream(6, Purpose.RESAMPLE, names[row], step=step)).indices[:, 0]
+        opened = out.reveal_step[row] == step
+        assert torch.equal(out.tokens[row][opened], candidates[torch.arange(len(row)), pick][opened])
+
+
 @pytest.mark.parametrize(
     ("window", "steps", "times"),
     [
@@ -192,6 +221,7 @@ def test_nothing_to_fill_calls_nobody():
         (0.3, 10, [1, 0.9, 0.8, 0.7]),
         (0.29, 10, [1, 0.9, 0.8]),
         (0.6, 5, [1, 0.8, 0.6, 0.4]),
+        (0.45, 20, [1 - 0.05 * step for step in range(10)]),  # 1 - 0.45 is rounded up
     ],
 )
 def test_the_window_is_open_where_a_step_begins_in_it(window, steps, times):
