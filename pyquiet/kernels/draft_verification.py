@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyquiet.kernels.registration import Kernel, Tensors, check_tensor, cuda_stream
+from pyquiet.kernels.registration import Kernel, Tensors, check_tensor, cuda_stream, left_to_check, reads_natively
 from pyquiet.native import cpu, cuda
 from pyquiet.randomness import (
     COUPLINGS,
@@ -159,8 +159,7 @@ def verify_draft(
         deterministic=deterministic,
     )
     *results, fault = _kernel(arguments)
-    # A graph that is captured cannot stop for what its replays will meet.
-    if fault.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing():
+    if left_to_check(fault):
         _raise_fault(arguments, fault)
     return Verification(*results)
 
@@ -251,7 +250,7 @@ def _forward(arguments: tuple[Any, ...], all_outputs: bool) -> Tensors:
     target: Tensor = arguments[0]
     if target.is_meta:
         return _fake(arguments)
-    if not _runs_natively(target):
+    if not reads_natively(target):
         return reference(*arguments)
     outputs = _fake(arguments)
     if target.is_cpu:
@@ -287,13 +286,6 @@ _kernel = Kernel(
     fake=_fake,
     check=lambda arguments: _check(Arguments(*arguments)),
 )
-
-
-def _runs_natively(target: Tensor) -> bool:
-    if target.is_cpu:
-        return cpu is not None and target.dtype in (torch.float32, torch.bfloat16)
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    return target.is_cuda and target.dtype in dtypes and target.numel() > 0 and cuda() is not None
 
 
 def _raise_fault(a: Arguments, fault: Tensor) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from pyquiet.native import cpu, cuda
+
 _LIBRARY = torch.library.Library("pyquiet", "DEF")
 _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
 # Whether functorch, a dispatch mode or a tracer is at work: each hides behind tensors of the plain type.
@@ -147,6 +149,22 @@ class Kernel:
             raise NotImplementedError(
                 f"{self.op} has no forward-mode derivative; use reverse mode (torch.autograd.grad)"
             )
+
+
+def reads_natively(logits: Tensor) -> bool:
+    """Whether native code that reads rows of logits takes this tensor."""
+    if logits.is_cpu:
+        return cpu is not None and logits.dtype in (torch.float32, torch.bfloat16)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return logits.is_cuda and logits.dtype in dtypes and logits.numel() > 0 and cuda() is not None
+
+
+def left_to_check(fault: Tensor) -> bool:
+    """Whether the caller has to look at faults that a kernel of a device has marked, for which it waits.
+
+    A graph that is captured cannot stop for what its replays will meet.
+    """
+    return fault.is_cuda and not is_compiling() and not torch.cuda.is_current_stream_capturing()
 
 
 def cuda_stream() -> int:
