@@ -177,6 +177,24 @@ def test_the_published_share_of_calls():
         assert error < 8
 
 
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_first_hitting_times_are_those_of_independent_positions(kind):
+    """alpha at the events is ordered like n uniforms: the i-th of n has mean i / (n + 1), and its variance."""
+    schedule, n, rows = Schedule(kind), 4, 2000
+    denoiser, ids = Product(torch.full((n, 2), 0.5).double(), MASK), torch.full((rows, n), MASK)
+    out = diffuse(denoiser, input_ids=ids, schedule=schedule, sampler="first_hitting")
+    assert (out.reveal_step.sort(1).values == torch.arange(n)).all()
+    assert abs(float(out.reveal_step.double().mean(0)[0]) - 1.5) < 4 * (1.25 / rows) ** 0.5  # no place is the first
+    for i in range(n):
+        here = out.trace.steps == i
+        alpha = schedule.alpha(out.trace.times[here])
+        mean = (i + 1) / (n + 1)
+        variance = mean * (1 - mean) / (n + 2)
+        assert len(alpha) == rows
+        assert abs(float(alpha.mean()) - mean) < 4 * (variance / rows) ** 0.5
+        assert float(alpha.var()) == pytest.approx(variance, rel=0.2)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_counters_are_what_the_networks_saw(sampler):
     """Calls counted by the denoiser and the energy themselves; and that of rows of logits by the head."""

@@ -9,6 +9,7 @@ import itertools
 import pytest
 import torch
 
+from pyquiet.diffusion.hooks import by_confidence, by_threshold, left_to_right_blocks
 from pyquiet.diffusion.sampling import diffuse
 from pyquiet.diffusion.schedule import Schedule
 from pyquiet.testing import enumerate_diffusion, exactness_test, resampled_law
@@ -142,6 +143,19 @@ def test_every_sampler_has_the_enumerated_law(name, energy):
     law = enumerated(MARGINALS, energy, options)
     extra = {"steps": 3, "sampler": name} | ({"context": 3} if name == "semi_autoregressive" else {})
     check(law, sampler(MARGINALS, energy, **options | extra))
+
+
+@pytest.mark.parametrize(
+    "order", [left_to_right_blocks(1), by_confidence(1), by_threshold(1.0)], ids=["left", "sure", "threshold"]
+)
+def test_any_order_of_single_positions_is_exact_with_the_exact_denoiser(order):
+    """The chain rule, in an order that may look at what is known; with an energy for more than one at a time too."""
+    check(LAW.log(), sampler(MARGINALS, order=order))
+
+
+def test_two_positions_at_a_time_are_exact_with_the_energy_alone():
+    rejected(LAW.log(), sampler(MARGINALS, order=by_confidence(2)))
+    check(LAW.log(), sampler(MARGINALS, ENERGY, order=by_confidence(2), candidates=256), samples=4000)
 
 
 @pytest.mark.parametrize("mask_id", [0, 3])
