@@ -5,7 +5,7 @@ and what masked diffusion writes.
 from pyquiet.evaluation.answers import AnswerScores, DirectAnswers, direct_answers
 from pyquiet.evaluation.code_infilling import CodeProblem, infill_code, read_code_problems
 from pyquiet.evaluation.difficulty import DifficultyTable, TokenGains, gain_by_decile, thinking_gains
-from pyquiet.evaluation.diffusion import DiffusionRow, DiffusionTable, Matched, diffusion_table
+from pyquiet.evaluation.diffusion import DiffusionRow, DiffusionTable, Matched, TextMetrics, diffusion_table
 from pyquiet.evaluation.estimates import Estimate
 from pyquiet.evaluation.generative import GenerativeTable, generative_table
 from pyquiet.evaluation.infilling import InfillingScores, infill_stories, read_stories
@@ -34,6 +34,7 @@ __all__ = [
     "MajorityVote",
     "Matched",
     "NGramModel",
+    "TextMetrics",
     "TokenGains",
     "diffusion_table",
     "direct_answers",

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pyquiet.checks import check_count
 from pyquiet.datasets import packed
-from pyquiet.diffusion.sampling import diffuse
+from pyquiet.diffusion.sampling import Diffusion, diffuse
 from pyquiet.evaluation.estimates import Estimate
 from pyquiet.evaluation.judging import Judge, judge_texts
 from pyquiet.evaluation.ngrams import NGramModel, distinct_ngrams, ngram_variation
@@ -204,44 +204,47 @@ def diffusion_table(
     """
     for name, value in (("count", count), ("batch_size", batch_size), *(("steps", value) for value in steps)):
         check_count(name, value, least=1)
-    pieces = [row["input_ids"] for row in packed(texts, tokenizer, length) if len(row["input_ids"]) == length]
-    if len(pieces) <= count:
-        raise ValueError(
-            f"count={count}: the texts hold {len(pieces)} pieces of {length} tokens, of which some must be left as the "
-            "reference; take fewer, shorter pieces or more text"
-        )
-    held = {i * len(pieces) // count for i in range(count)}
-    reference = [piece for i, piece in enumerate(pieces) if i not in held]
-    quality = _Quality(tokenizer, judge, reference, level, order, add)
-    rows = [DiffusionRow("text", "none", None, *quality(torch.stack([pieces[i] for i in sorted(held)])))]
+    held, reference = _pieces(texts, tokenizer, length, count)
+    metrics = TextMetrics(tokenizer, judge, reference, level=level, order=order, add=add)
+    rows = [DiffusionRow("text", "none", None, *metrics(held))]
     energies = {"none": None} if energies is None else energies
     # First-hitting opens one token a step, whatever the number of steps.
     plan = [(s, e, k) for s in samplers for e in energies for k in ((length,) if s == "first_hitting" else steps)]
-    runs: list[list[Any]] = [[] for _ in plan]
+    runs: list[list[Diffusion]] = [[] for _ in plan]
     fixed = {"seed": seed, "progress": False, **options}
     for sampler, energy in dict.fromkeys((s, e) for s, e, _ in plan):  # to get warm
         diffuse(denoiser, energies[energy], length=min(length, 8), steps=2, sampler=sampler, **fixed)
-    for batch in tqdm(torch.arange(count).split(batch_size), "written", disable=None if progress else True):
+    for ids in tqdm(torch.arange(count).split(batch_size), "written", disable=None if progress else True):
+        batch = {"length": length, "num_samples": len(ids), "sequence_ids": ids}
         for (sampler, energy, k), run in zip(plan, runs, strict=True):  # in turn: a change of pace meets all
-            chosen = {
-                "length": length,
-                "num_samples": len(batch),
-                "sequence_ids": batch,
-                "steps": k,
-                "sampler": sampler,
-            }
-            run.append(diffuse(denoiser, energies[energy], **chosen, **fixed))
+            run.append(diffuse(denoiser, energies[energy], sampler=sampler, steps=k, **batch, **fixed))
     for (sampler, energy, k), run in zip(plan, runs, strict=True):
-        values, variation = quality(torch.cat([out.tokens.cpu() for out in run]))
+        values, variation = metrics(torch.cat([out.tokens.cpu() for out in run]))
         rows.append(DiffusionRow(sampler, energy, k, values | _counts(run), variation, _trace(run)))
     return DiffusionTable(rows, length, level)
 
 
-class _Quality:
-    """Values by name, and variations, of texts of tokens [B, T]."""
+class TextMetrics:
+    """What a judge, their entropy and their n-grams say of texts, whoever wrote them.
+
+    Args:
+        tokenizer: of the texts. judge: see `judge_texts`.
+        reference: texts that the n-grams are compared with, int64 [N] each.
+        level: what n-grams are made of. order, add: those of the `NGramModel` of the reference.
+
+    Raises:
+        ValueError: no such level; the reference is empty; order or add are out of range.
+    """
 
     def __init__(
-        self, tokenizer: Any, judge: Judge, reference: list[Tensor], level: str, order: int, add: float
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        judge: Judge,
+        reference: Sequence[Tensor],
+        *,
+        level: Literal["token", "character"] = "token",
+        order: int = 2,
+        add: float = 0.02,
     ) -> None:
         if level not in ("token", "character"):
             raise ValueError(f'level must be "token" or "character", got {level!r}')
@@ -250,6 +253,7 @@ class _Quality:
         self.model = NGramModel(self.reference, order, add=add)
 
     def __call__(self, tokens: Tensor) -> tuple[dict[str, Tensor], dict[int, Estimate]]:
+        """The `values` and `variation` of a `DiffusionRow` for texts int64 [B, T], costs aside."""
         symbols = self._symbols(tokens)
         values = judge_texts(self.judge, [self.codec.decode(row) for row in tokens.tolist()], tokens).columns()
         values["ngram_nll"] = self.model.nll(symbols)
@@ -261,7 +265,21 @@ class _Quality:
         return rows if self.level == "token" else [self.codec.decode(row) for row in rows]
 
 
-def _counts(run: Sequence[Any]) -> dict[str, Tensor]:
+def _pieces(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int
+) -> tuple[Tensor, list[Tensor]]:
+    """`count` pieces of the texts from all over, int64 [count, length], and the others."""
+    pieces = [row["input_ids"] for row in packed(texts, tokenizer, length) if len(row["input_ids"]) == length]
+    if len(pieces) <= count:
+        raise ValueError(
+            f"count={count}: the texts hold {len(pieces)} pieces of {length} tokens, of which some must be left as the "
+            "reference; take fewer, shorter pieces or more text"
+        )
+    held = {i * len(pieces) // count for i in range(count)}
+    return torch.stack([pieces[i] for i in sorted(held)]), [piece for i, piece in enumerate(pieces) if i not in held]
+
+
+def _counts(run: Sequence[Diffusion]) -> dict[str, Tensor]:
     columns = {
         name: torch.cat([getattr(out, name).double().cpu() for out in run])
         for name in ("denoiser_calls", "energy_passes", "depth", "ess")
@@ -270,7 +288,7 @@ def _counts(run: Sequence[Any]) -> dict[str, Tensor]:
     return columns | {"seconds": torch.cat(seconds)}
 
 
-def _trace(run: Sequence[Any]) -> Tensor:
+def _trace(run: Sequence[Diffusion]) -> Tensor:
     parts = [(out.trace.times[out.trace.corrected], out.trace.ess[out.trace.corrected]) for out in run]
     time, ess = (torch.cat(columns) for columns in zip(*parts, strict=True))
     place = (time * _BINS).ceil().long().clamp(min=1) - 1

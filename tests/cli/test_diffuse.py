@@ -182,6 +182,7 @@ def test_new_tokens_stand_out_on_a_terminal_with_colours(folder, capsys, monkeyp
     assert run(folder, "--prompt", "The king", "--length", "6", "--steps", "3") == 0
     out = capsys.readouterr().out
     assert "\033[1;32m" in out  # opened in this step
+    assert "\033[1m" in "\n".join(out.split("\n")[:-3])  # opened in a step before
     assert "\033[2m\N{LIGHT SHADE}" in out
     assert re.search("The king ?\033\\[1m", out.split("\n")[-3])
 

@@ -15,6 +15,7 @@ from pyquiet.evaluation import (
     DiffusionTable,
     Estimate,
     NGramModel,
+    TextMetrics,
     diffusion_table,
     distinct_ngrams,
     judge_texts,
@@ -110,6 +111,15 @@ def test_the_first_row_is_held_out_text_against_the_rest(denoiser, judge, level)
     assert (text.method, text.steps) == ("text", None)
     assert_quality(text, torch.stack(held), judge, rest, symbols)
     assert "denoiser_calls" not in text.values
+
+
+def test_texts_of_anyone_are_measured_as_the_held_out_ones_are(denoiser, judge):
+    held, rest = held_and_rest(judge)
+    row = table(denoiser, judge, steps=[1], order=3, add=0.5).rows[0]
+    values, variation = TextMetrics(judge[1], judge, rest, order=3, add=0.5)(torch.stack(held))
+    assert variation == row.variation
+    assert values.keys() == row.values.keys()
+    assert all(torch.equal(values[name], row.values[name]) for name in values)
 
 
 def test_batches_change_nothing_but_seconds(denoiser, judge):
