@@ -40,7 +40,7 @@ class AREnergy(Energy):
         microbatch: texts that go through the model at once; None takes as many as have 2^15 tokens.
 
     Raises:
-        TypeError: `lm` is no causal LM of transformers.
+        TypeError: `lm` is no causal LM of transformers, as one that looks ahead is none.
         ValueError: no BOS is known or it is outside the vocabulary; carry_over without mask_id; from a call: `lm` is in
             training mode, a candidate holds an id that `lm` does not know or the mask, a text exceeds its context.
     """
@@ -57,7 +57,7 @@ class AREnergy(Energy):
         carry_over: bool = False,
         microbatch: int | None = None,
     ) -> None:
-        if not isinstance(lm, PreTrainedModel) or lm.get_output_embeddings() is None:
+        if not isinstance(lm, PreTrainedModel) or lm.get_output_embeddings() is None or lm.config.is_encoder_decoder:
             raise TypeError(f"lm must be a transformers causal LM with its head, got {type(lm).__name__}")
         lm = lm.base if lm.config.model_type == "quiet_star" else lm
         config = lm.config.get_text_config()
@@ -76,7 +76,7 @@ class AREnergy(Energy):
         self.self_normalized = carry_over
         self._cache = cache_argument(lm.base_model.__class__)
         self._context: int | None = getattr(config, "max_position_embeddings", None)
-        self._shares = self._can_share()
+        self._shares = self._tried()
 
     @torch.no_grad()
     def __call__(
@@ -180,10 +180,17 @@ class AREnergy(Energy):
         return finish_logits(self.lm, raw)
 
     @torch.no_grad()
-    def _can_share(self) -> bool:
-        """Whether the model keeps keys and values, which candidates can share; a recurrent state is left alone."""
-        ids = torch.full((1, 1), self.bos_id, device=self.lm.device)
-        cache: Any = self.lm.base_model(ids, use_cache=True).get(self._cache)
+    def _tried(self) -> bool:
+        """Whether the model keeps keys and values, which candidates can share; a recurrent state is left alone.
+
+        Raises TypeError for a model whose first state depends on its second token.
+        """
+        bos, other = self.bos_id, (self.bos_id + 1) % self.vocab_size
+        out = self.lm.base_model(torch.tensor([[bos, bos], [bos, other]], device=self.lm.device), use_cache=True)
+        one, another = out.last_hidden_state[:, 0].float()
+        if self.vocab_size > 1 and not self.lm.training and not torch.allclose(one, another, rtol=1e-2, atol=1e-3):
+            raise TypeError(f"lm is a {type(self.lm).__name__}, which looks ahead; give a causal LM")
+        cache: Any = out.get(self._cache)
         return isinstance(cache, DynamicCache) and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
 
 

@@ -7,6 +7,8 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
@@ -17,6 +19,8 @@ from transformers import (
 
 import pyquiet
 from pyquiet.diffusion.ar_energy import AREnergy, check_tokenizers
+
+from .networks import network
 
 V, MASK, BOS, PAD = 17, 17, 0, 16
 SIZES = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -265,6 +269,9 @@ def test_bad_arguments_are_named():
         AREnergy("gpt2")
     with pytest.raises(TypeError, match="lm must be"):
         AREnergy(lm.model)
+    for model in (BertForMaskedLM(BertConfig(**SIZES, intermediate_size=24)).eval(), network().model):
+        with pytest.raises(TypeError, match=r"lm is a \w+ForMaskedLM, which looks ahead"):
+            AREnergy(model, bos_id=BOS)
     with pytest.raises(ValueError, match=r"bos_id must be a token of lm, in 0..16, got 17"):
         AREnergy(lm, bos_id=17)
     with pytest.raises(ValueError, match="mask_id is None"):
