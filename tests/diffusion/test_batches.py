@@ -5,6 +5,7 @@ import torch
 
 from pyquiet.diffusion.sampling import diffuse
 from pyquiet.diffusion.schedule import Schedule
+from pyquiet.testing import goodness_of_fit
 
 from .toys import MarkovChain, MarkovDenoiser, MarkovEnergy, Product
 
@@ -125,6 +126,26 @@ def test_texts_of_one_batch_are_independent():
     for lag in (1, 2, 7):
         share = float((tokens[lag:] == tokens[:-lag]).double().mean())
         assert abs(share - agree) < 4 * (agree * (1 - agree) / 4000) ** 0.5
+
+
+def test_the_picks_of_a_text_are_independent():
+    """Which of eight equal candidates is taken in two steps: all 64 pairs as often."""
+    rows, k, seen = 3000, 8, []
+
+    def indifferent(candidates, input_ids, time, log_mu):
+        seen.append(candidates)
+        return torch.zeros_like(log_mu)
+
+    denoiser, ids = Product(torch.full((2, 1024), 1 / 1024).double(), 1024), torch.full((rows, 2), 1024)
+    out = diffuse(denoiser, indifferent, input_ids=ids, candidates=k, sampler="first_hitting")
+    picks = []
+    for step, candidates in enumerate(seen):
+        opened = out.reveal_step == step
+        hits = candidates.transpose(1, 2)[opened] == out.tokens[opened][:, None]  # [B, k]
+        assert hits.any(1).all()  # the step writes what it picked
+        picks.append(hits.long().argmax(1))
+    counts = torch.bincount(picks[0] * k + picks[1], minlength=k * k)
+    assert goodness_of_fit(counts, torch.full((k * k,), 1 / (k * k))).p_value > 1e-4
 
 
 def test_small_batches_of_the_energy_change_nothing():
