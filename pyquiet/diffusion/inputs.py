@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyquiet.checks import check_count, check_fraction
-from pyquiet.diffusion.energy import Energy
+from pyquiet.diffusion.energy import Energy, as_energy
 from pyquiet.diffusion.modeling import Denoiser
 from pyquiet.kernels.importance_resampling import SCHEMES
 from pyquiet.randomness import check_sequence_ids, process_logits
@@ -168,6 +168,13 @@ def _checked_ids(sequence_ids: Tensor | None, batch: int) -> Tensor:
     return sequence_ids.cpu()
 
 
+def read_energy(energy: Any) -> Energy | None:
+    """The energy, or None for None; TypeError or ValueError where it is none, or in training mode."""
+    if getattr(energy, "training", False):
+        raise ValueError("energy is in training mode, where dropout changes it; call energy.eval()")
+    return None if energy is None else as_energy(energy)
+
+
 def read_options(
     denoiser: Denoiser,
     *,
@@ -187,10 +194,8 @@ def read_options(
     """The options of a call, checked.
 
     Raises:
-        TypeError, ValueError: one is out of range, or the energy is in training mode.
+        TypeError, ValueError: one is out of range.
     """
-    if getattr(energy, "training", False):
-        raise ValueError("energy is in training mode, where dropout changes it; call energy.eval()")
     check_count("candidates", candidates, least=1)
     check_fraction("window", window)
     if not 0 < energy_temperature < math.inf:

@@ -13,9 +13,8 @@ from tqdm import tqdm
 
 from pyquiet.checks import check_count
 from pyquiet.diffusion import plan as plans
-from pyquiet.diffusion.energy import as_energy
 from pyquiet.diffusion.hooks import Order, Remask, Tokens
-from pyquiet.diffusion.inputs import Options, check_sampler, read_options, read_texts
+from pyquiet.diffusion.inputs import Options, check_sampler, read_energy, read_options, read_texts
 from pyquiet.diffusion.modeling import as_denoiser
 from pyquiet.diffusion.schedule import Schedule
 from pyquiet.diffusion.session import OnStep, Session, Trace
@@ -156,7 +155,7 @@ def diffuse(
     """
     began = time.perf_counter()
     denoiser = as_denoiser(denoiser)
-    energy = None if energy is None else as_energy(energy)
+    energy = read_energy(energy)
     hooks = {"order": order, "tokens": tokens, "remask": remask, "on_step": on_step}
     check_sampler(sampler, hooks, energy, context, stride)
     if not isinstance(schedule := schedule or Schedule(), Schedule):

@@ -85,8 +85,8 @@ class Session:
             if reuse:
                 self._refresh(turn.rows)
             laws = self._laws(turn.rows, self._recall if reuse else self._call)
-            if plan.everywhere:
-                laws.hidden  # noqa: B018  # the call belongs to the step, whether or not it opens anything
+            if plan.everywhere and not reuse:  # the call belongs to the step, whether or not it opens anything
+                laws.hidden()
             keep = turn.opened.any(1)
             if keep.any():
                 self._open(self._state(turn.step, turn.time, turn.rows, turn.opened, laws).select(keep))
@@ -220,7 +220,6 @@ class Session:
         if not closed.any():
             return
         self.masked[rows] |= closed
-        self.reveal_step[rows] = self.reveal_step[rows].masked_fill(closed, -1)
         rows, closed = rows.to(self.tokens.device), closed.to(self.tokens.device)
         self.tokens[rows] = self.tokens[rows].masked_fill(closed, self.denoiser.mask_id)
         self.log_probs[rows] = self.log_probs[rows].masked_fill(closed, 0)

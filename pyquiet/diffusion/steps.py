@@ -28,7 +28,6 @@ class Laws:
         self._hidden: Tensor | None = None
         self._known: tuple[Tensor, Tensor] | None = None  # positions bool [b, T], their logits
 
-    @property
     def hidden(self) -> Tensor:
         """Hidden states [b, T, d]."""
         if self._hidden is None:
@@ -62,10 +61,11 @@ class Laws:
         if (known := self._of_known(where)) is not None:
             yield slice(0, n), known
             return
-        row, column = (x.to(self.hidden.device) for x in where.nonzero(as_tuple=True))
+        hidden = self.hidden()
+        row, column = (x.to(hidden.device) for x in where.nonzero(as_tuple=True))
         size = max(1, _CHUNK // self._denoiser.vocab_size)
         for part in (slice(start, min(start + size, n)) for start in range(0, n, size)):
-            yield part, self._denoiser.head(self.hidden[row[part], column[part]])
+            yield part, self._denoiser.head(hidden[row[part], column[part]])
 
     def _of_known(self, where: Tensor) -> Tensor | None:
         """The logits of the positions, if they are among those that are known."""
@@ -120,6 +120,10 @@ class Chosen:
     ess: Tensor
     log_normalizer: Tensor
 
+    def select(self, keep: Tensor) -> Chosen:
+        """That of some of the texts, bool [b]."""
+        return Chosen(*(x[keep.to(x.device)] for x in vars(self).values()))
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -130,9 +134,12 @@ class Pool:
     log_weights: Tensor
 
     def select(self, keep: Tensor) -> Pool:
+        """Those of some of the texts, bool [b]."""
+        keep = keep.to(self.tokens.device)
         return Pool(self.tokens[keep], self.log_base[keep], self.log_weights[keep])
 
     def extended(self, more: Pool) -> Pool:
+        """With more candidates of the same texts."""
         return Pool(
             torch.cat([self.tokens, more.tokens], 1),
             torch.cat([self.log_base, more.log_base], 1),
@@ -168,37 +175,29 @@ class Chooser:
         zeros = torch.zeros(len(tokens), dtype=torch.float64)
         return Chosen(tokens[:, 0], log_base[:, 0], n, n - 1, zeros + 1, zeros)
 
-    def pick(self, state: State) -> Chosen:
+    def pick(self, state: State, pool: Pool | None = None, rounds: int = 1) -> Chosen:
         """One of k candidates for all masked positions, in proportion to its weight.
 
         With a target of the effective sample size, texts below it get as many candidates again.
         """
-        o, b = self.options, len(state.rows)
-        counts, rounds = torch.zeros(b, dtype=torch.int64), torch.zeros(b, dtype=torch.int64)
-        ess, log_normalizer = torch.zeros(b, dtype=torch.float64), torch.zeros(b, dtype=torch.float64)
-        tokens, log_probs = None, None
-        left = torch.arange(b)
-        pool = self._pool(state, o.candidates)
-        while True:
-            k = pool.tokens.shape[1]
-            stream = Stream(o.seed, Purpose.RESAMPLE, self.texts.sequences[state.rows], step=state.step)
-            found = resample(pool.log_weights, scheme=o.scheme, stream=stream)
-            counts[left], rounds[left] = k, rounds[left] + 1
-            ess[left], log_normalizer[left] = found.ess.cpu().double(), found.log_normalizer.cpu().double()
-            index = found.indices[:, :1, None].expand(-1, 1, pool.tokens.shape[2])
-            picked, of_picked = (x.gather(1, index)[:, 0] for x in (pool.tokens, pool.log_base))
-            if tokens is None or log_probs is None:
-                tokens, log_probs = picked, of_picked
-            else:
-                tokens[left.to(tokens.device)], log_probs[left.to(tokens.device)] = picked, of_picked
-            if o.ess_target is None or k >= o.max_candidates:
-                break
-            few = (ess[left] < o.ess_target * (1 - 1e-9)) | (log_normalizer[left] == -torch.inf)
-            if not few.any():
-                break
-            state, pool, left = state.select(few), pool.select(few.to(tokens.device)), left[few]
-            pool = pool.extended(self._pool(state, min(k, o.max_candidates - k), first=k))
-        return Chosen(tokens, log_probs, counts, rounds, ess, log_normalizer)
+        o = self.options
+        pool = pool or self._pool(state, o.candidates)
+        k = pool.tokens.shape[1]
+        stream = Stream(o.seed, Purpose.RESAMPLE, self.texts.sequences[state.rows], step=state.step)
+        found = resample(pool.log_weights, scheme=o.scheme, stream=stream)
+        index = found.indices[:, :1, None].expand(-1, 1, pool.tokens.shape[2])
+        tokens, log_probs = (x.gather(1, index)[:, 0] for x in (pool.tokens, pool.log_base))
+        ess, log_normalizer = found.ess.cpu().double(), found.log_normalizer.cpu().double()
+        counts, rounds_each = torch.full_like(state.rows, k), torch.full_like(state.rows, rounds)
+        chosen = Chosen(tokens, log_probs, counts, rounds_each, ess, log_normalizer)
+        if o.ess_target is None or k >= o.max_candidates:
+            return chosen
+        few = (ess < o.ess_target * (1 - 1e-9)) | (log_normalizer == -torch.inf)
+        if not few.any():
+            return chosen
+        state = state.select(few)
+        pool = pool.select(few).extended(self._pool(state, min(k, o.max_candidates - k), first=k))
+        return merge(few, self.pick(state, pool, rounds + 1), chosen.select(~few))
 
     def _pool(self, state: State, k: int, first: int = 0) -> Pool:
         """Candidates number first .. first + k - 1 with their weights."""

@@ -278,6 +278,7 @@ def test_remasking_with_an_energy_an_order_and_prompts(denoiser):
 
     def worst(context):
         """Masks the least likely token again, half of the time."""
+        assert ((context.log_probs < 0) == (context.fill & ~context.masked)).all()
         low = context.log_probs.masked_fill(~context.fill | context.masked, 1.0).argmin(1, keepdim=True)
         return torch.zeros(context.masked.shape).scatter_(1, low, 0.5)
 
