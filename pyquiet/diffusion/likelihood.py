@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from pyquiet.checks import check_count
 from pyquiet.diffusion import plan as plans
-from pyquiet.diffusion.energy import Energy, as_energy
-from pyquiet.diffusion.inputs import Options, Texts, read_texts
+from pyquiet.diffusion.energy import Energy
+from pyquiet.diffusion.inputs import Options, Texts, read_energy, read_texts
 from pyquiet.diffusion.modeling import Denoiser, as_denoiser
 from pyquiet.diffusion.partition import Side, log_z
 from pyquiet.diffusion.schedule import Schedule
@@ -133,8 +133,8 @@ def nll(
         TypeError, ValueError: an argument is out of range or of the wrong shape, a graded token is the mask's or none
             of the vocabulary, a model is in training mode.
     """
-    denoiser, energy = as_denoiser(denoiser), None if energy is None else as_energy(energy)
-    _check(energy, kind, n, log_z, samples)
+    denoiser, energy = as_denoiser(denoiser), read_energy(energy)
+    _check(kind, n, log_z, samples)
     texts = _read(denoiser, input_ids, mask, attention_mask, sequence_ids)
     if kind == "joint_paper":
         _warn_of_joint()
@@ -291,14 +291,12 @@ def _read(
     return texts
 
 
-def _check(energy: Any, kind: str, n: int, log_z: str, samples: int) -> None:
+def _check(kind: str, n: int, log_z: str, samples: int) -> None:
     for name, value, known in (("kind", kind, get_args(Kind)), ("log_z", log_z, get_args(Side))):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     check_count("samples", samples, least=1)
     check_count("n", n, least=2)
-    if getattr(energy, "training", False):
-        raise ValueError("energy is in training mode, where dropout changes it; call energy.eval()")
 
 
 @functools.cache
