@@ -13,6 +13,8 @@ from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from pyquiet.diffusion.energy import leftward
+
 _ROPE_BASE = 1000.0  # in short texts a small model finds its neighbours sooner than by a large one
 
 
@@ -72,9 +74,17 @@ class MaskedDenoiser(nn.Module):
         return cast(torch.device, self.model.device)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The trunk's last hidden states [B, T, d] of texts int64 [B, T] with mask_id where they are masked."""
-        out = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask)
-        return cast(Tensor, out.last_hidden_state)
+        """The trunk's last hidden states [B, T, d] of texts int64 [B, T] with mask_id where they are masked.
+
+        attention_mask: [B, T], 0 at padding, on either side.
+        """
+        if attention_mask is None:
+            return cast(Tensor, self.model.base_model(input_ids=input_ids).last_hidden_state)
+        # With padding to the right, for BERT and its kin count positions from the first column.
+        places = leftward(attention_mask != 0)
+        ids, mask = input_ids.gather(1, places), attention_mask.gather(1, places)
+        hidden: Tensor = self.model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return hidden.take_along_dim(places.argsort(1)[..., None], 1)
 
     def head(self, rows: Tensor) -> Tensor:
         """Logits [R, V] of hidden states [R, d], float32 (float64 of a float64 model); -inf for the mask token."""

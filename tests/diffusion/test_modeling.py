@@ -108,6 +108,9 @@ def test_padding_changes_nothing(model):
     unseen = IDS.clone()
     unseen[0, 6:] = 21
     torch.testing.assert_close(denoiser.log_probs(unseen, ATTENDED)[:2], alone, rtol=1e-5, atol=1e-5)
+    # To the left as well, where a model with absolute positions would count them from the padding on.
+    moved, attended = unseen.roll(2, 1), ATTENDED.roll(2, 1)
+    torch.testing.assert_close(denoiser.log_probs(moved, attended)[:2], alone, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
