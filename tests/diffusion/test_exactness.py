@@ -114,6 +114,12 @@ CASES = {
     "top-p": {"candidates": 4, "steps": 2, "top_p": 0.8},
     "top-k": {"candidates": 4, "steps": 1, "top_k": 2, "temperature": 0.8},
     "banned": {"candidates": 4, "steps": 2, "banned": torch.tensor([False, False, True, False])},
+    "banned ids are out of log mu": {
+        "energy": lambda candidates, input_ids, time, log_mu: 3 * log_mu.sin(),
+        "candidates": 4,
+        "steps": 1,
+        "banned": torch.tensor([False, False, True, False]),
+    },
     "not corrected": {"candidates": 4, "steps": 2, "temperature": 0.5, "correct": False},
     "reveal set": {"candidates": 4, "steps": 2, "mode": "reveal_set"},
     "reveal set, window": {"candidates": 3, "steps": 3, "mode": "reveal_set", "top_p": 0.8, "window": 0.5},

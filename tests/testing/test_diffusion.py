@@ -30,11 +30,21 @@ def energy(candidates, input_ids, time, log_mu):
     e = (candidates * torch.tensor([3.0, 1.0, 2.0, 5.0])).sum(-1).sin() + input_ids.sum(1)[:, None].cos() * candidates[
         ..., 1
     ]
-    return (e + time[:, None] * candidates[..., 3] / 2 - 0.3 * log_mu).masked_fill(candidates[..., 1] == 3, math.inf)
+    return (e + time[:, None] * candidates[..., 3] / 2 + log_mu.sin()).masked_fill(candidates[..., 1] == 3, math.inf)
 
 
 def by_hand(
-    text, *, grid, schedule, k=None, tau=1.0, window=1.0, processing=lambda law: law, correct=True, mode="standard"
+    text,
+    *,
+    grid,
+    schedule,
+    k=None,
+    tau=1.0,
+    window=1.0,
+    processing=lambda law: law,
+    correct=True,
+    mode="standard",
+    banned=None,
 ):
     """{text: probability} by recursion: one text, one set of revealed positions, one tuple of candidates at a time."""
     out, seen = {}, {}
@@ -45,7 +55,8 @@ def by_hand(
             return seen[key]
         masked = [i for i, x in enumerate(text) if x == MASK]
         ids = torch.tensor([text])
-        mu = Table().head(Table().hidden(ids)[0]).softmax(-1)
+        logits = Table().head(Table().hidden(ids)[0])
+        mu = (logits if banned is None else logits.masked_fill(banned, -math.inf)).softmax(-1)
         q = [processing(law) for law in mu]
         words = list(itertools.product(TOKENS, repeat=len(masked)))
         whole = [tuple(w[masked.index(i)] if i in masked else x for i, x in enumerate(text)) for w in words]
@@ -53,7 +64,7 @@ def by_hand(
         if t < 1 - window:
             seen[key] = dict(zip(whole, base, strict=True))
             return seen[key]
-        log_mu = [sum(math.log(mu[i][x[i]]) for i in masked) for x in whole]
+        log_mu = [sum(math.log(mu[i][x[i]]) if b else 0.0 for i in masked) for b, x in zip(base, whole, strict=True)]
         args = torch.tensor([whole]), ids, torch.tensor([t], dtype=torch.float64), torch.tensor([log_mu])
         weight = (-energy(*args)[0] / tau).exp().tolist()
         if correct:
@@ -155,6 +166,7 @@ def test_the_enumeration_is_the_recursion(case):
         processing=processing_of(options),
         correct=options.get("correct", True),
         mode=options.get("mode", "standard"),
+        banned=options.get("banned"),
     )
     assert law.shape == (4,) * len(masked)
     assert_laws_agree(law, expected, masked)
