@@ -38,8 +38,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--energy",
         metavar="DIR",
-        help=f"ar ({DEFAULT_CAUSAL}), none, or the folder or embedded name of a causal LM or a trained energy "
-        f"(default: ar for {DEFAULT_MODEL}, none for others)",
+        help=f"none, ar ({DEFAULT_CAUSAL}), tiny-energy, or the folder of a causal LM or a trained energy (default: ar "
+        f"for {DEFAULT_MODEL}, none for others)",
     )
     parser.add_argument("--steps", type=int, default=32, metavar="N", help="of the whole text (default: 32)")
     parser.add_argument("--sampler", default="schedule_first", help=SAMPLER_HELP)

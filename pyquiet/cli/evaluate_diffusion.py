@@ -5,6 +5,7 @@ import json
 
 from pyquiet.cli.diffuse import (
     DEFAULT_CAUSAL,
+    DEFAULT_MODEL,
     add_law,
     add_model,
     check_counts,
@@ -15,6 +16,8 @@ from pyquiet.cli.diffuse import (
 )
 from pyquiet.cli.infill import memory_in_words
 from pyquiet.cli.think import usable_device
+
+ENERGIES = ("none", "ar", "tiny-energy")  # of the embedded denoiser
 
 
 def add_parser(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -29,9 +32,9 @@ def add_parser(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--energy",
         nargs="+",
-        default=["none", "ar"],
         metavar="DIR",
-        help="several of none, ar, embedded names, folders (default: none ar)",
+        help=f"several of none, ar, embedded names, folders (default: {' '.join(ENERGIES)} for {DEFAULT_MODEL}, none "
+        "for others)",
     )
     parser.add_argument("--sampler", nargs="+", default=["schedule_first"], metavar="NAME", help=SAMPLERS)
     parser.add_argument("--steps", nargs="+", type=int, default=[8, 16, 32, 64], metavar="N", help="(8 16 32 64)")
@@ -76,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     texts = read_texts(args.text)
     denoiser, tokenizer = load_denoiser(args.model, args.tokenizer)
     denoiser.to(device)
+    names = args.energy or (ENERGIES if args.model == DEFAULT_MODEL else ["none"])
     judge, its_words = load_causal("--judge", args.judge)
     with memory_in_words():
         table = diffusion_table(
@@ -83,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             tokenizer,
             texts,
             (judge.to(device), its_words),
-            energies={name: load_energy(name, denoiser, tokenizer) for name in args.energy},
+            energies={name: load_energy(name, denoiser, tokenizer) for name in names},
             samplers=args.sampler,
             steps=args.steps,
             count=args.items,

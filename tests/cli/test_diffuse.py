@@ -195,6 +195,17 @@ def test_another_folder_may_have_the_tokenizer(folder, capsys):
     assert capsys.readouterr().out.split("\n")[0] == text
 
 
+def test_the_embedded_models_are_the_default(capsys):
+    arguments = ["diffuse", "--prompt", "Once upon a time there was a", "--length", "6", "--steps", "3", "--json"]
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert main([*arguments, "--model", "tiny-denoiser", "--energy", "tiny-causal"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == report["samples"]
+    assert (report["model"], report["energy"]) == ("tiny-denoiser", "ar")
+    assert report["samples"][0]["text"].startswith("Once upon a time there was a")
+    assert report["samples"][0]["energy_passes"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -256,7 +267,7 @@ def test_the_table(folder, models, capsys):
 def test_the_printed_table_and_the_figure(folder, capsys):
     pytest.importorskip("matplotlib")
     plot = folder / "table.png"
-    options = ["--energy", "none", "--steps", "1", "2", "--length", "10", "--items", "2", "--plot", str(plot)]
+    options = ["--steps", "1", "2", "--length", "10", "--items", "2", "--plot", str(plot)]  # and no energy
     assert evaluate(folder, *options, "--sampler", "schedule_first", "first_hitting") == 0
     first, *lines = capsys.readouterr().out.rstrip("\n").split("\n")
     assert first == "2 texts of 10 tokens; judge tiny-causal; means +- standard errors"
