@@ -118,6 +118,17 @@ def test_masked_positions_are_not_looked_at(denoiser):
     assert torch.equal(ids[3], torch.full((9,), 11))  # the caller's stay
 
 
+def test_padding_is_not_filled_whatever_stands_there():
+    ids, real = ragged("both")
+    options = {"attention_mask": real, "steps": 3, "candidates": 3, "seed": 1}
+    expected = diffuse(network(), PairEnergy(), input_ids=ids, **options).tokens
+    masks = ids.masked_fill(real == 0, MASK)
+    for padded, mask in ((masks, None), (masks, masks == MASK), (ids, (ids == MASK) | (real == 0))):
+        out = diffuse(network(), PairEnergy(), input_ids=padded, mask=mask, **options)
+        assert torch.equal(out.tokens, torch.where(real == 1, expected, padded))
+        assert (out.reveal_step[real == 0] == -1).all()
+
+
 # -- calls and rows
 
 
