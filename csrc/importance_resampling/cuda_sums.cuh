@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ R
     const int i = warp * kSegment + 2 * (lane + e / 2 * 32) + e % 2;
     logit[e] = i < count ? a.logit(staged[i], first + i) : kNegInf;
     top = fmaxf(top, fault_as_inf(logit[e]));
-    if (a.greedy && i < count) best = Largest{}(best, ranked(logit[e], first + i));
+    if (a.greedy) best = Largest{}(best, ranked(logit[e], first + i));
   }
   top = fold_block<kWarps>(top, Largest{}, s.top);
   if (a.greedy) best = fold_block<kWarps>(best, Largest{}, s.best);
