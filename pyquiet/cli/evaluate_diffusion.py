@@ -43,7 +43,11 @@ def add_parser(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--length", type=int, default=128, metavar="N", help="tokens of a text (default: 128)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts at a time (default: 8)")
     parser.add_argument(
-        "--judge", default=DEFAULT_CAUSAL, metavar="DIR", help=f"causal model (default: {DEFAULT_CAUSAL})"
+        "--judge",
+        default=DEFAULT_CAUSAL,
+        metavar="DIR",
+        help=f"causal model, whose perplexity flatters texts that it was itself the energy of (default: "
+        f"{DEFAULT_CAUSAL})",
     )
     parser.add_argument("--level", choices=["token", "character"], default="token", help="of n-grams (default: token)")
     parser.add_argument("--order", type=int, default=2, metavar="N", help="of the n-gram model (default: 2)")

@@ -192,7 +192,8 @@ def diffusion_table(
         denoiser: as `pyquiet.diffuse` takes it, and its tokenizer.
         texts: documents; packed one after another they give pieces of `length` tokens. `count` of them, from all over,
             are held out: they are the first row. The others are the reference of the n-grams.
-        judge: a causal model and its tokenizer, see `judge_texts`.
+        judge: a causal model and its tokenizer, see `judge_texts`. It flatters the texts of an energy that it is part
+            of: there look at the n-grams.
         energies: by the names that the table shall give them; None stands for no energy, and is what is taken if this
             is None.
         level: what n-grams are made of. order, add: those of the `NGramModel` of the reference.
