@@ -16,6 +16,8 @@
 #include "common/philox.hpp"
 #include "draft_verification/binding.hpp"
 #include "draft_verification/cpu.hpp"
+#include "importance_resampling/binding.hpp"
+#include "importance_resampling/cpu.hpp"
 #include "thought_attention/binding.hpp"
 #include "thought_attention/cpu.hpp"
 
@@ -34,7 +36,7 @@ void fill_uniforms(uintptr_t out, int64_t rows, uint64_t seed, uint32_t purpose,
   py::gil_scoped_release release;
   const auto field = [](const Field& f) { return CounterField{reinterpret_cast<const int64_t*>(f.first), f.second}; };
   const Stream stream{seed, purpose, field(sequence), field(position), field(step), field(index)};
-  check_stream(stream, rows, 0);
+  check_stream(stream, rows, 0, 0);
   uniforms(stream, reinterpret_cast<double*>(out), rows);
 }
 
@@ -125,29 +127,42 @@ int verify_draft(py::handle target, py::handle draft, py::handle draft_tokens, p
 }
 
 template <class E>
-int draw_as(py::handle logits, const StreamArguments& stream, const ProcessingArguments& processing, bool gumbel,
-            const std::array<py::handle, 4>& results, int threads) {
-  RowDraw<E> a;
-  if (!read_draw(logits, stream, processing, results, Device::cpu, a)) return -1;
-  a.gumbel = gumbel;
-#define PYQUIET_ROW(level) &level::draw<E>,
-  constexpr void (*kDraw[])(const RowDraw<E>&, int) = {PYQUIET_FOR_EACH_ISA(PYQUIET_ROW)};
+int draw_as(const CandidateArguments& arguments, int threads) {
+  CandidateDraw<E> a;
+  if (!read_candidates(arguments, Device::cpu, a)) return -1;
+#define PYQUIET_ROW(level) &level::draw_candidates<E>,
+  constexpr void (*kDraw[])(const CandidateDraw<E>&, int) = {PYQUIET_FOR_EACH_ISA(PYQUIET_ROW)};
 #undef PYQUIET_ROW
   py::gil_scoped_release release;
   kDraw[isa_index()](a, threads);
   return faults(a.fault);
 }
 
+int draw_as_either(const CandidateArguments& arguments, int threads) {
+  const int floats = draw_as<float>(arguments, threads);
+  return floats >= 0 ? floats : draw_as<BFloat16>(arguments, threads);
+}
+
 // How many rows have a fault; -1, with nothing written, where an argument breaks the contract.
+int draw_candidates(py::handle logits, py::handle banned, py::handle sequence, py::handle position, py::handle step,
+                    py::handle index, const std::array<int64_t, 4>& words, int64_t seed, uint32_t purpose, int64_t k,
+                    double temperature, py::handle top_k, py::handle top_p, bool deterministic, py::handle tokens,
+                    py::handle log_probs, py::handle log_base, py::handle lse, py::handle fault, int threads) {
+  const StreamArguments stream{{sequence, position, step, index}, words, static_cast<uint64_t>(seed), purpose};
+  const ProcessingArguments law{banned, temperature, top_k, top_p};
+  return draw_as_either(
+      {logits, stream, law, k, false, deterministic, tokens, log_probs, log_base, lse, py::none(), fault}, threads);
+}
+
+// The same of one draw a row, tokens and log_probs [R, 1]; lse is that of the law.
 int draw(py::handle logits, py::handle banned, py::handle sequence, py::handle position, py::handle step,
          py::handle index, const std::array<int64_t, 4>& words, uint64_t seed, uint32_t purpose, double temperature,
          py::handle top_k, py::handle top_p, bool gumbel, py::handle tokens, py::handle log_probs, py::handle lse,
          py::handle fault, int threads) {
   const StreamArguments stream{{sequence, position, step, index}, words, seed, purpose};
-  const ProcessingArguments processing{banned, temperature, top_k, top_p};
-  const std::array<py::handle, 4> results{tokens, log_probs, lse, fault};
-  const int floats = draw_as<float>(logits, stream, processing, gumbel, results, threads);
-  return floats >= 0 ? floats : draw_as<BFloat16>(logits, stream, processing, gumbel, results, threads);
+  const ProcessingArguments law{banned, temperature, top_k, top_p};
+  return draw_as_either({logits, stream, law, 1, gumbel, false, tokens, log_probs, py::none(), py::none(), lse, fault},
+                        threads);
 }
 
 int openmp_threads() {
@@ -173,5 +188,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("thought_attention", &thought_attention);
   m.def("thought_attention_backward", &thought_attention_backward);
   m.def("draw", &draw);
+  m.def("draw_candidates", &draw_candidates);
   m.def("verify_draft", &verify_draft);
 }

@@ -197,16 +197,17 @@ def draw(
     if stream.purpose is None and coupling == "rejection":
         raise ValueError("stream.purpose is None: say what the numbers are for, e.g. Purpose.ANSWER")
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    log_probs, lse = (torch.zeros(len(tokens), dtype=dtype, device=logits.device) for _ in range(2))
-    drawn = Drawn(tokens, log_probs, lse)
+    R = len(logits)
+    tokens = torch.empty(R, 1, dtype=torch.int64, device=logits.device)
+    log_probs, lse = (torch.zeros(shape, dtype=dtype, device=logits.device) for shape in ((R, 1), (R,)))
+    drawn = Drawn(tokens.squeeze(1), log_probs.squeeze(1), lse)
     if not _draws_natively(logits):
         _draw_in_torch(drawn, logits, stream, temperature, top_k, top_p, banned, coupling == "gumbel")
         return drawn
     rows = logits if logits.stride(-1) == 1 else logits.contiguous()
-    fields, words = counter_fields(stream, len(rows), rows.device)
+    fields, words = counter_fields(stream, R, rows.device)
     options = (words, stream.seed % 2**64, stream.purpose or 0, temperature, top_k, top_p, coupling == "gumbel")
-    fault = torch.empty_like(tokens)
+    fault = torch.empty(R, dtype=torch.int64)
     on_cpu: Callable[..., int] = cpu.draw
     banned = banned if banned is None else banned.contiguous()
     faults = on_cpu(rows, banned, *fields, *options, tokens, log_probs, lse, fault, torch.get_num_threads())

@@ -24,24 +24,65 @@ struct BlockWeights {
   uint64_t at(int i) const { return (static_cast<uint64_t>(high[i]) << 20) + static_cast<uint64_t>(low[i]); }
 };
 
+// run(c, the sums of the weights of chunk c's parts) for each chunk.
+template <class E, class Run>
+inline void each_fixed_chunk(const Row<E>& row, float top, int threads, Run run) {
+  in_parallel(row.chunks(), threads, [&](int64_t c) {
+    uint64_t parts[kParts] = {};
+    for (int64_t v = c * kChunk; v < row.end(c);) {
+      I high{}, low{};  // at most 2^20 * kPart / kLanes a lane
+      uint64_t& sum = parts[v % kChunk / kPart];
+      for (const int64_t end = std::min<int64_t>(v + kPart, row.end(c)); v < end; v += kBlock) {
+        F x[4];
+        row.block(v, x);
+        for (int u = 0; u < 4; ++u) {
+          const FixedWeight<I> w = fixed_weight<Vector>(x[u] - top);
+          high += w.high;
+          low += w.low;
+        }
+      }
+      for (int i = 0; i < kLanes; ++i) sum += (static_cast<uint64_t>(high[i]) << 20) + static_cast<uint64_t>(low[i]);
+    }
+    run(c, parts);
+  });
+}
+
 template <class E>
 inline uint64_t fixed_total(const Row<E>& row, float top, int threads) {
   std::vector<uint64_t> sums(row.chunks());
-  in_parallel(row.chunks(), threads, [&](int64_t c) {
-    I high{}, low{};  // at most 2^20 * kChunk / kLanes a lane
-    for (int64_t v = c * kChunk; v < row.end(c); v += kBlock) {
-      F x[4];
-      row.block(v, x);
-      for (int u = 0; u < 4; ++u) {
-        const FixedWeight<I> w = fixed_weight<Vector>(x[u] - top);
-        high += w.high;
-        low += w.low;
-      }
-    }
-    for (int i = 0; i < kLanes; ++i) sums[c] += (static_cast<uint64_t>(high[i]) << 20) + static_cast<uint64_t>(low[i]);
+  each_fixed_chunk(row, top, threads, [&](int64_t c, const uint64_t* parts) {
+    sums[c] = std::accumulate(parts, parts + kParts, uint64_t{0});
   });
   return std::accumulate(sums.begin(), sums.end(), uint64_t{0});
 }
+
+// As FloatWeights, of integers.
+template <class E>
+struct FixedWeights {
+  using Weight = uint64_t;
+  using Sum = uint64_t;
+  const Row<E>& row;
+  float top;
+  std::vector<Sum> sums;
+
+  FixedWeights(const Row<E>& of, float largest, int threads) : row(of), top(largest), sums(of.chunks() * kParts) {
+    each_fixed_chunk(row, top, threads,
+                     [&](int64_t c, const Sum* parts) { std::copy(parts, parts + kParts, sums.data() + c * kParts); });
+    std::partial_sum(sums.begin(), sums.end(), sums.begin());
+  }
+
+  const std::vector<Sum>& cdf() const { return sums; }
+  Sum threshold(double u) const { return cdf_threshold(u, sums.back()); }
+
+  Sum block(int64_t v, Weight* weights) const {
+    BlockWeights fixed;
+    F x[4];
+    row.block(v, x);
+    fixed.of(x, top);
+    for (int i = 0; i < kBlock; ++i) weights[i] = fixed.at(i);
+    return std::accumulate(weights, weights + kBlock, Sum{0});
+  }
+};
 
 struct Candidate {
   uint32_t key;  // the bits of the score, in the order of floats

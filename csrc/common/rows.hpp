@@ -2,11 +2,12 @@
 // cut in chunks of a fixed size, each of which is read into a buffer in L1 as scores and worked on there, and what
 // chunks yield is put together in their order; so the results do not depend on how many threads share the chunks.
 //
-// What the float mode costs: one reading from memory, one exp an element for the law; a draw looks again at one chunk.
-// The residual reads both rows again, from L2, where one thread has just read them.
+// What the float mode costs: one reading from memory, one exp an element for the law; a draw looks again at one part of
+// a chunk. The residual reads both rows again, from L2, where one thread has just read them.
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "simd.hpp"
@@ -15,6 +16,8 @@ namespace pyquiet {
 namespace PYQUIET_ISA {
 
 constexpr int kChunk = 2048;
+constexpr int kPart = 256;  // of a chunk: what a draw looks at again
+constexpr int kParts = kChunk / kPart;
 constexpr int kBlock = 4 * kLanes;  // elements that loops take at once
 
 // Static shares: of the same chunks, a thread has the same in every pass over a row.
@@ -36,6 +39,14 @@ inline float largest_lane(F v) {
   return largest;
 }
 
+inline double sum_of_lanes(D v) {
+  double lane[kLanes / 2];
+  std::memcpy(lane, &v, sizeof v);
+  for (int width = kLanes / 4; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+
 template <class T>
 inline D to_doubles(const T* p) {
   typedef T Half __attribute__((vector_size(kLanes / 2 * sizeof(T))));
@@ -44,46 +55,11 @@ inline D to_doubles(const T* p) {
   return __builtin_convertvector(half, D);
 }
 
-// Terms of a sum that is in double but for those that meet in one lane of four vectors: their sum is rounded, to 2^-24
-// of itself, as each of them is.
-struct ExactSum {
-  D low{}, high{};
-
-  [[gnu::always_inline]] void add(F x) {
-    float four[kLanes];
-    store(four, x);
-    low += to_doubles(four);
-    high += to_doubles(four + kLanes / 2);
-  }
-  [[gnu::always_inline]] void add_products(const F (&x)[4], const F (&y)[4]) {
-    add(Vector::fma(x[0], y[0], x[1] * y[1]) + Vector::fma(x[2], y[2], x[3] * y[3]));
-  }
-  void operator*=(double factor) { low *= factor, high *= factor; }
-  double total() const {
-    const D all = low + high;
-    double total = 0;
-    for (int i = 0; i < kLanes / 2; ++i) total += all[i];
-    return total;
-  }
-};
-
-// In float all the way.
-struct QuickSum {
-  F sum[4] = {};
-
-  [[gnu::always_inline]] void add_products(const F (&x)[4], const F (&y)[4]) {
-    for (int u = 0; u < 4; ++u) sum[u] = Vector::fma(x[u], y[u], sum[u]);
-  }
-  void operator*=(double factor) {
-    for (F& one : sum) one *= static_cast<float>(factor);
-  }
-  double total() const {
-    const F all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    double total = 0;
-    for (int i = 0; i < kLanes; ++i) total += all[i];
-    return total;
-  }
-};
+inline double sum_of_lanes(F v) {
+  float lane[kLanes];
+  store(lane, v);
+  return sum_of_lanes(to_doubles(lane) + to_doubles(lane + kLanes / 2));
+}
 
 // One row's logits and what makes them scores.
 template <class E>
@@ -146,10 +122,12 @@ inline void if_plain(bool plain, Use use) {
 }
 
 // What the first pass over a row yields: of chunk c the largest score, the sum of exp(score - base) with a base near it
-// and, once all are read, the factor exp(base - top) of that sum.
+// and, once all are read, the factor exp(base - top) of that sum. Where draws may follow, also the row's CDF at the end
+// of every part of a chunk, the last of which is the total: in double, of float sums of the at most 16 terms that meet
+// in a lane (64 without AVX), so that a part loses no more than its terms do, 1e-7 of itself.
 struct Survey {
   std::vector<float> tops, bases, factors;
-  std::vector<double> sums;
+  std::vector<double> sums, cdf;
   float top;
   double total;
 
@@ -161,66 +139,83 @@ struct Survey {
     bases.assign((chunks + kLanes - 1) / kLanes * kLanes, kNegInf);
     factors.resize(bases.size());
     sums.resize(chunks);
+    cdf.resize(chunks * kParts);  // until they are merged, the parts' own sums
   }
 
-  void merge() {
+  void merge(bool draws) {
     top = *std::max_element(tops.begin(), tops.end());
     const float base = top > kNegInf ? top : 0.0f;
     for (size_t c = 0; c < bases.size(); c += kLanes) store(&factors[c], Exp()(load(&bases[c]) - base));
     total = 0;
-    for (size_t c = 0; c < sums.size(); ++c) total += sums[c] * factors[c];
+    if (draws) {
+      for (size_t i = 0; i < cdf.size(); ++i) cdf[i] = total += cdf[i] * factors[i / kParts];
+    } else {
+      for (size_t c = 0; c < sums.size(); ++c) total += sums[c] * factors[c];
+    }
   }
 };
 
 // The sum over a chunk, in one pass: the base is the largest score of the first block that has any, or of a later one
 // that leaves it far behind, so that a float holds every term.
-template <bool kPlain, class Sum, class E>
+template <bool kPlain, bool kOfParts, class E>
 inline void survey_chunk(const Row<E>& row, int64_t c, Survey& to) {
   constexpr float kFar = 60.0f;
   const Exp exp;
-  Sum sum;
-  F top = fill(kNegInf);
+  F sum[4] = {}, top = fill(kNegInf);
+  F parts[kParts] = {};  // before the one that is being read
+  int part = 0;
   float base = kNegInf, limit = kNegInf, shift = 0;
   for (int64_t v = c * kChunk; v < row.end(c); v += kBlock) {
+    if (kOfParts && v % kPart == 0 && v > c * kChunk) {
+      parts[part++] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      for (F& one : sum) one = F{};
+    }
     F x[4];
     row.template block<kPlain>(v, x);
     const F largest = max(max(x[0], x[1]), max(x[2], x[3]));
     top = max(largest, top);
     if (__builtin_expect(any_above(largest, limit), 0)) {
       shift = largest_lane(largest);
-      sum *= base > kNegInf ? std::exp(base - shift) : 0.0f;
+      const float factor = base > kNegInf ? std::exp(base - shift) : 0.0f;
+      for (F& one : sum) one *= factor;
+      for (F& one : parts) one *= factor;
       base = shift;
       limit = base + kFar;
     }
-    F fraction[4];
-    for (int u = 0; u < 4; ++u) x[u] = exp.power(x[u] - shift, fraction[u]);
-    sum.add_products(x, fraction);
+    for (int u = 0; u < 4; ++u) {
+      F fraction;
+      const F power = exp.power(x[u] - shift, fraction);
+      sum[u] = Vector::fma(power, fraction, sum[u]);
+    }
   }
+  parts[part] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
   to.tops[c] = largest_lane(top);
   to.bases[c] = base;
-  to.sums[c] = sum.total();
+  to.sums[c] = sum_of_lanes(parts[part]);
+  if (kOfParts)
+    for (int i = 0; i < kParts; ++i) to.cdf[c * kParts + i] = sum_of_lanes(parts[i]);
 }
 
-// With `exact`, a draw may use the sums: they are in double inside of the chunks, too.
+// With `draws`, they may follow.
 template <class E>
-inline void survey_rows(const Row<E>* const* rows, Survey* const* surveys, int count, bool exact, int threads) {
+inline void survey_rows(const Row<E>* const* rows, Survey* const* surveys, int count, bool draws, int threads) {
   const int64_t chunks = rows[0]->chunks();
   for (int r = 0; r < count; ++r) surveys[r]->resize(chunks);
   in_parallel(count * chunks, threads, [&](int64_t i) {
     const int64_t r = i / chunks, c = i % chunks;
     if_plain(rows[r]->plain(c), [&](auto plain) {
-      exact ? survey_chunk<plain, ExactSum>(*rows[r], c, *surveys[r])
-            : survey_chunk<plain, QuickSum>(*rows[r], c, *surveys[r]);
+      draws ? survey_chunk<plain, true>(*rows[r], c, *surveys[r])
+            : survey_chunk<plain, false>(*rows[r], c, *surveys[r]);
     });
   });
-  for (int r = 0; r < count; ++r) surveys[r]->merge();
+  for (int r = 0; r < count; ++r) surveys[r]->merge(draws);
 }
 
 template <class E>
-inline void survey_row(const Row<E>& row, Survey& survey, bool exact, int threads) {
+inline void survey_row(const Row<E>& row, Survey& survey, bool draws, int threads) {
   const Row<E>* const one = &row;
   Survey* const its = &survey;
-  survey_rows(&one, &its, 1, exact, threads);
+  survey_rows(&one, &its, 1, draws, threads);
 }
 
 // The first id with that score.
@@ -232,49 +227,106 @@ inline int64_t find(const Row<E>& row, const Survey& survey) {
   return v;
 }
 
-// Walks up the cumulative weights of one chunk: the first id above `threshold`, or else the last of positive weight.
-template <class Weight, class Sum>
-inline int first_above(const Weight* weights, int n, Sum sum, Sum threshold) {
-  int last = 0;
-  for (int i = 0; i < n; ++i) {
-    if (!(weights[i] > 0)) continue;
-    last = i;
-    sum += static_cast<Sum>(weights[i]);
-    if (sum > threshold) break;
-  }
-  return last;
-}
-
-// The chunk in which the cumulative sum comes above `threshold`, and the sum before it.
+// Among groups of weights, the first at whose end their cumulative sum, begun at `before`, is above the threshold, or
+// else the last of positive weight; and the sum before it.
 template <class Sum>
-inline int64_t chunk_above(const std::vector<Sum>& sums, Sum threshold, Sum& before) {
-  int64_t last = 0;
-  Sum sum = 0;
-  for (size_t c = 0; c < sums.size(); ++c) {
-    if (!(sums[c] > 0)) continue;
-    last = static_cast<int64_t>(c);
-    before = sum;
-    sum += sums[c];
-    if (sum > threshold) break;
+struct Place {
+  int64_t at;
+  Sum before;
+
+  template <class Total>
+  static Place find(int64_t groups, Sum before, Sum threshold, Total total) {
+    Place place{0, before};
+    Sum sum = before;
+    for (int64_t i = 0; i < groups; ++i) {
+      const Sum one = total(i);
+      if (!(one > 0)) continue;
+      place = {i, sum};
+      sum += one;
+      if (sum > threshold) break;
+    }
+    return place;
   }
-  return last;
+};
+
+inline double sum_of_lanes(const float* weights) { return sum_of_lanes(load(weights)); }
+template <class Integer>
+inline uint64_t sum_of_lanes(const Integer* weights) {
+  return std::accumulate(weights, weights + kLanes, uint64_t{0});
 }
 
-// The id at which the row's CDF exceeds u; of an exact survey.
+// Of a chunk's weights, in whole blocks: the first id above the threshold.
+template <class Weight, class Sum>
+inline int64_t first_above(const Weight* weights, int n, Sum before, Sum threshold) {
+  const auto lanes = Place<Sum>::find((n + kLanes - 1) / kLanes, before, threshold,
+                                      [&](int64_t i) { return sum_of_lanes(weights + i * kLanes); });
+  const auto one = Place<Sum>::find(kLanes, lanes.before, threshold,
+                                    [&](int64_t i) { return static_cast<Sum>(weights[lanes.at * kLanes + i]); });
+  return lanes.at * kLanes + one.at;
+}
+
+// The weights of a row surveyed for draws, in the units of its CDF.
 template <class E>
-inline int64_t draw(const Row<E>& row, const Survey& survey, double u) {
-  std::vector<double> sums(survey.sums);
-  for (size_t c = 0; c < sums.size(); ++c) sums[c] *= survey.factors[c];
-  double before = 0;
-  const int64_t c = chunk_above(sums, u * survey.total, before);
-  alignas(64) float weights[kChunk];
-  for (int64_t v = c * kChunk; v < row.end(c); v += kBlock) {
+struct FloatWeights {
+  using Weight = float;
+  using Sum = double;
+  const Row<E>& row;
+  const Survey& survey;
+  const Sum most = std::nextafter(survey.total, 0.0);
+
+  const std::vector<Sum>& cdf() const { return survey.cdf; }
+  Sum threshold(double u) const { return std::min(u * survey.total, most); }
+
+  // Of the ids of a block, and their sum.
+  Sum block(int64_t v, Weight* weights) const {
+    const Exp exp;
+    const float base = survey.bases[v / kChunk], factor = survey.factors[v / kChunk];
     F x[4];
     row.block(v, x);
-    for (int u = 0; u < 4; ++u) store(weights + v % kChunk + u * kLanes, Exp()(x[u] - survey.bases[c]));
+    for (int u = 0; u < 4; ++u) store(weights + u * kLanes, x[u] = exp(x[u] - base) * factor);
+    return sum_of_lanes((x[0] + x[1]) + (x[2] + x[3]));
   }
-  const double factor = survey.factors[c];
-  return c * kChunk + first_above(weights, row.length(c), before / factor, u * survey.total / factor);
+};
+
+// Where the cumulative sums, ascending, come above a threshold that is below the last.
+template <class Sum>
+inline int64_t first_sum_above(const std::vector<Sum>& sums, Sum threshold) {
+  const Sum* from = sums.data();
+  for (size_t n = sums.size(); n > 1; n -= n / 2)  // a branch would be guessed wrong every other time
+    from += -static_cast<size_t>(!(from[n / 2 - 1] > threshold)) & n / 2;
+  return from - sums.data();
+}
+
+// The id at which the CDF of the weights comes above the threshold, in a part that has it.
+template <class Weights, class Sum = typename Weights::Sum>
+inline int64_t draw_from_part(const Weights& of, int64_t part, Sum threshold, typename Weights::Weight* weights) {
+  const int64_t begin = part * kPart, size = std::min<int64_t>(kPart, of.row.size - begin);
+  const auto block = Place<Sum>::find((size + kBlock - 1) / kBlock, part ? of.cdf()[part - 1] : Sum{0}, threshold,
+                                      [&](int64_t i) { return of.block(begin + i * kBlock, weights + i * kBlock); });
+  return begin + block.at * kBlock + first_above(weights + block.at * kBlock, kBlock, block.before, threshold);
+}
+
+// take(j, id), for each of k draws: the id at which the CDF of the weights comes above threshold(uniform(j)). What does
+// not wait for a weight is done for many draws at a time, so that it runs side by side.
+template <class Weights, class Uniform, class Take>
+inline void draw(const Weights& of, int64_t k, Uniform uniform, Take take) {
+  constexpr int64_t kTogether = 32;
+  typename Weights::Sum thresholds[kTogether];
+  int64_t parts[kTogether];
+  alignas(64) typename Weights::Weight weights[kPart] = {};
+  for (int64_t first = 0; first < k; first += kTogether) {
+    const int64_t n = std::min(kTogether, k - first);
+    for (int64_t j = 0; j < n; ++j) thresholds[j] = of.threshold(uniform(first + j));
+    for (int64_t j = 0; j < n; ++j) parts[j] = first_sum_above(of.cdf(), thresholds[j]);
+    for (int64_t j = 0; j < n; ++j) take(first + j, draw_from_part(of, parts[j], thresholds[j], weights));
+  }
+}
+
+template <class Weights>
+inline int64_t draw(const Weights& of, double u) {
+  int64_t id = 0;
+  draw(of, 1, [&](int64_t) { return u; }, [&](int64_t, int64_t y) { id = y; });
+  return id;
 }
 
 // Sixteen (eight, four) tokens' noise from half as many blocks; token `v` is even.

@@ -46,16 +46,4 @@ struct DraftVerification {
   View<int64_t, 1> fault;     // [B]
 };
 
-// One token a row: by inverse CDF with the stream's own purpose, or by Gumbel noise.
-template <class E>
-struct RowDraw {
-  View<const E, 2> logits;  // [R, V]
-  Stream stream;            // rows r
-  Processing processing;
-  bool gumbel;
-  View<int64_t, 1> tokens;        // [R]
-  View<float, 1> log_probs, lse;  // [R]  lse: log-sum-exp of the scores; both 0 at temperature 0
-  View<int64_t, 1> fault;         // [R]  1: NaN or +inf in a score, or no id left
-};
-
 }  // namespace pyquiet

@@ -1,4 +1,4 @@
-// Draft verification and draws on the CPU, compiled once for each instruction set.
+// Draft verification on the CPU, compiled once for each instruction set.
 //
 // Sequences go to threads whole where there are enough of them; their rows after a rejection are then never read. Of
 // few sequences with long rows, all threads share the chunks of one row (or of a target and a draft row) after the
@@ -17,15 +17,8 @@ template <class E>
 void verify_draft(const DraftVerification<E>& a, int threads) {
   avx512::verify_draft(a, threads);
 }
-template <class E>
-void draw(const RowDraw<E>& a, int threads) {
-  avx512::draw(a, threads);
-}
 #else
 namespace {
-
-// Below that many ids a row is not worth sharing.
-constexpr int64_t kShared = 8 * kChunk;
 
 double uniform_at(const Stream& stream, int64_t row, int64_t offset, Purpose purpose) {
   return uniform(philox(stream.seed, stream.counter(row, offset, purpose)));
@@ -71,7 +64,8 @@ struct Sequence {
       y = gumbel_argmax(q.row, a.stream.counter(b, j, kGumbel), a.stream.seed, threads);
     } else if (is_bonus) {
       const double u = uniform_at(a.stream, b, j, kBonus);
-      y = a.deterministic ? draw_fixed(q, u, threads) : pyquiet::PYQUIET_ISA::draw(q.row, q.survey, u);
+      y = a.deterministic ? draw(FixedWeights<E>(q.row, q.survey.top, threads), u)
+                          : draw(FloatWeights<E>{q.row, q.survey}, u);
     }
     return {y, q.greedy ? 0 : q.log_prob(y), y == d};
   }
@@ -120,57 +114,19 @@ struct Sequence {
   }
 };
 
-template <class E>
-void draw_row(const RowDraw<E>& a, int64_t r, int threads, Survey* memory) {
-  Law<E> law(a.logits.at(r), a.logits.shape[1], a.processing, memory[0]);
-  read(law, !a.gumbel, false, threads);
-  *a.fault.at(r) = !law.sound();
-  if (!law.sound()) return;
-  int64_t y = law.best;
-  if (!law.greedy) {
-    y = a.gumbel ? gumbel_argmax(law.row, a.stream.counter(r, 0, kGumbel), a.stream.seed, threads)
-                 : pyquiet::PYQUIET_ISA::draw(law.row, law.survey, uniform(philox(a.stream.seed, a.stream.counter(r))));
-  }
-  *a.tokens.at(r) = y;
-  *a.log_probs.at(r) = static_cast<float>(law.log_prob(y));
-  *a.lse.at(r) = law.greedy ? 0 : static_cast<float>(law.survey.lse());
-}
-
-// run(row, threads that share it, memory of the thread that calls)
-template <class Run>
-void each_row(int64_t rows, int64_t ids, int threads, Run run) {
-  if (rows < 4 * threads && ids >= kShared) {
-    Survey memory[2];
-    for (int64_t r = 0; r < rows; ++r) run(r, threads, memory);
-    return;
-  }
-#pragma omp parallel num_threads(threads) if (rows > 1)
-  {
-    Survey memory[2];
-#pragma omp for schedule(dynamic)
-    for (int64_t r = 0; r < rows; ++r) run(r, 1, memory);
-  }
-}
-
 }  // namespace
 
 template <class E>
 void verify_draft(const DraftVerification<E>& a, int threads) {
-  each_row(a.tokens.shape[0], a.target.shape[2], threads,
-           [&](int64_t b, int share, Survey* memory) { Sequence<E>{a, b, share, memory}.run(); });
+  each_row<std::array<Survey, 2>>(
+      a.tokens.shape[0], a.target.shape[2], threads,
+      [&](int64_t b, int share, auto& memory) { Sequence<E>{a, b, share, memory.data()}.run(); });
 }
 
-template <class E>
-void draw(const RowDraw<E>& a, int threads) {
-  each_row(a.logits.shape[0], a.logits.shape[1], threads,
-           [&](int64_t r, int share, Survey* memory) { draw_row(a, r, share, memory); });
-}
 #endif
 
 template void verify_draft(const DraftVerification<float>&, int);
 template void verify_draft(const DraftVerification<BFloat16>&, int);
-template void draw(const RowDraw<float>&, int);
-template void draw(const RowDraw<BFloat16>&, int);
 
 }  // namespace PYQUIET_ISA
 }  // namespace pyquiet

@@ -11,8 +11,6 @@ namespace pyquiet {
   namespace level {                                              \
   template <class E>                                             \
   void verify_draft(const DraftVerification<E>& a, int threads); \
-  template <class E>                                             \
-  void draw(const RowDraw<E>& a, int threads);                   \
   }
 PYQUIET_FOR_EACH_ISA(PYQUIET_DECLARE)
 #undef PYQUIET_DECLARE

@@ -1,55 +1,14 @@
-// The laws of a target and a draft row, and what is drawn from them.
+// What is drawn from the laws of a target and a draft row.
 #pragma once
 
 #include <array>
 #include <numeric>
 
-#include "../common/fixed.hpp"
+#include "../common/row_law.hpp"
 #include "contract.hpp"
 
 namespace pyquiet {
 namespace PYQUIET_ISA {
-
-// A row's law, once `read`.
-template <class E>
-struct Law {
-  Row<E> row;
-  Survey& survey;
-  bool greedy;         // all of it is at `best`
-  int64_t best = -1;   // greedy: the first of the largest scores
-  uint64_t fixed = 0;  // deterministic: the sum of the integer weights
-
-  Law(const E* logits, int64_t size, const Processing& processing, Survey& memory)
-      : row{logits, size, processing}, survey(memory), greedy(processing.inverse == 0) {
-    if (greedy) row.processing.inverse = 1;
-  }
-
-  bool sound() const { return survey.sound(); }
-  double log_prob(int64_t v) const { return greedy ? (v == best ? 0 : kNegInf) : row.score(v) - survey.lse(); }
-  int64_t fixed_prob(int64_t v) const {
-    if (greedy) return v == best ? int64_t{1} << 62 : 0;
-    return fixed_probability(fixed_weight(row.score(v) - survey.top), probability_unit(fixed));
-  }
-
-  // After the survey of the unfiltered row.
-  void finish(bool exact, bool deterministic, int threads) {
-    if (!sound()) return;
-    if (greedy) {
-      best = find(row, survey);
-      return;
-    }
-    keep_largest(row, survey.top);
-    if (row.filtered()) survey_row(row, survey, exact, threads);
-    if (deterministic) fixed = fixed_total(row, survey.top, threads);
-  }
-};
-
-// A draw may follow where `exact`.
-template <class E>
-inline void read(Law<E>& law, bool exact, bool deterministic, int threads) {
-  survey_row(law.row, law.survey, exact && !law.row.filtered(), threads);
-  law.finish(exact, deterministic, threads);
-}
 
 // Two of one size at once.
 template <class E>
@@ -70,16 +29,16 @@ struct FloatResidual {
   const Law<E>&q, &p;
 
   Sum read(int64_t c, Weight* weights) const {
-    ExactSum sum;
+    Sum sum = 0;
     if_plain(q.row.plain(c) && p.row.plain(c) && !p.greedy, [&](auto plain) { sum = read_as<plain>(c, weights); });
-    return sum.total();
+    return sum;
   }
 
   template <bool kPlain>
-  ExactSum read_as(int64_t c, Weight* weights) const {
+  Sum read_as(int64_t c, Weight* weights) const {
     const Exp exp;
     const auto q_scale = static_cast<float>(1 / q.survey.total), p_scale = static_cast<float>(1 / p.survey.total);
-    ExactSum sum;
+    Sum sum = 0;
     for (int64_t v = c * kChunk; v < q.row.end(c); v += kBlock) {
       F x[4], y[4];
       q.row.template block<kPlain>(v, x);
@@ -95,7 +54,7 @@ struct FloatResidual {
       }
       if (!kPlain && p.greedy && p.best / kBlock == v / kBlock) x[p.best % kBlock / kLanes][p.best % kLanes] = 0;
       for (int u = 0; u < 4; ++u) store(weights + v % kChunk + u * kLanes, x[u]);
-      sum.add((x[0] + x[1]) + (x[2] + x[3]));
+      sum += sum_of_lanes((x[0] + x[1]) + (x[2] + x[3]));
     }
     return sum;
   }
@@ -104,30 +63,28 @@ struct FloatResidual {
   static constexpr float kNothing = 1e-36f;
 };
 
-// The same in integers; without p, the weights of q.
+// The same in integers.
 template <class E>
 struct FixedResidual {
   using Weight = int64_t;
   using Sum = uint64_t;
-  const Law<E>& q;
-  const Law<E>* p;
+  const Law<E>&q, &p;
 
   Sum read(int64_t c, Weight* weights) const {
     BlockWeights fixed;
-    const double q_unit = probability_unit(q.fixed), p_unit = p ? probability_unit(p->fixed) : 0;
+    const double q_unit = probability_unit(q.fixed), p_unit = probability_unit(p.fixed);
     Sum sum = 0;
     for (int64_t v = c * kChunk; v < q.row.end(c); v += kBlock) {
       Weight* const to = weights + v % kChunk;
       F x[4];
       q.row.block(v, x);
       fixed.of(x, q.survey.top);
-      for (int i = 0; i < kBlock; ++i)
-        to[i] = p ? fixed_probability(fixed.at(i), q_unit) : static_cast<Weight>(fixed.at(i));
-      if (p && p->greedy) {
-        if (p->best / kBlock == v / kBlock) to[p->best % kBlock] = 0;
-      } else if (p) {
-        p->row.block(v, x);
-        fixed.of(x, p->survey.top);
+      for (int i = 0; i < kBlock; ++i) to[i] = fixed_probability(fixed.at(i), q_unit);
+      if (p.greedy) {
+        if (p.best / kBlock == v / kBlock) to[p.best % kBlock] = 0;
+      } else {
+        p.row.block(v, x);
+        fixed.of(x, p.survey.top);
         for (int i = 0; i < kBlock; ++i) to[i] = std::max<Weight>(to[i] - fixed_probability(fixed.at(i), p_unit), 0);
       }
       sum = std::accumulate(to, to + kBlock, sum);
@@ -146,20 +103,12 @@ inline int64_t invert(const Weights& weights, int64_t chunks, int threads, Thres
     sums[c] = weights.read(c, chunk.data());
   });
   const auto total = std::accumulate(sums.begin(), sums.end(), typename Weights::Sum{0});
-  typename Weights::Sum limit{}, before{};
+  typename Weights::Sum limit{};
   if (!threshold(total, limit)) return -1;
-  const int64_t c = chunk_above(sums, limit, before);
+  const auto [c, before] = Place<typename Weights::Sum>::find(chunks, {}, limit, [&](int64_t c) { return sums[c]; });
   alignas(64) Chunk chunk;
   weights.read(c, chunk.data());
   return c * kChunk + first_above(chunk.data(), weights.q.row.length(c), before, limit);
-}
-
-template <class E>
-inline int64_t draw_fixed(const Law<E>& q, double u, int threads) {
-  return invert(FixedResidual<E>{q, nullptr}, q.row.chunks(), threads, [&](uint64_t total, uint64_t& limit) {
-    limit = cdf_threshold(u, total);
-    return true;
-  });
 }
 
 // The replacement of a rejected draft.
@@ -167,11 +116,11 @@ template <class E>
 inline int64_t draw_residual(Law<E>& q, const Law<E>& p, double u, bool deterministic, int threads) {
   const int64_t chunks = q.row.chunks();
   if (deterministic) {
-    const int64_t y = invert(FixedResidual<E>{q, &p}, chunks, threads, [&](uint64_t total, uint64_t& limit) {
+    const int64_t y = invert(FixedResidual<E>{q, p}, chunks, threads, [&](uint64_t total, uint64_t& limit) {
       limit = total ? cdf_threshold(u, total) : 0;
       return static_cast<double>(total) * 0x1p-62 > kNoResidual;
     });
-    return y >= 0 ? y : draw_fixed(q, u, threads);
+    return y >= 0 ? y : draw(FixedWeights<E>(q.row, q.survey.top, threads), u);
   }
   const int64_t y = invert(FloatResidual<E>{q, p}, chunks, threads, [&](double total, double& limit) {
     limit = u * total;
@@ -179,7 +128,7 @@ inline int64_t draw_residual(Law<E>& q, const Law<E>& p, double u, bool determin
   });
   if (y >= 0) return y;
   survey_row(q.row, q.survey, true, threads);
-  return draw(q.row, q.survey, u);
+  return draw(FloatWeights<E>{q.row, q.survey}, u);
 }
 
 }  // namespace PYQUIET_ISA

@@ -4,7 +4,7 @@ Letters: R rows, V vocabulary, k candidates, d hidden size, u a uniform, w a wei
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,11 +13,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pyquiet.checks import check_count
-from pyquiet.kernels.registration import Kernel, Tensors, check_tensor
+from pyquiet.kernels.registration import Kernel, Tensors, check_tensor, reads_natively
+from pyquiet.native import cpu
 from pyquiet.randomness import (
+    MAX_VOCABULARY,
     Purpose,
     Stream,
     check_processing,
+    check_row,
     counter_fields,
     invert_cdf,
     process_logits,
@@ -251,7 +254,17 @@ def _uniforms(stream: Stream, rows: int, count: int, device: torch.device) -> Te
 
 
 def _forward(arguments: tuple[Any, ...], all_outputs: bool) -> Tensors:
-    return _fake(arguments) if arguments[0].is_meta else reference(*arguments)
+    logits: Tensor = arguments[0]
+    if logits.is_meta:
+        return _fake(arguments)
+    if not (logits.is_cpu and reads_natively(logits)):
+        return reference(*arguments)
+    outputs = _fake(arguments)
+    on_cpu: Callable[..., int] = cpu.draw_candidates
+    faults = on_cpu(*arguments, *outputs, torch.get_num_threads())
+    if faults:
+        _kernel.refuse(arguments) if faults < 0 else _raise_fault(Arguments(*arguments), outputs[-1])
+    return outputs
 
 
 def _fake(arguments: tuple[Any, ...]) -> Tensors:
@@ -278,12 +291,20 @@ _kernel = Kernel(
 )
 
 
+def _raise_fault(a: Arguments, fault: Tensor) -> None:
+    """Raises what is wrong with the first row that a kernel marked."""
+    if fault.any():
+        row = int(fault.nonzero()[0])
+        check_row(a.logits[row : row + 1], f"logits: row {row}", a.temperature, a.banned)
+        raise AssertionError(f"the kernel found a fault in row {row} that has none")
+
+
 def _check(a: Arguments) -> None:
     logits = a.logits
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
-    if logits.shape[1] == 0:
-        raise ValueError(f"logits must have shape [R, V] with V >= 1, got {list(logits.shape)}")
+    if not 1 <= logits.shape[1] <= MAX_VOCABULARY:
+        raise ValueError(f"logits must have shape [R, V] with 1 <= V <= 2^24, got {list(logits.shape)}")
     check_count("k", a.k, least=1)
     check_processing(logits.shape[1], a.temperature, a.top_k, a.top_p, a.banned)
     if a.banned is not None:

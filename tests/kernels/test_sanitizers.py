@@ -29,6 +29,7 @@ NARROW = [level for level in SUPPORTED if level in ("avx2", "avx512")] or SUPPOR
 KERNELS = {
     "thought_attention": ("thought_attention", LEVELS, LINKED),
     "verify_draft": ("draft_verification", NARROW, NARROW),
+    "draw_candidates": ("importance_resampling", NARROW, NARROW),
 }
 
 pytestmark = [

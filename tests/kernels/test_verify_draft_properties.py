@@ -50,7 +50,7 @@ def test_the_kernel_equals_the_reference(call):
     q, p, d, options = call
     actual = verify(q, p, d, options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draft_verification, "cpu", None)
+        patch.setattr(draft_verification, "reads_natively", lambda logits: False)
         expected = verify(q, p, d, options)
     for name in ("tokens", "count", "accepted", "bonus"):
         assert torch.equal(getattr(actual, name), getattr(expected, name)), name

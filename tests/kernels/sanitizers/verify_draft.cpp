@@ -1,4 +1,4 @@
-// Runs draft verification and draws on the CPU on problems that take every branch between threads:
+// Runs draft verification on the CPU on problems that take every branch between threads:
 //   verify_draft <level>
 // Logits lie in memory of exactly their size. Results must be the same bits for 1, 2, 3 and 5 threads; those of 2 and 3
 // run at once, as two callers. LEVELS lists the levels that are linked, as X(level) ...
@@ -10,10 +10,10 @@
 #include <random>
 #include <string>
 #include <thread>
-#include <type_traits>
 #include <vector>
 
 #include "../../../csrc/draft_verification/cpu.hpp"
+#include "problems.hpp"
 
 namespace {
 
@@ -38,47 +38,17 @@ constexpr Problem kProblems[] = {
     {3, 1, 1, 1, 1, 1, 0.5, false, true, true, true, false},
 };
 
-template <class E>
-E element(float x) {
-  if constexpr (std::is_same_v<E, BFloat16>) {
-    return to_bfloat16(x);
-  } else {
-    return x;
-  }
-}
-
-template <class T, size_t N>
-View<T, static_cast<int>(N)> view(T* data, const std::array<int64_t, N>& shape) {
-  View<T, static_cast<int>(N)> v;
-  v.data = data;
-  v.shape = shape;
-  int64_t stride = 1;
-  for (int d = N - 1; d >= 0; --d) {
-    v.stride[d] = stride;
-    stride *= shape[d];
-  }
-  return v;
-}
-
 struct Results {
   explicit Results(const Problem& p)
-      : tokens(p.B * (p.k + 1)),
-        counts(3 * p.B),
-        log_probs(p.B * (p.k + 1)),
-        bonus(new bool[p.B]()),
-        drawn(2 * p.B),
-        drawn_floats(2 * p.B) {}
+      : tokens(p.B * (p.k + 1)), counts(3 * p.B), log_probs(p.B * (p.k + 1)), bonus(new bool[p.B]()) {}
 
   bool operator==(const Results& o) const {
-    return tokens == o.tokens && counts == o.counts && log_probs == o.log_probs && drawn == o.drawn &&
-           drawn_floats == o.drawn_floats;
+    return tokens == o.tokens && counts == o.counts && log_probs == o.log_probs;
   }
 
   std::vector<int64_t> tokens, counts;
   std::vector<float> log_probs;
   std::unique_ptr<bool[]> bonus;
-  std::vector<int64_t> drawn;
-  std::vector<float> drawn_floats;
 };
 
 template <class E>
@@ -109,12 +79,11 @@ template <class E>
 struct Level {
   const char* name;
   void (*verify)(const DraftVerification<E>&, int);
-  void (*draw)(const RowDraw<E>&, int);
 };
 
 template <class E>
 Level<E> find_level(const std::string& name) {
-#define X(level) {#level, &level::verify_draft<E>, &level::draw<E>},
+#define X(level) {#level, &level::verify_draft<E>},
   for (const Level<E>& level : std::initializer_list<Level<E>>{LEVELS})
 #undef X
     if (level.name == name) return level;
@@ -144,17 +113,6 @@ Results run(const Level<E>& level, const Inputs<E>& in, int threads) {
   a.bonus = view(r.bonus.get(), std::array{p.B});
   a.fault = view(r.counts.data() + 2 * p.B, std::array{p.B});
   level.verify(a, threads);
-  if (p.k + p.bonus == 0) return r;
-  RowDraw<E> draw;
-  draw.logits = view(in.target.data(), std::array{p.B, p.V});
-  draw.stream = Inputs<E>::kStream;
-  draw.processing = in.processing();
-  draw.gumbel = p.gumbel;
-  draw.tokens = view(r.drawn.data(), std::array{p.B});
-  draw.fault = view(r.drawn.data() + p.B, std::array{p.B});
-  draw.log_probs = view(r.drawn_floats.data(), std::array{p.B});
-  draw.lse = view(r.drawn_floats.data() + p.B, std::array{p.B});
-  level.draw(draw, threads);
   return r;
 }
 
