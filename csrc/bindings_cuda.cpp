@@ -13,6 +13,8 @@
 
 #include "draft_verification/binding.hpp"
 #include "draft_verification/cuda.hpp"
+#include "importance_resampling/binding.hpp"
+#include "importance_resampling/cuda.hpp"
 #include "thought_attention/binding.hpp"
 #include "thought_attention/cuda.hpp"
 
@@ -150,6 +152,43 @@ bool verify_draft(py::handle target, py::handle draft, py::handle draft_tokens, 
          verify_as<Float16>(a, workspace, stream);
 }
 
+template <class E>
+bool draw_as(const CandidateArguments& arguments, py::handle workspace, uintptr_t stream) {
+  CandidateDraw<E> a;
+  View<float, 1> space;
+  if (!read_candidates(arguments, Device::cuda, a) || !read_tensor(workspace, space, Device::cuda)) return false;
+  if (!has_shape(space, {draw_candidates_workspace(a.logits.shape[0], a.logits.shape[1])})) return false;
+  check_current_gpu(arguments.logits);
+  py::gil_scoped_release release;
+  check(draw_candidates_cuda<E>(a, space.data, reinterpret_cast<void*>(stream)));
+  return true;
+}
+
+// Faults are in `fault` once the device has come to it.
+bool draw_candidates(py::handle logits, py::handle banned, py::handle sequence, py::handle position, py::handle step,
+                     py::handle index, const std::array<int64_t, 4>& words, int64_t seed, uint32_t purpose, int64_t k,
+                     double temperature, py::handle top_k, py::handle top_p, bool deterministic, py::handle tokens,
+                     py::handle log_probs, py::handle log_base, py::handle lse, py::handle fault, py::handle workspace,
+                     uintptr_t stream) {
+  if (!share_a_gpu(std::array{logits, banned, sequence, position, step, index, tokens, log_probs, log_base, lse, fault,
+                              workspace}))
+    return false;
+  const CandidateArguments a{logits,
+                             {{sequence, position, step, index}, words, static_cast<uint64_t>(seed), purpose},
+                             {banned, temperature, top_k, top_p},
+                             k,
+                             false,
+                             deterministic,
+                             tokens,
+                             log_probs,
+                             log_base,
+                             lse,
+                             py::none(),
+                             fault};
+  return draw_as<float>(a, workspace, stream) || draw_as<BFloat16>(a, workspace, stream) ||
+         draw_as<Float16>(a, workspace, stream);
+}
+
 std::vector<std::string> architectures() { return {PYQUIET_CUDA_ARCHITECTURES}; }
 
 // 13000 is CUDA 13.0; 0 is no driver.
@@ -186,6 +225,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("thought_attention", &thought_attention);
   m.def("thought_attention_backward", &thought_attention_backward);
   m.def("thought_attention_backward_workspace", &thought_attention_backward_workspace, "How many floats it needs.");
+  m.def("draw_candidates", &draw_candidates);
+  m.def("draw_candidates_workspace", &draw_candidates_workspace, "How many floats it needs.");
   m.def("verify_draft", &verify_draft);
   m.def("verify_draft_workspace", &verify_draft_workspace, "How many floats it needs.");
 }

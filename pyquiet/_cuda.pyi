@@ -46,6 +46,31 @@ def thought_attention_backward(
     /,
 ) -> bool: ...
 def thought_attention_backward_workspace(B: int, H: int, T: int, Q: int, G: int, S: int, P: int, /) -> int: ...
+def draw_candidates(
+    logits: Tensor,
+    banned: Tensor | None,
+    stream_sequence: Tensor | None,
+    stream_position: Tensor | None,
+    stream_step: Tensor | None,
+    stream_index: Tensor | None,
+    stream_words: Sequence[int],
+    seed: int,
+    purpose: int,
+    k: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    deterministic: bool,
+    tokens: Tensor,
+    log_probs: Tensor,
+    log_base: Tensor,
+    lse: Tensor,
+    fault: Tensor,
+    workspace: Tensor,
+    stream: int,
+    /,
+) -> bool: ...
+def draw_candidates_workspace(R: int, V: int, /) -> int: ...
 def verify_draft(
     target_logits: Tensor,
     draft_logits: Tensor | None,

@@ -255,7 +255,7 @@ def invert_cdf(cdf: Tensor, weights: Tensor, u: Tensor) -> Tensor:
     ids = torch.searchsorted(cdf, u.reshape(len(cdf), -1) * cdf[:, -1:], right=True)
     # A parallel scan need not rise to the last bit, and may then point at an id of weight zero.
     stray = weights.gather(-1, ids.clamp_max(cdf.shape[1] - 1)) == 0
-    if stray.any():
+    if stray.is_cuda or stray.any():  # CUDA: to look would be to wait
         ids = torch.where(stray, weights.argmax(-1, keepdim=True), ids)
     return ids.reshape(u.shape)
 

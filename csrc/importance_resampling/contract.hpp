@@ -10,8 +10,8 @@
 // does.
 //
 // log_probs = log q(y_j), 0 at temperature 0; log_base = log mu(y_j); lse: the log-sum-exp of mu's logits; law_lse:
-// that of q's scores, 0 at temperature 0. fault[r]: 1 where a score is NaN or +inf or no id is left, else 0; the row's
-// other results are then of no meaning.
+// that of q's scores, 0 at temperature 0. fault[r]: 1 where a score is NaN or +inf or no id is left, -1 on CUDA where
+// an address of the row's numbers is out of range, else 0; the row's other results are then of no meaning.
 #pragma once
 
 #include "../common/law.hpp"

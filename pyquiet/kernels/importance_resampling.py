@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pyquiet.checks import check_count
-from pyquiet.kernels.registration import Kernel, Tensors, check_tensor, reads_natively
-from pyquiet.native import cpu
+from pyquiet.kernels.registration import Kernel, Tensors, check_tensor, cuda_stream, left_to_check, reads_natively
+from pyquiet.native import cpu, cuda
 from pyquiet.randomness import (
     MAX_VOCABULARY,
     Purpose,
@@ -119,6 +119,9 @@ def draw_candidates(
         temperature, top_k, top_p, banned: as in `process_logits`; at temperature 0 all candidates are the largest.
         deterministic: integer weights, so that CPU and CUDA return the same tokens bit for bit for the same logits.
 
+    float32 and bfloat16, on CUDA float16 too, run native kernels, whose tokens are those of float64 but for ties within
+    rounding; the rest takes `reference`. On CUDA the call waits once, for what the kernel says of the rows.
+
     >>> draw_candidates(torch.tensor([[0.0, 1.0, -torch.inf]]), 4, stream=Stream(0)).tokens
     tensor([[1, 1, 1, 1]])
 
@@ -127,7 +130,10 @@ def draw_candidates(
             has no id left; the message names it.
     """
     arguments = _arguments(logits, k, stream, temperature, top_k, top_p, banned, deterministic)
-    return Candidates(*_kernel(arguments)[:4])
+    *drawn, fault = _kernel(arguments)
+    if left_to_check(fault):
+        _raise_fault(arguments, fault)
+    return Candidates(*drawn)
 
 
 @torch.no_grad()
@@ -158,21 +164,25 @@ def draw_candidates_from_hidden(
             f"hidden must be [R, d] and weight [V, d], got {list(hidden.shape)} and {list(weight.shape)}; "
             "flatten the leading dimensions of hidden"
         )
+
+    def of(part: slice) -> Arguments:
+        logits, some = linear(hidden[part], weight, bias), _rows_of(stream, part, len(hidden))
+        return _arguments(logits, k, some, temperature, top_k, top_p, banned, deterministic)
+
     step = max(1, _LOGITS_IN_FLIGHT // max(1, len(weight) * weight.element_size()))
     parts = []
     for start in range(0, max(1, len(hidden)), step):
-        part = slice(start, start + step)
-        logits = linear(hidden[part], weight, bias)
         try:
-            arguments = _arguments(
-                logits, k, _rows_of(stream, part, len(hidden)), temperature, top_k, top_p, banned, deterministic
-            )
-            parts.append(_kernel(arguments)[:4])
+            parts.append(_kernel(of(slice(start, start + step))))
         except ValueError as error:
             if start == 0:
                 raise
             raise ValueError(f"{error}; its logits were counted from row {start} of hidden") from error
-    return Candidates(*(torch.cat(x) for x in zip(*parts, strict=True)))
+    *drawn, fault = (torch.cat(x) for x in zip(*parts, strict=True))
+    if left_to_check(fault) and fault.any():
+        row = int(fault.nonzero()[0])
+        _raise_fault(of(slice(row, row + 1)), fault[row : row + 1], row)
+    return Candidates(*drawn)
 
 
 def _rows_of(stream: Stream, part: slice, rows: int) -> Stream:
@@ -257,13 +267,20 @@ def _forward(arguments: tuple[Any, ...], all_outputs: bool) -> Tensors:
     logits: Tensor = arguments[0]
     if logits.is_meta:
         return _fake(arguments)
-    if not (logits.is_cpu and reads_natively(logits)):
+    if not reads_natively(logits):
         return reference(*arguments)
     outputs = _fake(arguments)
-    on_cpu: Callable[..., int] = cpu.draw_candidates
-    faults = on_cpu(*arguments, *outputs, torch.get_num_threads())
-    if faults:
-        _kernel.refuse(arguments) if faults < 0 else _raise_fault(Arguments(*arguments), outputs[-1])
+    if logits.is_cpu:
+        on_cpu: Callable[..., int] = cpu.draw_candidates
+        faults = on_cpu(*arguments, *outputs, torch.get_num_threads())
+        if faults:
+            _kernel.refuse(arguments) if faults < 0 else _raise_fault(Arguments(*arguments), outputs[-1])
+        return outputs
+    module = cuda()
+    workspace = logits.new_empty(module.draw_candidates_workspace(*logits.shape), dtype=torch.float32)
+    with torch.cuda.device(logits.device):
+        if not module.draw_candidates(*arguments, *outputs, workspace, cuda_stream()):
+            _kernel.refuse(arguments)
     return outputs
 
 
@@ -291,11 +308,16 @@ _kernel = Kernel(
 )
 
 
-def _raise_fault(a: Arguments, fault: Tensor) -> None:
-    """Raises what is wrong with the first row that a kernel marked."""
+def _raise_fault(a: Arguments, fault: Tensor, first: int = 0) -> None:
+    """Raises what is wrong with the first row that a kernel marked; `first`: what the caller counts rows from."""
     if fault.any():
         row = int(fault.nonzero()[0])
-        check_row(a.logits[row : row + 1], f"logits: row {row}", a.temperature, a.banned)
+        if fault[row] < 0:  # an address out of range, which on CUDA the kernel is the first to see
+            uniforms(a.stream(), len(a.logits), a.logits.device)
+            index = a.stream_words[3] if a.stream_index is None else int(a.stream_index[row])
+            limit = _MAX_INDEX + 1 - a.k
+            raise ValueError(f"stream.index must be in [0, {limit}), got {index} at row {first + row}")
+        check_row(a.logits[row : row + 1], f"logits: row {first + row}", a.temperature, a.banned)
         raise AssertionError(f"the kernel found a fault in row {row} that has none")
 
 

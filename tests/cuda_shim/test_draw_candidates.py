@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pyquiet import native
-from pyquiet.kernels import Candidates, draw_candidates
+from pyquiet.kernels import Candidates, draw_candidates, draw_candidates_from_hidden, importance_resampling
 from pyquiet.kernels.importance_resampling import Arguments, reference
 from pyquiet.randomness import Purpose, Stream, draw, uniforms
 
@@ -224,3 +224,37 @@ def test_addresses_out_of_range_are_reported(driver, options):
     tokens, *_, fault = run(driver, a)
     assert fault.tolist() == [-1] * 6 + [0, 0]
     assert torch.equal(tokens[6:], reference(*a._replace(**dict.fromkeys(fits), stream_words=[*fits.values()]))[0][6:])
+
+
+@pytest.fixture
+def below_the_door(driver, monkeypatch):
+    """Puts these kernels, which mark faults and raise none, where those of a device would be."""
+    monkeypatch.setattr(importance_resampling._kernel, "forward", lambda a, _: run(driver, Arguments(*a)))
+    monkeypatch.setattr(importance_resampling, "left_to_check", lambda fault: True)
+
+
+FAULTS = [
+    ("row 1 holds nan", lambda a: a.logits[1, 30].fill_(NAN)),
+    ("row 2 holds inf", lambda a: a.logits[2, 0].fill_(INF)),
+    ("row 0 has no id left", lambda a: a.logits[0].fill_(NONE)),
+    ("stream.position must be .* at row 1", lambda a: a.stream_position[1].fill_(2**32)),
+    ("stream.index must be .* at row 2", lambda a: a.stream_index[2].fill_(2**26 - 4)),
+]
+
+
+@pytest.mark.parametrize(("named", "spoil"), FAULTS)
+def test_faults_are_raised_by_name(below_the_door, named, spoil):
+    a = make(stream_index=torch.zeros(3, dtype=torch.int64))
+    assert torch.equal(public(a).tokens, reference(*a)[0])
+    spoil(a)
+    with pytest.raises(ValueError, match=named):
+        public(a)
+
+
+def test_faults_of_hidden_states_are_raised_by_their_row(below_the_door, monkeypatch):
+    monkeypatch.setattr(importance_resampling, "_LOGITS_IN_FLIGHT", 2 * 37 * 4)
+    hidden, weight = torch.randn(7, 4), torch.randn(37, 4)
+    draw_candidates_from_hidden(hidden, weight, 2, stream=Stream(0))
+    hidden[5, 1] = NAN
+    with pytest.raises(ValueError, match="logits: row 5 holds nan"):
+        draw_candidates_from_hidden(hidden, weight, 2, stream=Stream(0))
