@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from pyquiet.plotting.diffusion import plot_diffusion
 
 GRID = (2, 4, 8, 16, 32, 64)  # steps that texts are written in
 CANDIDATES = 8
-COUNT = 512  # texts of each method
+COUNT, BATCH, TIMED = 256, 64, 32  # texts of each method, of a call, and by the clock
 ORDER = 5  # of the n-grams
 NAMES = {"none": "MDLM", "AR": "EDLM-AR", "NCE": "EDLM-NCE"}
 BIT = math.log(2)  # in nats
@@ -42,20 +43,33 @@ def networks(text: str, work: Path, steps: dict[str, int]) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any], held_out: str, work: Path, grid: tuple[int, ...], count: int) -> DiffusionTable:
-    """What the denoiser writes alone, with the AR energy and with the trained one; each number of steps is kept."""
-    spelling = tokenizer()
+    """What the denoiser writes alone, with the AR energy and with the trained one, in each number of steps.
+
+    Behind them stands the denoiser alone in infinitely many steps. Each is kept as it is done; seconds are those of a
+    few texts by all of them in turn, so that a busy machine is as busy for all.
+    """
     energies = {"none": None, "AR": pyquiet.AREnergy(found["ar"], mask_id=MASK), "NCE": found["energy"]}
-    parts = []
-    for steps in grid:
-        file = work / f"table-{steps}.pt"
+
+    def written(name: str, names: Iterable[str], steps: tuple[int, ...], count: int, **options: Any) -> DiffusionTable:
+        file = work / f"{name}.pt"
         if not file.exists():
-            part = diffusion_table(
-                found["denoiser"], spelling, [held_out], (found["ar"], spelling), energies=energies, steps=[steps],
-                count=count, length=T, level="character", order=ORDER, batch_size=64, candidates=CANDIDATES,
+            spelling = tokenizer()
+            out = diffusion_table(
+                found["denoiser"], spelling, [held_out], (found["ar"], spelling), steps=steps, count=count, length=T,
+                energies={energy: energies[energy] for energy in names}, level="character", order=ORDER,
+                batch_size=BATCH, candidates=CANDIDATES, **options,
             )  # fmt: skip
-            torch.save(part, file)
-        parts.append(torch.load(file, weights_only=False))
-    return replace(parts[0], rows=parts[0].rows[:1] + [row for part in parts for row in part.rows[1:]])
+            torch.save(out, file)
+        return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
+
+    parts = [written(f"{name}-{steps}", [name], (steps,), count) for name in energies for steps in grid]
+    timed = written("seconds", energies, grid, min(count, TIMED)).rows[1:]
+    rows = [
+        replace(part.rows[1], values=part.rows[1].values | {"seconds": row.values["seconds"]})
+        for part, row in zip(parts, timed, strict=True)
+    ]
+    limit = written("limit", ["none"], (T,), count, samplers=["first_hitting"])
+    return replace(limit, rows=[limit.rows[0], *rows, limit.rows[1]])
 
 
 def from_the_left(model: Any, held_out: str, count: int) -> str:
@@ -78,7 +92,8 @@ def summary(found: DiffusionTable) -> str:
     for row in found.rows:
         e = row.estimates()
         nll = f"{e['ngram_nll'].mean / BIT:.3f} +- {e['ngram_nll'].error / BIT:.3f}"
-        line = f"| {NAMES[row.energy] if row.steps else 'held-out text'} | {row.steps or '-'} | {nll} "
+        name = NAMES[row.energy] + ", one by one" * (row.sampler == "first_hitting") if row.steps else "held-out text"
+        line = f"| {name} | {row.steps or '-'} | {nll} "
         line += f"| {e['entropy_bits'].mean:.3f} | {e['variation_2'].mean:.3f} |"
         if row.steps:
             ess = "" if row.energy == "none" else f"{e['ess'].mean:.2f}"
@@ -94,7 +109,7 @@ def summary(found: DiffusionTable) -> str:
 def check(found: DiffusionTable) -> None:
     """What an energy must do; AssertionError if it does not."""
     text = found.rows[0].estimates()
-    alone = {row.steps: row.estimates() for row in found.rows[1:] if row.energy == "none"}
+    alone = {row.steps: row.estimates() for row in found.methods()["schedule_first"]}
     for row in found.rows[1:]:
         here, mdlm = row.estimates(), alone[row.steps]
         name = f"{row.method}, {row.steps} steps"

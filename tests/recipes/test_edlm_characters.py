@@ -70,13 +70,14 @@ def test_a_short_run_is_kept_and_summed_up(
     table = run.table(found, held_out, work, (2, 4), count=4)
     monkeypatch.delattr(run, "diffusion_table")
     assert str(run.table(found, held_out, work, (2, 4), count=4)) == str(table)  # as it was kept
-    assert [(row.energy, row.steps) for row in table.rows[1:]] == [(e, k) for k in (2, 4) for e in run.NAMES]
+    assert [(row.energy, row.steps) for row in table.rows[1:-1]] == [(e, k) for e in run.NAMES for k in (2, 4)]
+    assert (table.rows[-1].sampler, table.rows[-1].energy, table.rows[-1].steps) == ("first_hitting", "none", 64)
     for row in table.rows[1:]:
         here = row.estimates()
         passes = 0 if row.energy == "none" else run.CANDIDATES * here["denoiser_calls"].mean
         assert here["energy_passes"].mean == pytest.approx(passes)
     lines = run.summary(table).splitlines()
-    assert len(lines) == 2 + 1 + 6
+    assert len(lines) == 2 + 1 + 6 + 1
     assert len({line.count("|") for line in [*lines, run.from_the_left(found["ar"], held_out, 4)]}) == 1
 
 
