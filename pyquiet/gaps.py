@@ -136,7 +136,7 @@ class Codec:
         return [(part, not is_given) for part, is_given, _ in self.runs(ids, given) if part]
 
     def runs(self, ids: Sequence[int], states: Sequence[State]) -> list[tuple[str, State, int]]:
-        """The text of ids in parts, one for each run of the same state, with that state and how many tokens they are."""
+        """The text of ids in parts, one for each run of the same state, with that state and how many tokens it has."""
         text, runs, begin = self.decode(ids), [], 0
         for state, run in groupby(range(len(ids)), states.__getitem__):
             places = list(run)

@@ -5,16 +5,30 @@ from typing import Any
 
 from pyquiet.diffusion.ar_energy import AREnergy, check_tokenizers
 from pyquiet.diffusion.energy import Energy, as_energy
+from pyquiet.diffusion.hooks import (
+    Context,
+    Order,
+    Remask,
+    ReMDM,
+    Tokens,
+    by_confidence,
+    by_threshold,
+    left_to_right_blocks,
+    remdm,
+)
 from pyquiet.diffusion.likelihood import NLL, nll
-from pyquiet.diffusion.modeling import MaskedDenoiser, backbone
+from pyquiet.diffusion.modeling import Denoiser, MaskedDenoiser, as_denoiser, backbone
 from pyquiet.diffusion.nce_energy import NCEEnergy, NCEEnergyConfig
 from pyquiet.diffusion.partition import log_z
 from pyquiet.diffusion.sampling import Diffusion, diffuse
 from pyquiet.diffusion.schedule import Schedule
+from pyquiet.diffusion.session import Trace
 
 __all__ = [
     "NLL",
     "AREnergy",
+    "Context",
+    "Denoiser",
     "Diffusion",
     "DiffusionTrainer",
     "DiffusionTrainingArguments",
@@ -24,16 +38,27 @@ __all__ = [
     "NCEEnergyConfig",
     "NCETrainer",
     "NCETrainingArguments",
+    "Order",
+    "ReMDM",
+    "Remask",
     "Schedule",
+    "Tokens",
+    "Trace",
+    "as_denoiser",
     "as_energy",
     "backbone",
+    "by_confidence",
+    "by_threshold",
     "check_tokenizers",
+    "completions",
     "diffuse",
+    "left_to_right_blocks",
     "log_z",
     "nce_loss",
     "nelbo",
     "nll",
     "random_masks",
+    "remdm",
 ]
 
 _TRAINING = {
@@ -41,6 +66,7 @@ _TRAINING = {
     "DiffusionTrainingArguments": "arguments",
     "NCETrainer": "trainer",
     "NCETrainingArguments": "arguments",
+    "completions": "training",
     "nce_loss": "training",
     "nelbo": "training",
     "random_masks": "training",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 
 class Energy(ABC):
@@ -66,6 +67,8 @@ class _Function(Energy):
     ) -> Tensor:
         energies = self.function(candidates, input_ids, time, log_mu)
         found = list(energies.shape) if isinstance(energies, Tensor) else type(energies).__name__
+        if isinstance(energies, Tensor) and energies.is_complex():
+            raise ValueError(f"energy must return real numbers, got {energies.dtype}")
         if found != (expected := list(candidates.shape[:2])):
             raise ValueError(f"energy must return a tensor [B, k] = {expected}, one number a candidate, got {found}")
         return energies if energies.dtype in (torch.float32, torch.float64) else energies.float()
@@ -81,10 +84,11 @@ def as_energy(energy: Any) -> Energy:
     """
     if isinstance(energy, Energy):
         return energy
-    if not callable(energy):
+    if not callable(energy) or isinstance(energy, PreTrainedModel):
+        what = "; a causal language model becomes one by AREnergy(model)" if isinstance(energy, PreTrainedModel) else ""
         raise TypeError(
             "energy must be a pyquiet.diffusion.Energy or a function of (candidates, input_ids, time, log_mu), got "
-            f"{type(energy).__name__}"
+            f"{type(energy).__name__}{what}"
         )
     return _Function(energy)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyquiet.checks import check_count, check_fraction
 from pyquiet.diffusion.energy import Energy, as_energy
 from pyquiet.diffusion.modeling import Denoiser
+from pyquiet.diffusion.schedule import Schedule
 from pyquiet.kernels.importance_resampling import SCHEMES
 from pyquiet.randomness import check_sequence_ids, process_logits
 
@@ -118,6 +119,24 @@ def read_texts(
         tokens, fill, real = (x.repeat(num_samples, 1) for x in (tokens, fill, real))
     places = (real.cumsum(1) - 1).clamp(min=0)
     return Texts(tokens, fill, real, places, _checked_ids(sequence_ids, len(tokens)))
+
+
+def check_context(denoiser: Denoiser, columns: int) -> None:
+    """Raises ValueError for texts of more columns than the denoiser was made for, where it says."""
+    most = getattr(denoiser, "context", None)
+    if most is not None and columns > most:
+        raise ValueError(
+            f"input_ids: texts of {columns} columns are longer than the {most} that the denoiser was made for; shorten "
+            f"them, or let diffuse slide over them (sampler='semi_autoregressive', context={most})"
+        )
+
+
+def read_schedule(schedule: Schedule | None) -> Schedule:
+    """The schedule, the linear one for None; TypeError for anything else."""
+    schedule = Schedule() if schedule is None else schedule
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__} {schedule!r}")
+    return schedule
 
 
 def _empty(

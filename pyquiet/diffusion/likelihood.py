@@ -23,7 +23,7 @@ from tqdm import tqdm
 from pyquiet.checks import check_count
 from pyquiet.diffusion import plan as plans
 from pyquiet.diffusion.energy import Energy
-from pyquiet.diffusion.inputs import Options, Texts, read_energy, read_texts
+from pyquiet.diffusion.inputs import Options, Texts, check_context, read_energy, read_schedule, read_texts
 from pyquiet.diffusion.modeling import Denoiser, as_denoiser
 from pyquiet.diffusion.partition import Side, log_z
 from pyquiet.diffusion.schedule import Schedule
@@ -112,7 +112,8 @@ def nll(
       comparison with published figures; it warns once.
 
     Without an energy, the first and the last are the plain NELBO, and "K_step" is that of K steps. The estimate of a
-    text depends on the seed and its id, not on the batch or the padding.
+    text depends on the seed and its id, not on the batch or the padding, but for near ties of draws where logits differ
+    in their last bits.
 
     Args:
         denoiser: a `MaskedDenoiser`, a masked LM, or what passes for a denoiser; in evaluation mode.
@@ -134,11 +135,11 @@ def nll(
             of the vocabulary, a model is in training mode.
     """
     denoiser, energy = as_denoiser(denoiser), read_energy(energy)
-    _check(kind, n, log_z, samples)
+    _check(kind, n, log_z, samples, energy_microbatch)
     texts = _read(denoiser, input_ids, mask, attention_mask, sequence_ids)
     if kind == "joint_paper":
         _warn_of_joint()
-    schedule, seed = schedule or Schedule(), resolve_seed(seed)
+    schedule, seed = read_schedule(schedule), resolve_seed(seed)
     check_count("steps", steps, least=1)
     offset = uniforms(Stream(seed, Purpose.REVEAL, texts.sequences, index=1), len(input_ids))
     costs = torch.zeros(3, len(input_ids), dtype=torch.float64)
@@ -281,7 +282,10 @@ def _read(
         raise TypeError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
     graded = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
     texts = read_texts(denoiser, input_ids, graded, attention_mask, None, 1, sequence_ids)
+    check_context(denoiser, input_ids.shape[1])
     tokens = input_ids[texts.fill.to(input_ids.device)]
+    if not len(tokens):
+        raise ValueError("mask leaves no token of any text to be graded; set it where one is")
     wrong = tokens[(tokens == denoiser.mask_id) | (tokens < 0) | (tokens >= denoiser.vocab_size)]
     if len(wrong):
         raise ValueError(
@@ -291,12 +295,14 @@ def _read(
     return texts
 
 
-def _check(kind: str, n: int, log_z: str, samples: int) -> None:
+def _check(kind: str, n: int, log_z: str, samples: int, energy_microbatch: int | None) -> None:
     for name, value, known in (("kind", kind, get_args(Kind)), ("log_z", log_z, get_args(Side))):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     check_count("samples", samples, least=1)
     check_count("n", n, least=2)
+    if energy_microbatch is not None:
+        check_count("energy_microbatch", energy_microbatch, least=1)
 
 
 @functools.cache

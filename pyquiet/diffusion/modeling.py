@@ -11,10 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from pyquiet.diffusion.energy import leftward
 
+_LEFTWARD = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()} - {*MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()}
 _ROPE_BASE = 1000.0  # in short texts a small model finds its neighbours sooner than by a large one
 
 
@@ -55,17 +59,22 @@ class MaskedDenoiser(nn.Module):
                 "model must be a masked language model with its head, as BertForMaskedLM is, got "
                 f"{type(model).__name__}"
             )
-        if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or model.config.is_encoder_decoder:
+        if type(model).__name__ in _LEFTWARD or model.config.is_encoder_decoder:
             raise TypeError(f"model is a {type(model).__name__}, which reads to the left alone; give a masked LM")
         self.model = model
         self.training = model.training
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         found = getattr(model.config, "mask_token_id", None) if mask_id is None else mask_id
         if found is None:
-            raise ValueError("mask_id is None and model.config has no mask_token_id; pass tokenizer.mask_token_id")
+            raise ValueError(
+                "mask_id is None and model.config has no mask_token_id; give "
+                "MaskedDenoiser(model, mask_id=tokenizer.mask_token_id)"
+            )
         if not 0 <= found < self.vocab_size:
             raise ValueError(f"mask_id must be a token of the model, in 0..{self.vocab_size - 1}, got {found}")
         self.mask_id = int(found)
+        self.context = _context(model)
+        """The most positions that the model was made for; None where it does not say."""
         self._head = (_headed(model),)  # in a tuple, or its weights would be registered twice
 
     @property
@@ -116,6 +125,16 @@ def _headed(model: PreTrainedModel) -> PreTrainedModel:
     head = copy.copy(model)
     head._modules = {name: _Given() if part is model.base_model else part for name, part in model._modules.items()}
     return head
+
+
+def _context(model: PreTrainedModel) -> int | None:
+    """The most positions that a model was made for, if it says."""
+    context: int | None = getattr(model.config, "max_position_embeddings", None)
+    for name, table in model.base_model.named_modules():
+        # RoBERTa and its kin number positions from behind that of padding.
+        if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
+            return int(table.num_embeddings) - int(table.padding_idx) - 1
+    return context
 
 
 def as_denoiser(model: Any) -> Denoiser:

@@ -14,7 +14,15 @@ from tqdm import tqdm
 from pyquiet.checks import check_count
 from pyquiet.diffusion import plan as plans
 from pyquiet.diffusion.hooks import Order, Remask, Tokens
-from pyquiet.diffusion.inputs import Options, check_sampler, read_energy, read_options, read_texts
+from pyquiet.diffusion.inputs import (
+    Options,
+    check_context,
+    check_sampler,
+    read_energy,
+    read_options,
+    read_schedule,
+    read_texts,
+)
 from pyquiet.diffusion.modeling import as_denoiser
 from pyquiet.diffusion.schedule import Schedule
 from pyquiet.diffusion.session import OnStep, Session, Trace
@@ -158,10 +166,10 @@ def diffuse(
     energy = read_energy(energy)
     hooks = {"order": order, "tokens": tokens, "remask": remask, "on_step": on_step}
     check_sampler(sampler, hooks, energy, context, stride)
-    if not isinstance(schedule := schedule or Schedule(), Schedule):
-        raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__} {schedule!r}")
+    schedule = read_schedule(schedule)
     check_count("steps", steps, least=1)
     texts = read_texts(denoiser, input_ids, mask, attention_mask, length, num_samples, sequence_ids)
+    check_context(denoiser, min(texts.tokens.shape[1], context or texts.tokens.shape[1]))
     options = read_options(
         denoiser,
         energy=energy,

@@ -264,7 +264,7 @@ class Chooser:
             hidden = None if real is None else real[rows]
             for some in _portions(k, most):
                 given = tokens[rows, some], state.tokens[rows], time[rows], log_mu[rows, some]
-                found = o.energy(*given, attention_mask=hidden)  # type: ignore[misc]  # there is one where this is called
+                found = o.energy(*given, attention_mask=hidden)  # type: ignore[misc]  # weighs: there is one
                 if not isinstance(found, Tensor) or found.shape != log_mu[rows, some].shape:
                     got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
                     raise ValueError(f"energy must return [b, k] = {list(log_mu[rows, some].shape)}, got {got}")

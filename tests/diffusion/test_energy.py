@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyquiet.diffusion.energy import Energy, as_energy, check_candidates, leftward
 
@@ -50,6 +51,10 @@ def test_bad_energies_are_named():
         as_energy(3)
     with pytest.raises(ValueError, match=r"energy must return a tensor \[B, k\] = \[2, 3\].*got \[2, 3, 4\]"):
         as_energy(lambda candidates, *_: candidates.float())(*CALL)
+    with torch.device("meta"), pytest.raises(TypeError, match=r"got LlamaForCausalLM; .* AREnergy\(model\)"):
+        as_energy(LlamaForCausalLM(LlamaConfig()))
+    with pytest.raises(ValueError, match=r"real numbers, got torch.complex64"):
+        as_energy(lambda candidates, *_: candidates[..., 0] * 1j)(*CALL)
     with pytest.raises(ValueError, match=r"one number a candidate, got list"):
         as_energy(lambda *_: [[0.0]])(*CALL)
 

@@ -1,5 +1,7 @@
 """What `diffuse` refuses, by name and before anything is computed."""
 
+import re
+
 import pytest
 import torch
 
@@ -35,6 +37,8 @@ def denoiser():
         ({"input_ids": IDS.int()}, "input_ids must be int64"),
         ({"input_ids": IDS[0]}, "input_ids must be int64"),
         ({"input_ids": IDS[:0]}, "input_ids must be int64"),
+        ({"input_ids": None, "length": 1025}, "1025 columns are longer than the 1024"),
+        (WINDOWS | {"input_ids": None, "length": 1025, "context": 1025}, "1025 columns are longer than the 1024"),
         ({"input_ids": torch.tensor([[V, MASK]])}, f"input_ids holds the token {V}"),
         ({"input_ids": torch.tensor([[-1, MASK]])}, "input_ids holds the token -1"),
         ({"mask": [[True]]}, "mask must be a tensor"),
@@ -91,6 +95,14 @@ def denoiser():
 def test_bad_input_is_named(denoiser, options, named):
     with pytest.raises((ValueError, TypeError), match=named):
         diffuse(denoiser, **{"input_ids": IDS} | options)
+
+
+def test_texts_are_as_long_as_the_denoiser_was_made_for_and_longer_in_windows():
+    denoiser = network("bert")  # of 512 positions, a table
+    assert diffuse(denoiser, length=512, steps=1).tokens.shape == (1, 512)
+    with pytest.raises(ValueError, match=re.escape("513 columns are longer than the 512")):
+        diffuse(denoiser, length=513, steps=1)
+    assert MASK not in diffuse(denoiser, length=513, steps=1, sampler="semi_autoregressive", context=512).tokens
 
 
 def test_a_denoiser_that_is_none():

@@ -358,8 +358,11 @@ def test_bad_arguments_are_named():
         ({"attention_mask": TEXTS[:, 1:]}, "attention_mask must have the shape of input_ids"),
         ({"mask": TEXTS}, "mask must have the shape of input_ids"),
         ({"sequence_ids": torch.tensor([1])}, "sequence_ids must be int64"),
+        ({"mask": torch.zeros_like(TEXTS, dtype=torch.bool)}, "mask leaves no token of any text to be graded"),
+        ({"schedule": "linear"}, "schedule must be a Schedule, got str"),
+        ({"energy_microbatch": 0}, "energy_microbatch must be at least 1, got 0"),
     ):
-        with pytest.raises(ValueError, match=re.escape(message)):
+        with pytest.raises((ValueError, TypeError), match=re.escape(message)):
             nll(mu, TEXTS, LawEnergy(SOURCE, MASK), **options)
     for wrong in (MASK, 4, -1):
         with pytest.raises(ValueError, match=f"input_ids hold {wrong} where a token is to be graded"):
@@ -367,6 +370,10 @@ def test_bad_arguments_are_named():
     with pytest.raises(TypeError, match="input_ids must be a tensor"):
         nll(mu, [[1, 2]])
     network, energies = networks()
+    network.context = 2
+    with pytest.raises(ValueError, match="3 columns are longer than the 2"):
+        nll(network, torch.full((1, 3), 9))
+    network.context = None
     with pytest.raises(ValueError, match="energy is in training mode"):
         nll(network, torch.full((1, 3), 9), energies[3].train())
     with pytest.raises(ValueError, match="denoiser is in training mode"):

@@ -144,6 +144,17 @@ def test_half_precision_models_give_float32_rows(model):
     torch.testing.assert_close(exact, torch.ones(5), rtol=0, atol=1e-5)  # normalised in float32, not in bfloat16
 
 
+@torch.no_grad()
+def test_the_context_is_as_long_as_the_model_can_read(model):
+    denoiser = denoiser_of(model)
+    assert denoiser.context == (22 if model.config.model_type == "roberta" else 24)
+    text = torch.full((1, denoiser.context), MASK)
+    assert denoiser.log_probs(text).shape == (denoiser.context, V)
+    if model.config.model_type != "modernbert":  # the others' tables of positions end there
+        with pytest.raises((IndexError, RuntimeError)):
+            denoiser.log_probs(torch.cat([text, text[:, :1]], 1))
+
+
 def test_the_mask_token_is_the_models_own_unless_given():
     model = model_of("bert")
     assert MaskedDenoiser(model).mask_id == MASK
@@ -191,7 +202,7 @@ def test_as_denoiser_wraps_models_and_leaves_denoisers():
     [
         (lambda: MaskedDenoiser(model_of("bert"), mask_id=V), ValueError, "mask_id"),
         (lambda: MaskedDenoiser(model_of("bert"), mask_id=-1), ValueError, "mask_id"),
-        (lambda: MaskedDenoiser(model_of("distilbert")), ValueError, "mask_id"),
+        (lambda: MaskedDenoiser(model_of("distilbert")), ValueError, r"MaskedDenoiser\(model, mask_id="),
         (lambda: as_denoiser(LlamaForCausalLM(LlamaConfig(**SIZES))), TypeError, "Llama"),
         (lambda: as_denoiser(BertForSequenceClassification(BertConfig(**BERTLIKE))), TypeError, "Bert"),
         (lambda: as_denoiser(lambda ids: ids), TypeError, "function"),
