@@ -19,6 +19,8 @@ SIZE_LIMIT = 4_000_000  # bytes of a folder's model and tokenizer
 def export(trained: Path, folder: Path) -> None:
     energy = isinstance(AutoConfig.from_pretrained(trained), NCEEnergyConfig)
     model = (AutoModel if energy else AutoModelForMaskedLM).from_pretrained(trained).half()
+    if energy:
+        model.config.base_config._name_or_path = ""  # where the denoiser lay when the energy was begun
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(trained)
     tokenizer.model_max_length = LENGTH

@@ -73,9 +73,14 @@ def energies(energy: Any, denoiser: MaskedDenoiser, texts: Tensor, time: float, 
     return torch.cat(found).double()
 
 
+def share_right(found: Tensor) -> float:
+    """How often a completion has a higher energy than its text, of energies [W, 1 + count]; equal ones count half."""
+    return ((found[:, 1:] - found[:, :1]).sign() + 1).mean().item() / 2
+
+
 def area_under_curve(found: Tensor) -> float:
     """How often a text has a lower energy than a completion, of any text, of energies [W, 1 + count]."""
-    texts, others = found[:, 0], found[:, 1:].flatten().sort().values
+    texts, others = found[:, 0].contiguous(), found[:, 1:].flatten().sort().values
     above = len(others) - torch.searchsorted(others, texts, right=True)
     equal = torch.searchsorted(others, texts, right=True) - torch.searchsorted(others, texts)
     return ((above + equal / 2).double().mean() / len(others)).item()
@@ -105,9 +110,8 @@ def main() -> None:
     for time in TIMES:
         found = energies(energy, denoiser, texts, time)
         text, others = found[:, :1], found[:, 1:]
-        right = ((others > text).double() + (others == text).double() / 2).mean()
         log_z = (-others).exp().mean().log()
-        area = area_under_curve(found)
+        right, area = share_right(found), area_under_curve(found)
         print(f"| {time} | {right:.1%} | {area:.3f} | {text.mean():.2f} | {others.mean():.2f} | {log_z:.2f} |")
 
 
