@@ -277,6 +277,16 @@ def test_the_printed_table_and_the_figure(folder, capsys):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_embedded_energies_are_compared_by_default(folder, capsys):
+    sizes = ["--steps", "2", "--length", "10", "--items", "3", "--candidates", "4", "--quiet", "--json"]
+    assert main(["evaluate", "diffusion", "--text", str(folder / "text.txt"), *sizes]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["energy"] for row in report["rows"]] == ["none", "none", "ar", "tiny-energy"]
+    for row in report["rows"][2:]:
+        assert row["energy_passes"]["mean"] == 4 * row["denoiser_calls"]["mean"] > 0
+    assert report["rows"][2]["perplexity"] != report["rows"][3]["perplexity"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
