@@ -97,6 +97,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ R
   const int64_t r = blockIdx.x / chunks;
   const int first = static_cast<int>(blockIdx.x % chunks) * kChunk, count = chunk_size(first, a.V);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const bool greedy = std::is_same_v<W, double> && a.greedy;  // which never weighs in integers
   const E* staged = stage(a.row(r), first, count, s.staged);
   const float threshold = a.threshold(r);
   wait_copies();
@@ -108,10 +109,10 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ R
     const int i = warp * kSegment + 2 * (lane + e / 2 * 32) + e % 2;
     logit[e] = i < count ? a.logit(staged[i], first + i) : kNegInf;
     top = fmaxf(top, fault_as_inf(logit[e]));
-    if (a.greedy) best = Largest{}(best, ranked(logit[e], first + i));
+    if (greedy) best = Largest{}(best, ranked(logit[e], first + i));
   }
   top = fold_block<kWarps>(top, Largest{}, s.top);
-  if (a.greedy) best = fold_block<kWarps>(best, Largest{}, s.best);
+  if (greedy) best = fold_block<kWarps>(best, Largest{}, s.best);
   const float score_top = std::is_same_v<W, double> ? a.score(top, kNegInf) : a.knowns[r].top;
   auto& sums = static_cast<ChunkSums<W>*>(a.sums)[blockIdx.x];
   const W sum =
