@@ -43,13 +43,17 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--steps", type=int, default=32, metavar="N", help="of the whole text (default: 32)")
     parser.add_argument("--sampler", default="schedule_first", help=SAMPLER_HELP)
+    parser.add_argument("--context", type=int, metavar="N", help="tokens that semi_autoregressive sees at once")
     add_law(parser)
     parser.add_argument("--json", action="store_true", help="print the samples and what they took as JSON")
     parser.add_argument("--no-live", action="store_true", help="print the end result alone on a terminal too")
     parser.set_defaults(run=run)
 
 
-SAMPLER_HELP = "schedule_first (default), ancestral, cached or first_hitting, which has no use for the steps"
+SAMPLER_HELP = (
+    "schedule_first (default), ancestral, cached, first_hitting, which has no use for the steps, or "
+    "semi_autoregressive, for longer texts than the model sees at once"
+)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     from pyquiet.gaps import Codec
 
     options, device = law(args), usable_device(args.device)
-    check_counts(args, "length", "gap_tokens", "samples", "steps")
+    check_counts(args, "length", "gap_tokens", "samples", "steps", "context")
     parts, lengths = _parts(args)
     denoiser, tokenizer = load_denoiser(args.model, args.tokenizer)
     denoiser.to(device)
@@ -112,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
             num_samples=args.samples,
             steps=args.steps,
             sampler=args.sampler,
+            context=args.context,
             banned=codec.banned(denoiser.vocab_size),
             on_step=on_step,
             progress=False,

@@ -18,6 +18,7 @@ from pyquiet.cli.infill import memory_in_words
 from pyquiet.cli.think import usable_device
 
 ENERGIES = ("none", "ar", "tiny-energy")  # of the embedded denoiser
+SAMPLERS = ("schedule_first", "ancestral", "cached", "first_hitting")  # of whole texts
 
 
 def add_parser(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -36,7 +37,13 @@ def add_parser(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help=f"several of none, ar, embedded names, folders (default: {' '.join(ENERGIES)} for {DEFAULT_MODEL}, none "
         "for others)",
     )
-    parser.add_argument("--sampler", nargs="+", default=["schedule_first"], metavar="NAME", help=SAMPLERS)
+    parser.add_argument(
+        "--sampler",
+        nargs="+",
+        default=[SAMPLERS[0]],
+        metavar="NAME",
+        help=f"several of {', '.join(SAMPLERS)} (default: the first)",
+    )
     parser.add_argument("--steps", nargs="+", type=int, default=[8, 16, 32, 64], metavar="N", help="(8 16 32 64)")
     add_law(parser)
     parser.add_argument("--items", type=int, default=16, metavar="N", help="texts to write by each (default: 16)")
@@ -65,9 +72,6 @@ def add_parser(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.set_defaults(run=run)
 
 
-SAMPLERS = "several of schedule_first (default), ancestral, cached, first_hitting"
-
-
 def run(args: argparse.Namespace) -> int:
     from pyquiet.evaluation.diffusion import QUALITIES, diffusion_table
     from pyquiet.files import check_target, read_texts, replacing
@@ -75,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
 
     options, device = law(args), usable_device(args.device)
     check_counts(args, "items", "length", "batch_size", "order")
+    if unknown := [name for name in args.sampler if name not in SAMPLERS]:
+        raise ValueError(f"--sampler must be of {', '.join(SAMPLERS)}, got {unknown[0]!r}")
     if args.match not in QUALITIES:
         raise ValueError(f"--match must be one of {', '.join(QUALITIES)}, got {args.match!r}")
     if args.plot:
