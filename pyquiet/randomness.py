@@ -252,7 +252,7 @@ def _draw_in_torch(
 
 def invert_cdf(cdf: Tensor, weights: Tensor, u: Tensor) -> Tensor:
     """The first ids whose cumulative weight exceeds u [R] or [R, k] times the total; cdf, weights [R, V]."""
-    ids = torch.searchsorted(cdf, u.reshape(len(cdf), -1) * cdf[:, -1:], right=True)
+    ids = torch.searchsorted(cdf, (u if u.dim() == 2 else u.unsqueeze(-1)) * cdf[:, -1:], right=True)
     # A parallel scan need not rise to the last bit, and may then point at an id of weight zero.
     stray = weights.gather(-1, ids.clamp_max(cdf.shape[1] - 1)) == 0
     if stray.is_cuda or stray.any():  # CUDA: to look would be to wait

@@ -122,44 +122,48 @@ inline void if_plain(bool plain, Use use) {
 }
 
 // What the first pass over a row yields: of chunk c the largest score, the sum of exp(score - base) with a base near it
-// and, once all are read, the factor exp(base - top) of that sum. Where draws may follow, also the row's CDF at the end
-// of every part of a chunk, the last of which is the total: in double, of float sums of the at most 16 terms that meet
-// in a lane (64 without AVX), so that a part loses no more than its terms do, 1e-7 of itself.
+// and, once all are read, the factor that makes it a part of the row's. Bases are whole numbers: were their differences
+// rounded, whole chunks would shift against each other, and draws with them.
+//
+// Where draws may follow, also the row's CDF at the end of every part of a chunk, in double, of float sums of the at
+// most 16 terms that meet in a lane (64 without AVX): so a part loses no more than its terms do, 1e-7 of itself.
 struct Survey {
-  std::vector<float> tops, bases, factors;
-  std::vector<double> sums, cdf;
+  std::vector<float> tops, bases;
+  std::vector<double> factors, sums, cdf;
   float top;
-  double total;
+  double total;  // of exp(score - top)
 
   bool sound() const { return top > kNegInf && total < std::numeric_limits<double>::infinity(); }  // not NaN either
   double lse() const { return top + std::log(total); }
 
   void resize(int64_t chunks) {
     tops.assign(chunks, kNegInf);
-    bases.assign((chunks + kLanes - 1) / kLanes * kLanes, kNegInf);
-    factors.resize(bases.size());
+    bases.assign(chunks, kNegInf);
+    factors.resize(chunks);
     sums.resize(chunks);
     cdf.resize(chunks * kParts);  // until they are merged, the parts' own sums
   }
 
   void merge(bool draws) {
     top = *std::max_element(tops.begin(), tops.end());
-    const float base = top > kNegInf ? top : 0.0f;
-    for (size_t c = 0; c < bases.size(); c += kLanes) store(&factors[c], Exp()(load(&bases[c]) - base));
+    const double base = top > kNegInf ? std::nearbyint(top) : 0;
+    for (size_t c = 0; c < bases.size(); ++c)
+      factors[c] = c > 0 && bases[c] == bases[c - 1] ? factors[c - 1] : std::exp(bases[c] - base);
     total = 0;
     if (draws) {
       for (size_t i = 0; i < cdf.size(); ++i) cdf[i] = total += cdf[i] * factors[i / kParts];
     } else {
       for (size_t c = 0; c < sums.size(); ++c) total += sums[c] * factors[c];
     }
+    total *= std::exp(base - top);
   }
 };
 
-// The sum over a chunk, in one pass: the base is the largest score of the first block that has any, or of a later one
-// that leaves it far behind, so that a float holds every term.
+// The sum over a chunk, in one pass: the base is near the largest score of the first block that has any, or of a later
+// one that leaves it far behind: exponentials of large numbers are less exact.
 template <bool kPlain, bool kOfParts, class E>
 inline void survey_chunk(const Row<E>& row, int64_t c, Survey& to) {
-  constexpr float kFar = 60.0f;
+  constexpr float kFar = 16.0f;
   const Exp exp;
   F sum[4] = {}, top = fill(kNegInf);
   F parts[kParts] = {};  // before the one that is being read
@@ -175,7 +179,7 @@ inline void survey_chunk(const Row<E>& row, int64_t c, Survey& to) {
     const F largest = max(max(x[0], x[1]), max(x[2], x[3]));
     top = max(largest, top);
     if (__builtin_expect(any_above(largest, limit), 0)) {
-      shift = largest_lane(largest);
+      shift = std::nearbyint(largest_lane(largest));
       const float factor = base > kNegInf ? std::exp(base - shift) : 0.0f;
       for (F& one : sum) one *= factor;
       for (F& one : parts) one *= factor;
@@ -272,15 +276,15 @@ struct FloatWeights {
   using Sum = double;
   const Row<E>& row;
   const Survey& survey;
-  const Sum most = std::nextafter(survey.total, 0.0);
+  const Sum total = survey.cdf.back(), most = std::nextafter(total, 0.0);
 
   const std::vector<Sum>& cdf() const { return survey.cdf; }
-  Sum threshold(double u) const { return std::min(u * survey.total, most); }
+  Sum threshold(double u) const { return std::min(u * total, most); }
 
   // Of the ids of a block, and their sum.
   Sum block(int64_t v, Weight* weights) const {
     const Exp exp;
-    const float base = survey.bases[v / kChunk], factor = survey.factors[v / kChunk];
+    const float base = survey.bases[v / kChunk], factor = static_cast<float>(survey.factors[v / kChunk]);
     F x[4];
     row.block(v, x);
     for (int u = 0; u < 4; ++u) store(weights + u * kLanes, x[u] = exp(x[u] - base) * factor);
