@@ -52,7 +52,7 @@ class Context:
     @property
     def logits(self) -> Tensor:
         """The denoiser's logits of the masked positions, row by row, [n, V]; -inf for the mask token."""
-        return self._laws.logits(self.masked.cpu())
+        return self._laws.logits(self.masked.cpu()).clone()
 
     def candidates(self, k: int) -> Tensor:
         """k completions of each text, int64 [b, k, T]: everything masked drawn from the proposal."""
@@ -112,9 +112,10 @@ def left_to_right_blocks(size: int, inside: Order | None = None) -> Order:
 
 def _confidence(context: Context) -> Tensor:
     """The log-probability of each masked position's likeliest token, [b, T]; -inf elsewhere."""
-    logits = context.logits
-    confidence = torch.full(context.masked.shape, -torch.inf, dtype=logits.dtype, device=logits.device)
-    confidence[context.masked] = logits.amax(-1) - logits.logsumexp(-1)
+    portions = context._laws.chunks(context.masked.cpu())
+    found = torch.cat([logits.amax(-1) - logits.logsumexp(-1) for _, logits in portions])
+    confidence = torch.full(context.masked.shape, -torch.inf, dtype=found.dtype, device=found.device)
+    confidence[context.masked] = found
     return confidence
 
 

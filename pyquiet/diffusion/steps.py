@@ -52,11 +52,11 @@ class Laws:
             return torch.empty(0, self._denoiser.vocab_size, device=self._denoiser.device)
         if (known := self._of_known(where)) is None:
             known = torch.cat([logits for _, logits in self.chunks(where)])
-            self._known = where, known
+            self._known = where.clone(), known
         return known
 
     def chunks(self, where: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """The same in portions, each with the part of the n rows that it is."""
+        """The same in portions, each with the part of the n rows that it is; kept if there is but one."""
         n = int(where.sum())
         if (known := self._of_known(where)) is not None:
             yield slice(0, n), known
@@ -64,8 +64,11 @@ class Laws:
         hidden = self.hidden()
         row, column = (x.to(hidden.device) for x in where.nonzero(as_tuple=True))
         size = max(1, _CHUNK // self._denoiser.vocab_size)
-        for part in (slice(start, min(start + size, n)) for start in range(0, n, size)):
-            yield part, self._denoiser.head(hidden[row[part], column[part]])
+        for part in _portions(n, size):
+            logits = self._denoiser.head(hidden[row[part], column[part]])
+            if n <= size:
+                self._known = where.clone(), logits
+            yield part, logits
 
     def _of_known(self, where: Tensor) -> Tensor | None:
         """The logits of the positions, if they are among those that are known."""

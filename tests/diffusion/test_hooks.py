@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pyquiet.diffusion import steps
 from pyquiet.diffusion.hooks import RULES, by_confidence, by_threshold, left_to_right_blocks, remdm
 from pyquiet.diffusion.sampling import diffuse
 from pyquiet.diffusion.schedule import Schedule
@@ -133,6 +134,17 @@ def test_the_head_is_asked_once_for_a_row(denoiser):
         assert counted.rows == 5 * rows
 
 
+@pytest.mark.parametrize("order", [by_confidence(3), by_threshold(0.3)], ids=["surest", "sure enough"])
+def test_logits_of_many_positions_never_exist_at_once(denoiser, order, monkeypatch):
+    whole = diffuse(denoiser, input_ids=texts(), order=order, seed=1)
+    monkeypatch.setattr(steps, "_CHUNK", 4 * V)
+    rows, head = [], denoiser.head
+    monkeypatch.setattr(denoiser, "head", lambda given: rows.append(len(given)) or head(given))
+    parts = diffuse(denoiser, input_ids=texts(), order=order, seed=1)
+    assert max(rows) == 4
+    assert torch.equal(parts.tokens, whole.tokens)
+
+
 def test_a_hook_is_told_everything_and_can_spoil_nothing(denoiser):
     ids, seen = texts(), []
 
@@ -149,7 +161,7 @@ def test_a_hook_is_told_everything_and_can_spoil_nothing(denoiser):
         assert (drafts != MASK).all()
         assert ((drafts == context.tokens[:, None]) | context.masked[:, None]).all()
         opened = left_to_right_blocks(4)(context)
-        for tensor in (context.tokens, context.masked, context.fill, context.places, context.rows):
+        for tensor in (context.logits, context.tokens, context.masked, context.fill, context.places, context.rows):
             tensor.zero_()
         return opened
 
@@ -157,6 +169,20 @@ def test_a_hook_is_told_everything_and_can_spoil_nothing(denoiser):
     out = diffuse(denoiser, order=order, **options)
     assert [context.step for context in seen] == [0, 1, 2]
     assert torch.equal(out.tokens, diffuse(denoiser, order=left_to_right_blocks(4), **options).tokens)
+
+
+def test_a_hook_may_narrow_what_is_masked_in_place(denoiser):
+    """After it looked at logits, of which the draw takes its rows."""
+
+    def first_half(context, narrow):
+        assert len(context.logits) == int(context.masked.sum())
+        masked = context.masked if narrow else context.masked.clone()
+        masked &= masked.cumsum(1) <= (masked.sum(1, keepdim=True) + 1) // 2
+        return masked
+
+    options = {"input_ids": texts(), "seed": 1}
+    narrowed, copied = (diffuse(denoiser, order=lambda c, n=n: first_half(c, n), **options) for n in (True, False))
+    assert torch.equal(narrowed.tokens, copied.tokens)
 
 
 def test_tokens_of_a_hook(denoiser):
