@@ -1,0 +1,299 @@
+"""BSVRB: blockwise variance-reduced multi-block bilevel optimisation (arXiv 2305.18730), v1 and v2.
+
+Each block keeps s_i, an estimate of grad_y g_i that is corrected, when the block is sampled, by the difference of its
+gradients at this and the last iterate on the same samples, times gamma: that makes up for the steps in which the block
+was not looked at. y_i falls by tau s_i in every step. v1 keeps such an estimate of H_i and inverts it; v2 keeps v_i,
+which moves towards H_i^{-1} grad_y f_i by matrix-vector products alone. z tracks the hypergradient in the same way
+(STORM) and moves x.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyquiet.bilevel.method import BlockMethod, Rate, guard, rate
+from pyquiet.bilevel.problem import Derivatives, Problem
+from pyquiet.checks import check_fraction
+
+VARIANTS = ("auto", "v1", "v2")
+_INVERTIBLE = 64  # dim_y up to which "auto" inverts
+_POWER_STEPS, _REFRESH = 5, 100  # of the estimate of the curvature
+_SAFE = 0.7  # gamma tau L where tau is chosen
+
+
+class _Rows(NamedTuple):
+    """What a step knows of its blocks before it moves them."""
+
+    now: dict[str, Tensor]
+    before: dict[str, Tensor]
+    visited: Tensor
+
+
+class BSVRB(BlockMethod):
+    """Minimises F(x) = 1/m sum_i f_i(x, argmin_y g_i(x, y)) by looking at a few blocks and samples a step.
+
+    >>> optimizer = BSVRB(problem, x, blocks_per_step=10, samples_per_block=32)  # doctest: +SKIP
+    >>> for _ in range(1000):
+    ...     statistics = optimizer.step()  # doctest: +SKIP
+
+    Args:
+        problem, x, blocks_per_step, samples_per_block, eta, **kwargs: as `BlockMethod`.
+        variant: "v1" (dim_y^2 numbers a block, an inverse), "v2" (vectors alone), "auto": v1 up to dim_y 64.
+        alpha: of s, in (0, 1]; the share of the new gradient. alpha_bar (None: the same): of H or u.
+        beta: of z, in (0, 1].
+        gamma: factor of the differences: "drift", m/I - alpha, has no bias where iterates drift; "msvr",
+            (m - I) / (I (1 - alpha)) + 1 - alpha, needs alpha <= 1/2; or a number. gamma_bar: of H or u.
+        tau, tau_v: step sizes of y and v; None: 0.7 / (gamma L), L the largest curvature of a batch so far: measured
+            every 100 steps, and noticed in between where a step's own products show a larger one.
+        radius: v_i is kept in a ball of this radius (None: no ball). floor: least eigenvalue of v1's H_i.
+        v, H: [m, dim_y] and [m, dim_y, dim_y], where they start.
+
+    `step()` returns z_norm, s_norm, gamma_tau_L (as last measured), and the shares v_clip_frac or H_clip_frac.
+
+    Raises:
+        ValueError: an argument is out of range, or gamma tau L reaches 2 in a step, which then changes nothing.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        x: Any,
+        *,
+        blocks_per_step: int,
+        samples_per_block: int,
+        variant: str = "auto",
+        alpha: float = 0.3,
+        alpha_bar: float | None = None,
+        beta: float = 0.2,
+        gamma: str | float = "drift",
+        gamma_bar: str | float | None = None,
+        tau: Rate | None = None,
+        tau_v: Rate | None = None,
+        eta: Rate = 0.01,
+        radius: float | None = None,
+        floor: float = 1e-2,
+        v: Tensor | None = None,
+        H: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        self.inverts = variant == "v1" or (variant == "auto" and problem.dim_y <= _INVERTIBLE)
+        self.moving = {"y": "s"} if self.inverts else {"y": "s", "v": "u"}
+        self.alpha, self.alpha_bar, self.beta = alpha, alpha if alpha_bar is None else alpha_bar, beta
+        for name in ("alpha", "alpha_bar", "beta"):
+            if check_fraction(name, getattr(self, name)) == 0:
+                raise ValueError(f"{name} must be above 0, or nothing new is ever learned")
+        self.gamma = _check_gamma("gamma", gamma, alpha)
+        self.gamma_bar = _check_gamma("gamma_bar", gamma if gamma_bar is None else gamma_bar, self.alpha_bar)
+        self.tau, self.tau_v, self.radius, self.floor = tau, tau_v, radius, floor
+        super().__init__(
+            problem, x, blocks_per_step=blocks_per_step, samples_per_block=samples_per_block, eta=eta, **kwargs
+        )
+        self._x_before = self._x
+        self._now = dict.fromkeys(self.moving, 0.0)
+        self._last = dict.fromkeys(self.moving, 0.0)
+        self._smoothness, self._stability = 0.0, 0.0
+        self._undo: tuple[Tensor, Tensor] | None = None  # the rows of the last step and their H before it
+        for name, start in (("v", v), ("H", H)):
+            if start is not None:
+                self.table.fields[name].copy_(start[self.owned])
+                self.table.visited |= name == "H"
+
+    @property
+    def clock(self) -> dict[str, float]:
+        return self._now
+
+    def step(self) -> dict[str, float]:
+        """One step; statistics of it."""
+        rows, chance, lower, upper = self._draw()
+        weights, gamma = self._weights(chance), _gamma(self.gamma, self.alpha, chance).to(self._x)
+        gamma_bar = _gamma(self.gamma_bar, self.alpha_bar, chance).to(self._x)
+        blocks = self._rows(rows)
+        with self._same_noise():
+            at = self._at(self._x, blocks.now["y"], rows)
+            gradient = at.gradient(lower)
+            taus = self._rates(at, gradient, gamma, gamma_bar)
+            new = self._estimate(at, gradient, upper, blocks.now, weights, blocks.visited)
+        old = new
+        if self.steps:
+            with self._same_noise():
+                at = self._at(self._x_before, blocks.before["y"], rows)
+                old = self._estimate(at, at.gradient(lower), upper, blocks.before, weights, blocks.visited)
+        moved = self._track(blocks, new, old, gamma, gamma_bar)
+        direction = self._sum(new[0] - (1 - self.beta) * old[0] if self.steps else new[0])
+        return self._commit(rows, blocks, moved, taus, (1 - self.beta) * self._z + direction)
+
+    # -- of a step
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        d = self.problem.dim_y
+        return super()._shapes() | ({"H": (d, d)} if self.inverts else {})
+
+    def _rows(self, rows: Tensor) -> _Rows:
+        """The rows at this iterate and at the last one; v in its ball, H_i as it was before the last step."""
+        now = self.table.gather(rows, self._now)
+        before = dict(now)
+        for name, velocity in self.moving.items():
+            before[name] = now[name] + self._last[name] * now[velocity]
+        if self.inverts:
+            before["H"] = self._undone(rows, now["H"])
+        else:
+            now["v"], before["v"] = self._in_ball(now["v"]), self._in_ball(before["v"])
+        return _Rows(now, before, self.table.visited[rows].to(self._x.device))
+
+    def _undone(self, rows: Tensor, H: Tensor) -> Tensor:
+        if self._undo is None:
+            return H
+        last, before = self._undo
+        same = (rows[:, None] == last).nonzero()
+        H = H.clone()
+        H[same[:, 0]] = before[same[:, 1]]
+        return H
+
+    def _estimate(
+        self, at: Derivatives, gradient: Tensor, upper: Any, row: dict[str, Tensor], weights: Tensor, visited: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """At a point: the hypergradient's estimate, grad_y g_i, and the sample of H_i, or of H_i v_i - grad_y f_i."""
+        gx, gy = at.upper(upper, weights)
+        if not self.inverts:
+            jv, hv = at.pull(gradient, row["v"], weights)
+            self._notice(row["v"], hv)
+            return gx - jv, gradient.detach(), hv - gy
+        H = at.hessian(gradient)
+        self._notice(gradient.detach(), (H @ gradient.detach()[..., None])[..., 0])
+        # A tracker without this step's samples, or their product would be biased; a new block has none.
+        tracker = torch.where(visited[:, None, None], row["H"], self._project(H)[0])
+        jv, _ = at.pull(gradient, torch.linalg.solve(tracker, gy), weights)
+        return gx - jv, gradient.detach(), H
+
+    def _track(
+        self, blocks: _Rows, new: tuple[Tensor, ...], old: tuple[Tensor, ...], gamma: Tensor, gamma_bar: Tensor
+    ) -> dict[str, Tensor]:
+        """The new rows of the sampled blocks; `clipped` is the share of v_i or H_i that were projected."""
+        row, seen = blocks.now, blocks.visited
+        s = _corrected(row["s"], new[1], old[1], self.alpha, gamma, seen)
+        if self.inverts:
+            H, clipped = self._project(_corrected(row["H"], new[2], old[2], self.alpha_bar, gamma_bar, seen))
+            return {"y": row["y"], "s": s, "H": H, "clipped": clipped}
+        u = _corrected(row["u"], new[2], old[2], self.alpha_bar, gamma_bar, seen)
+        clipped = (row["v"].norm(dim=1) >= (self.radius or torch.inf)).double().mean()
+        return {"y": row["y"], "v": row["v"], "s": s, "u": u, "clipped": clipped}
+
+    def _commit(
+        self, rows: Tensor, blocks: _Rows, moved: dict[str, Tensor], taus: dict[str, float], z: Tensor
+    ) -> dict[str, float]:
+        clipped = moved.pop("clipped")
+        self.table.scatter(rows, self._now, moved)
+        if self.inverts:
+            self._undo = (rows, torch.where(blocks.visited[:, None, None], blocks.now["H"], moved["H"]))
+        self._now = {name: self._now[name] + taus[name] for name in self._now}
+        self._last = taus
+        self._x_before = self._x
+        self._move(z)
+        return {
+            "z_norm": float(z.norm()),
+            "s_norm": float(moved["s"].norm()),
+            "gamma_tau_L": self._stability,
+            "H_clip_frac" if self.inverts else "v_clip_frac": float(clipped),
+        }
+
+    def _rates(self, at: Derivatives, gradient: Tensor, gamma: Tensor, gamma_bar: Tensor) -> dict[str, float]:
+        """The step sizes of this step, once in a while held against the curvature."""
+        look = self.steps % _REFRESH == 0 and len(gamma) > 0
+        if look:
+            self._smoothness = max(self._smoothness, _largest_curvature(at, gradient))
+        taus = {}
+        for name, (field, factor) in {"tau": ("y", gamma), "tau_v": ("v", gamma_bar)}.items():
+            if field in self.moving:
+                given = getattr(self, name)
+                most = float(factor.max()) if len(factor) else 1.0
+                chosen = _SAFE / (max(most, 1e-12) * max(self._smoothness, 1e-12))
+                taus[field] = chosen if given is None else rate(given, self.steps)
+                if look:
+                    stability = guard(factor, taus[field], self._smoothness, name)
+                    self._stability = stability if field == "y" else max(self._stability, stability)
+        return taus
+
+    def _notice(self, v: Tensor, hv: Tensor) -> None:
+        """Keeps the largest curvature that products H_i v_i have shown."""
+        shown = (hv.norm(dim=1) / v.norm(dim=1)).nan_to_num(0, 0, 0)
+        self._smoothness = max(self._smoothness, float(shown.max()) if len(shown) else 0.0)
+
+    def _project(self, H: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest symmetric matrices with eigenvalues of at least `floor`, and the share that had to move."""
+        H = (H + H.mT) / 2
+        eye = torch.eye(H.shape[1], dtype=H.dtype, device=H.device)
+        wrong = torch.linalg.cholesky_ex(H - self.floor * eye).info > 0
+        if wrong.any():
+            values, vectors = torch.linalg.eigh(H[wrong])
+            H[wrong] = vectors @ (values.clamp_min(self.floor)[..., None] * vectors.mT)
+        return H, wrong.double().mean()
+
+    def _in_ball(self, v: Tensor) -> Tensor:
+        if self.radius is None:
+            return v
+        size: Tensor = v.norm(dim=1, keepdim=True)
+        return v * (self.radius / size.clamp_min(1e-30)).clamp_max(1)
+
+    # -- states
+
+    def _state(self) -> dict[str, Tensor]:
+        times = [self._now[name] for name in self.moving] + [self._last[name] for name in self.moving]
+        times += [self._smoothness, self._stability]
+        state = {"x_before": self._x_before, "times": torch.tensor(times, dtype=torch.float64)}
+        if self._undo is not None:
+            state |= {"undo.blocks": self.owned[self._undo[0]], "undo.H": self._undo[1]}
+        return state
+
+    def _load_state(self, states: tuple[dict[str, Tensor], ...]) -> None:
+        first, count = states[0], len(self.moving)
+        self._x_before = first["x_before"].to(self._x)
+        times = first["times"].tolist()
+        self._now = dict(zip(self.moving, times[:count], strict=True))
+        self._last = dict(zip(self.moving, times[count : 2 * count], strict=True))
+        self._smoothness, self._stability = times[2 * count :]
+        row = {block: number for number, block in enumerate(self.owned.tolist())}
+        undone = [
+            (row[block], H)
+            for state in states
+            if "undo.blocks" in state
+            for block, H in zip(state["undo.blocks"].tolist(), state["undo.H"], strict=True)
+            if block in row
+        ]
+        self._undo = (torch.tensor([r for r, _ in undone]), torch.stack([H for _, H in undone])) if undone else None
+
+
+def _corrected(tracked: Tensor, new: Tensor, old: Tensor, alpha: float, gamma: Tensor, visited: Tensor) -> Tensor:
+    """A block's estimate after a look at it; at the first look, what was seen."""
+    shape = (-1, *[1] * (tracked.ndim - 1))
+    found = (1 - alpha) * tracked + alpha * new + gamma.view(shape) * (new - old)
+    return torch.where(visited.view(shape), found, new)
+
+
+def _check_gamma(name: str, gamma: str | float, alpha: float) -> str | float:
+    if isinstance(gamma, str) and gamma not in ("drift", "msvr"):
+        raise ValueError(f"{name} must be 'drift', 'msvr' or a number, got {gamma!r}")
+    if gamma == "msvr" and alpha > 0.5:
+        raise ValueError(f"{name}='msvr' needs an alpha of at most 0.5, beyond which it explodes; got {alpha}")
+    return gamma
+
+
+def _gamma(gamma: str | float, alpha: float, chance: Tensor) -> Tensor:
+    """gamma of each block, from its probability to be among a step's; 1 - alpha where that is 1."""
+    if gamma == "drift":
+        return 1 / chance - alpha
+    if gamma == "msvr":
+        return (1 / chance - 1) / (1 - alpha) + (1 - alpha)
+    return torch.full_like(chance, float(gamma))
+
+
+def _largest_curvature(at: Derivatives, gradient: Tensor) -> float:
+    """The largest eigenvalue of the blocks' H_i on this batch, from below."""
+    v = torch.ones_like(gradient) + 0.1 * torch.arange(gradient.shape[1], device=gradient.device).cos()
+    size = v.norm(dim=1, keepdim=True)
+    for _ in range(_POWER_STEPS):
+        v = at.pull(gradient, v / size.clamp_min(1e-30))[1]
+        size = v.norm(dim=1, keepdim=True)
+    return float(size.max())

@@ -1,0 +1,261 @@
+"""Bilevel problems of language models with m domains, on cached features: the models themselves are left as they are.
+
+A domain's own few numbers are fitted to its data under what all domains share, and what they share is chosen by how
+well the fitted domains do on held-out data.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from pyquiet.bilevel.bsvrb import BSVRB
+from pyquiet.bilevel.problem import Problem
+
+
+class Rows(NamedTuple):
+    """Rows of each block's data int64 [I, B], and what each counts [I, B]; 0 at padding."""
+
+    rows: Tensor
+    weight: Tensor
+
+
+class DomainData:
+    """Which rows belong to which domain.
+
+    Args:
+        domains: int64 [n], the domain of each row, from 0 to m - 1.
+
+    Raises:
+        ValueError: a domain has no rows.
+    """
+
+    def __init__(self, domains: Tensor, m: int) -> None:
+        self.members = [(domains == i).nonzero()[:, 0] for i in range(m)]
+        empty = [i for i, rows in enumerate(self.members) if not len(rows)]
+        if empty:
+            raise ValueError(f"domains: {empty[:5]} have no rows; number the domains from 0 on, without gaps")
+
+    def sample(self, idx: Tensor, samples: int | None, generator: torch.Generator) -> Rows:
+        members = [self.members[i] for i in idx.tolist()]
+        if samples is None:
+            rows = pad_sequence(members, batch_first=True, padding_value=-1)
+            return Rows(rows.clamp(min=0), (rows >= 0) / (rows >= 0).sum(1, keepdim=True))
+        u = torch.rand(len(idx), samples, generator=generator, dtype=torch.float64)
+        chosen = torch.stack([rows[(u[i] * len(rows)).long()] for i, rows in enumerate(members)])
+        return Rows(chosen, torch.full(chosen.shape, 1 / samples))
+
+
+class SharedPrior(Problem):
+    """Domains whose numbers y_i are drawn to a shared mean: x = {"mean": [d], "log_strength": []}.
+
+    g_i = mean loss of y_i on the domain's rows + exp(log_strength) / 2 |y_i - mean|^2, f_i the mean loss on its
+    held-out rows. Subclasses say what the loss of a row is.
+    """
+
+    def __init__(self, train: DomainData, held_out: DomainData, dim_y: int) -> None:
+        self.m, self.dim_y, self.train, self.held_out = len(train.members), dim_y, train, held_out
+
+    @abstractmethod
+    def losses(self, Y: Tensor, rows: Tensor, held_out: bool) -> Tensor:
+        """The losses [I, B] of rows int64 [I, B] under Y [I, d], convex in Y."""
+
+    def sample(self, idx: Tensor, samples: int | None, generator: torch.Generator) -> Rows:
+        return self.train.sample(idx, samples, generator)
+
+    def sample_upper(self, idx: Tensor, samples: int | None, generator: torch.Generator) -> Rows:
+        return self.held_out.sample(idx, samples, generator)
+
+    def lower(self, x: Any, Y: Tensor, idx: Tensor, batch: Rows) -> Tensor:
+        fit = (self.losses(Y, batch.rows, False) * batch.weight).sum(1)
+        apart: Tensor = x["log_strength"].exp() / 2 * (Y - x["mean"]).square().sum(1)
+        return fit + apart
+
+    def upper(self, x: Any, Y: Tensor, idx: Tensor, batch: Rows) -> Tensor:
+        return (self.losses(Y, batch.rows, True) * batch.weight).sum(1)
+
+
+@dataclass(frozen=True)
+class SharedFit:
+    """Each domain's numbers [m, d], their shared `mean` [d] and the `strength` that draws them to it, and the mean
+    held-out NLL in nats before (all domains at the starting mean) and after."""
+
+    values: Tensor
+    mean: Tensor
+    strength: float
+    before: float
+    after: float
+
+
+class _Temperatures(SharedPrior):
+    """y_i is the inverse temperature, in which the NLL is convex."""
+
+    def __init__(self, parts: "tuple[Part, Part]", m: int) -> None:
+        self.parts = parts
+        super().__init__(DomainData(parts[0].domains, m), DomainData(parts[1].domains, m), 1)
+
+    def losses(self, Y: Tensor, rows: Tensor, held_out: bool) -> Tensor:
+        part = self.parts[held_out]
+        logits = part.logits[rows] * Y[:, None]
+        return cross_entropy(logits.flatten(0, 1), part.labels[rows].flatten(), reduction="none").view(rows.shape)
+
+
+class _Mixing(SharedPrior):
+    """y_i are the weights w of log-linear mixing: logits + (w . features) (thought logits - logits)."""
+
+    def __init__(self, parts: "tuple[Part, Part]", m: int) -> None:
+        self.parts = parts
+        features = cast(Tensor, parts[0].features)
+        super().__init__(DomainData(parts[0].domains, m), DomainData(parts[1].domains, m), features.shape[1])
+
+    def losses(self, Y: Tensor, rows: Tensor, held_out: bool) -> Tensor:
+        part = self.parts[held_out]
+        features, thought = cast(Tensor, part.features), cast(Tensor, part.thought_logits)
+        share = (features[rows] * Y[:, None]).sum(-1, keepdim=True)
+        mixed = part.logits[rows] + share * (thought[rows] - part.logits[rows])
+        return cross_entropy(mixed.flatten(0, 1), part.labels[rows].flatten(), reduction="none").view(rows.shape)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Cached rows of a model: `logits` [n, V], the right ids `labels` int64 [n], `domains` int64 [n]; for mixing heads
+    also the logits behind a thought [n, V] and the `features` [n, d] that say how much of it to take."""
+
+    logits: Tensor
+    labels: Tensor
+    domains: Tensor
+    thought_logits: Tensor | None = None
+    features: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("labels", "domains", "thought_logits", "features"):
+            value = getattr(self, name)
+            if value is not None and len(value) != len(self.logits):
+                raise ValueError(f"{name} must have a row for each of the {len(self.logits)} logits, got {len(value)}")
+
+
+def calibrate_temperatures(
+    train: Part, held_out: Part, *, steps: int = 400, seed: int = 0, **options: Any
+) -> SharedFit:
+    """An inverse temperature for each domain, and the mean that they share; 1 is the model as it is.
+
+    Args:
+        train, held_out: rows of the same domains.
+        steps: of `BSVRB`, whose further `options` these are.
+
+    Raises:
+        ValueError: a domain has no rows in either part.
+    """
+    return _fit(_Temperatures((train, held_out), _domains(train)), torch.ones(1), steps, seed, options)
+
+
+def domain_mixing_heads(train: Part, held_out: Part, *, steps: int = 400, seed: int = 0, **options: Any) -> SharedFit:
+    """Log-linear mixing heads for each domain of a thinking model, and the mean that they share; 0 leaves thoughts out.
+
+    A head w takes logits + (w . features) (thought_logits - logits). Arguments as `calibrate_temperatures`.
+
+    Raises:
+        ValueError: thought_logits or features are missing, or a domain has no rows in either part.
+    """
+    for name, part in (("train", train), ("held_out", held_out)):
+        if part.thought_logits is None or part.features is None:
+            raise ValueError(f"{name} needs thought_logits [n, V] and features [n, d], to mix thoughts by")
+    problem = _Mixing((train, held_out), _domains(train))
+    return _fit(problem, torch.zeros(problem.dim_y), steps, seed, options)
+
+
+class DomainReweighting(Problem):
+    """x = logits of source domains' weights; y_i is a linear head for target domain i, trained on the weighed sources.
+
+    g_i = sum_k softmax(x)_k (mean cross entropy on source k) + l2 / 2 |y_i|^2, f_i that of the target's held-out rows.
+    Targets differ by their upper loss alone, so each has the same lower problem, from its own start and samples.
+    """
+
+    def __init__(self, source: Part, target: Part, *, l2: float) -> None:
+        features = cast(Tensor, source.features)
+        self.sources, self.m = _domains(source), _domains(target)
+        self.classes = int(max(source.labels.max(), target.labels.max())) + 1
+        self.dim_y, self.l2, self.parts = self.classes * features.shape[1], l2, (source, target)
+        self.source, self.held_out = DomainData(source.domains, self.sources), DomainData(target.domains, self.m)
+
+    def sample(self, idx: Tensor, samples: int | None, generator: torch.Generator) -> list[Rows]:
+        """For each block, rows of every source: as many lists as blocks."""
+        every = torch.arange(self.sources)
+        if samples is None:
+            return [self.source.sample(every, None, generator)] * len(idx)
+        return [self.source.sample(every, max(1, samples // self.sources), generator) for _ in idx]
+
+    def sample_upper(self, idx: Tensor, samples: int | None, generator: torch.Generator) -> Rows:
+        return self.held_out.sample(idx, samples, generator)
+
+    def lower(self, x: Any, Y: Tensor, idx: Tensor, batch: list[Rows]) -> Tensor:
+        rows, weight = (torch.stack([getattr(one, name) for one in batch]) for name in ("rows", "weight"))  # [I, k, B]
+        losses = self._losses(self.parts[0], Y, rows.flatten(1)).view(rows.shape)
+        fit: Tensor = ((losses * weight).sum(2) * x.softmax(0)).sum(1)
+        return fit + self.l2 / 2 * Y.square().sum(1)
+
+    def upper(self, x: Any, Y: Tensor, idx: Tensor, batch: Rows) -> Tensor:
+        return (self._losses(self.parts[1], Y, batch.rows) * batch.weight).sum(1)
+
+    def _losses(self, part: Part, Y: Tensor, rows: Tensor) -> Tensor:
+        heads = Y.view(len(Y), self.classes, -1)
+        logits = cast(Tensor, part.features)[rows] @ heads.mT
+        return cross_entropy(logits.flatten(0, 1), part.labels[rows].flatten(), reduction="none").view(rows.shape)
+
+
+def reweight_domains(
+    source: Part, target: Part, *, l2: float = 1e-2, steps: int = 600, seed: int = 0, eta: float = 1.0, **options: Any
+) -> Tensor:
+    """How much each source domain should count, [domains], summing to 1, for heads that do well on the target rows.
+
+    Heads are linear in `features`; the `logits` of the parts are not looked at.
+
+    Args:
+        source: rows to train on, their `domains` the ones to weigh. target: held-out rows, each of its domains a block.
+        l2: of the heads. steps, eta: of `BSVRB`, whose further `options` these are.
+
+    Raises:
+        ValueError: features are missing, or a domain has no rows.
+    """
+    for name, part in (("source", source), ("target", target)):
+        if part.features is None:
+            raise ValueError(f"{name} needs features [n, d], which its head reads")
+    problem = DomainReweighting(source, target, l2=l2)
+    method = _run(problem, torch.zeros(problem.sources), steps, seed, {"eta": eta, "variant": "v2"} | options)
+    return cast(Tensor, method.x).softmax(0)
+
+
+def _domains(part: Part) -> int:
+    return int(part.domains.max()) + 1
+
+
+def _run(problem: Problem, x: Any, steps: int, seed: int, options: dict[str, Any], y: Tensor | None = None) -> BSVRB:
+    defaults: dict[str, Any] = {
+        "blocks_per_step": min(8, problem.m),
+        "samples_per_block": 32,
+        "eta": 0.02,
+        "floor": 0.1,
+    }
+    method = BSVRB(problem, x, seed=seed, y=y, **defaults | options)
+    for _ in range(steps):
+        method.step()
+    return method
+
+
+@torch.no_grad()
+def _held_out(problem: SharedPrior, Y: Tensor) -> float:
+    every = torch.arange(problem.m)
+    return float(problem.upper({}, Y, every, problem.sample_upper(every, None, torch.Generator())).mean())
+
+
+def _fit(problem: SharedPrior, start: Tensor, steps: int, seed: int, options: dict[str, Any]) -> SharedFit:
+    x = {"mean": start, "log_strength": torch.zeros(())}
+    at_start = start.expand(problem.m, -1)
+    method = _run(problem, x, steps, seed, options, at_start)
+    found, values = cast(dict[str, Tensor], method.x), method.flush().clone()
+    strength = float(found["log_strength"].exp())
+    return SharedFit(values, found["mean"], strength, _held_out(problem, at_start), _held_out(problem, values))

@@ -1,0 +1,198 @@
+"""Multi-block bilevel problems and their derivatives (arXiv 2305.18730).
+
+    min over x of F(x) = 1/m sum_i f_i(x, y_i(x)),  y_i(x) = argmin over y of g_i(x, y),  i = 1 .. m
+
+x is shared, y_i belongs to block i, and g_i is strongly convex in y. With H_i and J_i the derivatives of grad_y g_i in
+y and in x, the gradient of F (the hypergradient) is the mean over blocks of grad_x f_i - J_i^T H_i^{-1} grad_y f_i.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import grad
+
+Variables = Tensor | dict[str, Tensor]
+
+
+class Problem(ABC):
+    """A multi-block bilevel problem, as losses of some of its blocks at a time.
+
+    Letters: m blocks, of which a call sees I, those of `idx` int64 [I], distinct; d = `dim_y`.
+
+    `lower` and `upper` return the losses g_i and f_i [I] at `x` (a tensor or a dict of tensors, as the optimiser was
+    given them) and Y [I, d]; loss i may depend on row i of Y alone. They are evaluated at two points with the same
+    batch and the same state of torch's random generator.
+    """
+
+    m: int
+    dim_y: int
+
+    @abstractmethod
+    def lower(self, x: Any, Y: Tensor, idx: Tensor, batch: Any) -> Tensor:
+        """The losses g_i [I], on the samples of `batch`."""
+
+    @abstractmethod
+    def upper(self, x: Any, Y: Tensor, idx: Tensor, batch: Any) -> Tensor:
+        """The losses f_i [I]."""
+
+    @abstractmethod
+    def sample(self, idx: Tensor, samples: int | None, generator: torch.Generator) -> Any:
+        """So many samples of each block for `lower`, drawn by `generator` (on the CPU); all that there are for None."""
+
+    def sample_upper(self, idx: Tensor, samples: int | None, generator: torch.Generator) -> Any:
+        """The same for `upper`, where its data are others; they are drawn independently in any case."""
+        return self.sample(idx, samples, generator)
+
+
+class BlockwiseProblem(Problem):
+    """A problem given by the losses of one block: (x, y [d], batch of the block) -> [], lifted over blocks by vmap.
+
+    Args:
+        lower, upper: the losses of one block.
+        sample: as `Problem.sample`; what it returns has blocks as the first dimension of all its tensors.
+        sample_upper: None is `sample`.
+    """
+
+    def __init__(
+        self,
+        lower: Callable[[Any, Tensor, Any], Tensor],
+        upper: Callable[[Any, Tensor, Any], Tensor],
+        sample: Callable[[Tensor, int | None, torch.Generator], Any],
+        *,
+        m: int,
+        dim_y: int,
+        sample_upper: Callable[[Tensor, int | None, torch.Generator], Any] | None = None,
+    ) -> None:
+        self.m, self.dim_y = m, dim_y
+        self._lower, self._upper = (
+            torch.func.vmap(loss, in_dims=(None, 0, 0), randomness="same") for loss in (lower, upper)
+        )
+        self._sample, self._sample_upper = sample, sample if sample_upper is None else sample_upper
+
+    def lower(self, x: Any, Y: Tensor, idx: Tensor, batch: Any) -> Tensor:
+        return self._lower(x, Y, batch)
+
+    def upper(self, x: Any, Y: Tensor, idx: Tensor, batch: Any) -> Tensor:
+        return self._upper(x, Y, batch)
+
+    def sample(self, idx: Tensor, samples: int | None, generator: torch.Generator) -> Any:
+        return self._sample(idx, samples, generator)
+
+    def sample_upper(self, idx: Tensor, samples: int | None, generator: torch.Generator) -> Any:
+        return self._sample_upper(idx, samples, generator)
+
+
+class Flat:
+    """How variables of any structure lie in one vector.
+
+    Raises:
+        TypeError: x is neither a tensor, nor a dict of tensors, nor a module with parameters, or not floating point.
+        ValueError: it is in half precision, in which differences of gradients are lost.
+    """
+
+    def __init__(self, x: Tensor | Mapping[str, Tensor] | nn.Module) -> None:
+        parts = dict(x.named_parameters()) if isinstance(x, nn.Module) else {"": x} if isinstance(x, Tensor) else x
+        if not isinstance(parts, Mapping) or not parts or not all(isinstance(part, Tensor) for part in parts.values()):
+            raise TypeError(
+                f"x must be a tensor, a dict of tensors or a module with parameters, got {type(x).__name__}"
+            )
+        for name, part in parts.items():
+            check_precise(f"x {name}".strip(), part)
+        self.module = x if isinstance(x, nn.Module) else None
+        self.single = isinstance(x, Tensor)
+        self.shapes = {name: part.shape for name, part in parts.items()}
+        self.vector = torch.cat([part.detach().flatten() for part in parts.values()])
+
+    def unflatten(self, vector: Tensor) -> Variables:
+        """The parts of a vector, as views of it."""
+        pieces = vector.split([shape.numel() for shape in self.shapes.values()])
+        parts = {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
+        return parts[""] if self.single else parts
+
+    def write_back(self, vector: Tensor) -> None:
+        """Copies the vector into the module that x came from, if it did."""
+        if self.module is not None:
+            parts = cast(dict[str, Tensor], self.unflatten(vector))
+            with torch.no_grad():
+                for name, parameter in self.module.named_parameters():
+                    parameter.copy_(parts[name])
+
+
+def check_precise(name: str, value: Tensor) -> None:
+    """Raises TypeError or ValueError unless the tensor is float32 or float64.
+
+    The method amplifies differences of two gradients; in bfloat16 these are mostly rounding.
+    """
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if value.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name} is {value.dtype}, in which the differences of gradients that this method amplifies are lost; "
+            "give float32 or float64"
+        )
+
+
+class Lower(NamedTuple):
+    """Of g at a point: grad_y [I, d], sum_i J_i^T v_i [d_x] and H_i v_i [I, d]."""
+
+    grad_y: Tensor
+    transposed: Tensor
+    product: Tensor
+
+
+class Derivatives:
+    """The derivatives of some blocks at a point (vector of x, Y [I, d]), in one graph; what is asked for, is computed.
+
+    One vector-Jacobian product of grad_y g with v gives both J^T v, summed over blocks, and each H_i v_i, since loss i
+    depends on row i alone. Backward passes go through the functions of `problem` twice: fused attention cannot.
+    """
+
+    def __init__(self, problem: Problem, flat: Flat, x: Tensor, Y: Tensor, idx: Tensor) -> None:
+        self.problem, self.idx = problem, idx
+        self.x, self.Y = x.detach().requires_grad_(), Y.detach().requires_grad_()
+        self.variables = flat.unflatten(self.x)
+
+    def upper(self, batch: Any, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """sum_i grad_x f_i [d_x], each f_i with its weight, and grad_y f_i [I, d] without."""
+        losses = self._losses("upper", batch)
+        if weights is None:
+            gx, gy = grad(losses.sum(), (self.x, self.Y), materialize_grads=True)
+            return gx, gy
+        gx, gy = grad(losses @ weights, (self.x, self.Y), materialize_grads=True)
+        return gx, gy / weights[:, None]
+
+    def gradient(self, batch: Any) -> Tensor:
+        """grad_y g_i [I, d], to be differentiated."""
+        (gy,) = grad(self._losses("lower", batch).sum(), self.Y, create_graph=True)
+        return gy
+
+    def pull(self, gradient: Tensor, v: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """sum_i w_i J_i^T v_i [d_x] and H_i v_i [I, d]."""
+        if not gradient.requires_grad:  # g is linear in y and does not couple it with x
+            return torch.zeros_like(self.x), torch.zeros_like(self.Y)
+        scaled = v if weights is None else v * weights[:, None]
+        jv, hv = grad(gradient, (self.x, self.Y), scaled, retain_graph=True, materialize_grads=True)
+        return jv, hv if weights is None else hv / weights[:, None]
+
+    def hessian(self, gradient: Tensor) -> Tensor:
+        """H_i [I, d, d]."""
+        d = self.Y.shape[1]
+        if not gradient.requires_grad:
+            return self.Y.new_zeros(*self.Y.shape, d)
+        rows = torch.eye(d, dtype=self.Y.dtype, device=self.Y.device)[:, None].expand(-1, *self.Y.shape)
+        (H,) = grad(
+            gradient, self.Y, rows, retain_graph=True, materialize_grads=True, is_grads_batched=True
+        )  # [d, I, d]
+        return H.transpose(0, 1)
+
+    def _losses(self, which: str, batch: Any) -> Tensor:
+        losses: Tensor = getattr(self.problem, which)(self.variables, self.Y, self.idx, batch)
+        if losses.shape != self.idx.shape:
+            raise ValueError(
+                f"problem.{which} must return one loss a block, {list(self.idx.shape)}, got {list(losses.shape)}"
+            )
+        check_precise(f"problem.{which}'s loss", losses)
+        return losses

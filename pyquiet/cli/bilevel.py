@@ -1,0 +1,62 @@
+"""`pyquiet bilevel`: optimisation of many small problems inside a large one."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("bilevel", help="optimise problems inside a problem", description="BSVRB.")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    demo = actions.add_parser(
+        "demo",
+        help="find wrong labels by a few right ones",
+        description="Turns over a share of the labels of a data set, and finds them again: each training row gets a "
+        "weight, learned so that logistic regressions on the weighed rows do well on a few clean ones.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--data", default="digits", metavar="FILE", help="in LIBSVM's format, two classes; or digits")
+    demo.add_argument("--wrong", type=float, default=0.3, metavar="SHARE", help="of the training labels, turned over")
+    demo.add_argument("--variant", choices=("v1", "v2"), default="v2", help="of BSVRB")
+    demo.add_argument("--epochs", type=int, default=60, help="passes over the training rows")
+    demo.add_argument("--rows", type=int, default=4000, help="training rows at most; a quarter of them more is clean")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--plot", metavar="FILE", help="figure of curves and weights: .png, .svg or .pdf")
+    demo.add_argument("--json", action="store_true", help="print the result as JSON")
+    demo.add_argument("--quiet", action="store_true", help="no progress bar")
+    demo.set_defaults(run=run_demo)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    from pyquiet.bilevel.demonstration import demonstrate, read_rows
+    from pyquiet.plotting.bilevel import plot_cleaning
+    from pyquiet.plotting.difficulty import check_figure
+
+    if args.plot:
+        check_figure(args.plot)
+    rows = read_rows(args.data)
+    shown = demonstrate(
+        *rows, wrong=args.wrong, rows=args.rows, variant=args.variant, epochs=args.epochs, seed=args.seed,
+        progress=not args.quiet,
+    )  # fmt: skip
+    if args.plot:
+        plot_cleaning(shown.cleaned, args.plot, wrong=shown.wrong, title=f"{args.data}, BSVRB {args.variant}")
+    result = shown.to_dict() | {"data": args.data, "variant": args.variant, "seed": args.seed}
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print(_in_words(result))
+    return 0
+
+
+def _in_words(result: dict[str, Any]) -> str:
+    return (
+        f"{result['rows']} rows, {result['wrong']} with a wrong label, {result['clean']} clean ones; "
+        f"{result['steps']} steps in {result['seconds']:.1f} s\n"
+        f"wrong labels told from right ones with AUC {result['auc']:.3f}\n"
+        f"accuracy on the clean rows held out: {result['accuracy']:.3f} with the weights, "
+        f"{result['plain_accuracy']:.3f} without, {result['oracle_accuracy']:.3f} on the right labels"
+    )
