@@ -111,6 +111,7 @@ CASES = {
     "tau above 1": {"candidates": 4, "steps": 2, "energy_temperature": 3.0},
     "tau below 1": {"candidates": 4, "steps": 2, "energy_temperature": 0.3},
     "temperature": {"candidates": 4, "steps": 2, "temperature": 1.7},
+    "temperature, and tau": {"candidates": 8, "steps": 1, "temperature": 0.5, "energy_temperature": 3.0},
     "top-p": {"candidates": 4, "steps": 2, "top_p": 0.8},
     "top-k": {"candidates": 4, "steps": 1, "top_k": 2, "temperature": 0.8},
     "banned": {"candidates": 4, "steps": 2, "banned": torch.tensor([False, False, True, False])},
