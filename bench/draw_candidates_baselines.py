@@ -43,26 +43,26 @@ def ours(given: Problem) -> Drawn:
 
 def multinomial(given: Problem) -> Drawn:
     """A softmax, then k draws by torch.multinomial, which searches in a CDF."""
-    log_probs = given.logits.log_softmax(-1, torch.float32)
-    tokens = log_probs.exp().multinomial(given.u.shape[1], replacement=True)
-    return tokens, log_probs.gather(-1, tokens)
+    probs = given.logits.softmax(-1, torch.float32)
+    tokens = probs.multinomial(given.u.shape[1], replacement=True)
+    return tokens, probs.gather(-1, tokens).log()
 
 
 def race(given: Problem) -> Drawn:
     """A softmax, then for each candidate a race of exponentials over all ids, as released samplers run it."""
-    log_probs = given.logits.log_softmax(-1, torch.float32)
-    probs = log_probs.exp()
-    draws = [(probs / torch.empty_like(probs).exponential_()).argmax(-1) for _ in range(given.u.shape[1])]
+    probs = given.logits.softmax(-1, torch.float32)
+    noise = torch.empty_like(probs)
+    draws = [torch.div(probs, noise.exponential_(), out=noise).argmax(-1) for _ in range(given.u.shape[1])]
     tokens = torch.stack(draws, -1)
-    return tokens, log_probs.gather(-1, tokens)
+    return tokens, probs.gather(-1, tokens).log()
 
 
 def cdf(given: Problem, dtype: torch.dtype = torch.float32) -> Drawn:
     """The CDF of each row, and k searches in it: as little as torch can do."""
-    log_probs = given.logits.log_softmax(-1, dtype)
-    sums = log_probs.exp().cumsum(-1)
+    probs = given.logits.softmax(-1, dtype)
+    sums = probs.cumsum(-1)
     tokens = torch.searchsorted(sums, given.u.to(dtype) * sums[:, -1:], right=True).clamp_max(sums.shape[1] - 1)
-    return tokens, log_probs.gather(-1, tokens)
+    return tokens, probs.gather(-1, tokens).log()
 
 
 def check(given: Problem, drawn: Drawn, method: str) -> None:

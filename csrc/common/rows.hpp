@@ -16,7 +16,7 @@ namespace pyquiet {
 namespace PYQUIET_ISA {
 
 constexpr int kChunk = 2048;
-constexpr int kPart = 256;  // of a chunk: what a draw looks at again
+constexpr int kPart = 128;  // of a chunk: what a draw looks at again
 constexpr int kParts = kChunk / kPart;
 constexpr int kBlock = 4 * kLanes;  // elements that loops take at once
 
@@ -125,8 +125,8 @@ inline void if_plain(bool plain, Use use) {
 // and, once all are read, the factor that makes it a part of the row's. Bases are whole numbers: were their differences
 // rounded, whole chunks would shift against each other, and draws with them.
 //
-// Where draws may follow, also the row's CDF at the end of every part of a chunk, in double, of float sums of the at
-// most 16 terms that meet in a lane (64 without AVX): so a part loses no more than its terms do, 1e-7 of itself.
+// Where draws may follow, also the row's CDF at the end of every part of a chunk, in double, of float sums of the 8
+// terms that meet in a lane (32 without AVX): so a part loses no more than its terms do, 1e-7 of itself.
 struct Survey {
   std::vector<float> tops, bases;
   std::vector<double> factors, sums, cdf;
@@ -150,10 +150,14 @@ struct Survey {
     for (size_t c = 0; c < bases.size(); ++c)
       factors[c] = c > 0 && bases[c] == bases[c - 1] ? factors[c - 1] : std::exp(bases[c] - base);
     total = 0;
-    if (draws) {
-      for (size_t i = 0; i < cdf.size(); ++i) cdf[i] = total += cdf[i] * factors[i / kParts];
-    } else {
-      for (size_t c = 0; c < sums.size(); ++c) total += sums[c] * factors[c];
+    for (size_t c = 0; c < sums.size(); ++c) {
+      double sum = 0;  // of the chunk alone: no addition waits for those of other chunks
+      if (draws) {
+        for (size_t i = c * kParts; i < (c + 1) * kParts; ++i) cdf[i] = total + (sum += cdf[i] * factors[c]);
+      } else {
+        sum = sums[c] * factors[c];
+      }
+      total += sum;
     }
     total *= std::exp(base - top);
   }
@@ -242,12 +246,12 @@ struct Place {
   static Place find(int64_t groups, Sum before, Sum threshold, Total total) {
     Place place{0, before};
     Sum sum = before;
-    for (int64_t i = 0; i < groups; ++i) {
+    for (int64_t i = 0; i < groups; ++i) {  // to the end: where it lies cannot be guessed, and groups are few
       const Sum one = total(i);
-      if (!(one > 0)) continue;
-      place = {i, sum};
+      const bool here = (one > 0) & !(sum > threshold);
+      place.at = here ? i : place.at;
+      place.before = here ? sum : place.before;
       sum += one;
-      if (sum > threshold) break;
     }
     return place;
   }

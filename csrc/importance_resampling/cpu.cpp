@@ -1,8 +1,11 @@
 // Candidates and single draws on the CPU, compiled once for each instruction set.
 //
-// One pass over a row yields its log-sum-exp and, by the way, the CDF at the end of every 256 ids; a candidate then
-// costs a binary search and the weights of a part of 256 ids, which is still in L2, on average half of it. A processed
-// law needs passes of its own, over the same row in L2: one where there is a temperature, two for top-k or top-p.
+// One pass over a row yields its log-sum-exp and, by the way, the CDF at the end of every 128 ids; a candidate then
+// costs a binary search and the weights of 128 ids, which are still in L2. Neither branches on where the candidate
+// lies, which would be guessed wrong, so that one runs beside the next: some 80 ns each with AVX-512, where the pass
+// over 50257 ids takes 6 us. (Parts of 256 ids make the first candidate 5 % faster and all others 50 % slower.) A
+// processed law needs passes of its own, over the same row in L2: one where there is a temperature, two for top-k or
+// top-p.
 #include "cpu.hpp"
 
 #include "../common/row_law.hpp"
