@@ -1,6 +1,7 @@
 """A decoder's ends, whatever the architecture: its tables, its cache's name, what it does to logits after the head."""
 
 import inspect
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, cast
 
@@ -33,18 +34,23 @@ def finish_logits(base: PreTrainedModel, raw: Tensor) -> Tensor:
     mix can be made in float32 between the head and the softcap, and no architecture's rule is written down here.
     """
     flat = raw.reshape(1, -1, raw.shape[-1])
-    head = base.get_output_embeddings()
-    shell = object.__new__(type(base))
-    shell.__dict__.update(base.__dict__)
-    shell.__dict__["_modules"] = {
-        name: _Given(_Hidden(last_hidden_state=flat[..., :1]))
-        if name == base.base_model_prefix
-        else (_Given(flat) if module is head else module)
-        for name, module in base._modules.items()
-    }
-    # The class's forward: an instance's own (accelerate's hooks) would run the real base.
-    logits: Tensor = type(base).forward(shell, inputs_embeds=flat, use_cache=False).logits
+    parts = {name: _Given(flat) for name, module in base._modules.items() if module is base.get_output_embeddings()}
+    parts[base.base_model_prefix] = _Given(_Hidden(last_hidden_state=flat[..., :1]))
+    logits: Tensor = run_standing_in(stand_in(base, parts), inputs_embeds=flat, use_cache=False).logits
     return logits.view(raw.shape)
+
+
+def stand_in(model: PreTrainedModel, parts: Mapping[str, nn.Module]) -> PreTrainedModel:
+    """A shallow copy of the model that shares all of its modules but these, for `run_standing_in`."""
+    shell = cast(PreTrainedModel, object.__new__(type(model)))
+    shell.__dict__.update(model.__dict__)
+    shell.__dict__["_modules"] = {**model._modules, **parts}
+    return shell
+
+
+def run_standing_in(shell: PreTrainedModel, **inputs: Any) -> Any:
+    """What the forward of the model's class makes of it: an instance's own (accelerate's hooks) would run the model."""
+    return type(shell).forward(shell, **inputs)
 
 
 def log_prob(logits: Tensor, token: Tensor, *, temperature: float = 1.0, sums: list[Tensor] | None = None) -> Tensor:

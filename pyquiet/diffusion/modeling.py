@@ -4,7 +4,6 @@ Its law of a masked position is the softmax of the model's own logits without th
 law: a caller asks for the rows of masked positions alone, so the LM head sees no others.
 """
 
-import copy
 from typing import Any, Protocol, cast
 
 import torch
@@ -17,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from pyquiet.diffusion.energy import leftward
+from pyquiet.heads import run_standing_in, stand_in
 
 _LEFTWARD = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()} - {*MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()}
 _ROPE_BASE = 1000.0  # in short texts a small model finds its neighbours sooner than by a large one
@@ -97,11 +97,11 @@ class MaskedDenoiser(nn.Module):
 
     def head(self, rows: Tensor) -> Tensor:
         """Logits [R, V] of hidden states [R, d], float32 (float64 of a float64 model); -inf for the mask token."""
-        logits = self._head[0](inputs_embeds=rows[None]).logits[0]
+        logits: Tensor = run_standing_in(self._head[0], inputs_embeds=rows[None]).logits[0]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         mask = torch.tensor([self.mask_id], device=logits.device)
         fill = logits.index_fill if logits.requires_grad else logits.index_fill_
-        return cast(Tensor, fill(1, mask, -torch.inf))
+        return fill(1, mask, -torch.inf)
 
     def log_probs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Log-probabilities [n, V] of the n masked positions, row by row of the texts."""
@@ -122,9 +122,7 @@ class _Given(nn.Module):
 
 def _headed(model: PreTrainedModel) -> PreTrainedModel:
     """The model's head alone, as its own forward applies it: a copy that shares all but the trunk."""
-    head = copy.copy(model)
-    head._modules = {name: _Given() if part is model.base_model else part for name, part in model._modules.items()}
-    return head
+    return stand_in(model, {name: _Given() for name, part in model._modules.items() if part is model.base_model})
 
 
 def _context(model: PreTrainedModel) -> int | None:

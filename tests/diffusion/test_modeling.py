@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
@@ -234,3 +235,14 @@ def test_the_backbone_sees_the_whole_text_and_has_no_dropout():
         changed[0, far] = 12 + (changed[0, far] - 11) % (V - 12)
         assert ((first.exp() - denoiser.log_probs(changed).exp()).abs().amax(-1) > 1e-6).all()
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_hooks_on_the_models_own_forward_leave_the_head_alone():
+    """accelerate's hooks put a forward of theirs on the instance, which runs the whole model."""
+    trained = BertForMaskedLM(BertConfig(**BERTLIKE)).eval()
+    rows = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = MaskedDenoiser(trained).head(rows)
+        add_hook_to_module(trained, ModelHook())
+        found = MaskedDenoiser(trained).head(rows)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
