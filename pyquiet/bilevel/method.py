@@ -19,6 +19,7 @@ from pyquiet.bilevel.problem import Derivatives, Flat, Problem, Variables
 from pyquiet.bilevel.samplers import SAMPLERS, BlockSampler
 from pyquiet.bilevel.table import BlockTable
 from pyquiet.checks import check_count
+from pyquiet.files import replacing
 from pyquiet.randomness import epoch_seed, resolve_seed
 
 Rate = float | Callable[[int], float]
@@ -189,9 +190,8 @@ class BlockMethod(ABC):
         size = 1 if self.group is None else dist.get_world_size(self.group)
         file = Path(folder) / f"blocks-{self._rank:05d}-of-{size:05d}.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_suffix(".new")
-        save_file({name: x.contiguous().cpu() for name, x in self.state_dict().items()}, new)
-        os.replace(new, file)
+        with replacing(file) as partial:
+            save_file({name: x.contiguous().cpu() for name, x in self.state_dict().items()}, partial)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Goes on from a folder that `save` wrote, by any number of processes.

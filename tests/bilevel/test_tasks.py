@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyquiet import load
 from pyquiet.bilevel import BSVRB, solve_lower
+from pyquiet.bilevel.demonstration import auc
 from pyquiet.bilevel.domains import Part, calibrate_temperatures, domain_mixing_heads, reweight_domains
 from pyquiet.bilevel.logistic import WeightedLogistic, clean_labels
 from pyquiet.bilevel.ranking import TopKNDCG
@@ -29,12 +30,6 @@ def flipped(n: int = 1500, validation: int = 500) -> tuple[Tensor, Tensor, Tenso
     y, right = ((rows @ rule + 0.5 * torch.randn(len(rows), generator=g)).sign() for rows in (X, V))
     wrong = torch.rand(n, generator=g) < 0.3
     return X, torch.where(wrong, -y, y), V, right, wrong
-
-
-def auc(scores: Tensor, positive: Tensor) -> float:
-    rank = scores.argsort().argsort().double() + 1
-    p, n = int(positive.sum()), int((~positive).sum())
-    return float((rank[positive].sum() - p * (p + 1) / 2) / (p * n))
 
 
 def test_cleaning_finds_the_flipped_labels() -> None:
