@@ -1,0 +1,1 @@
+"""Where drafts and targets run: in this process, or on servers."""

@@ -1,0 +1,123 @@
+"""What happens in a run, as data: questions, the keys of stages, and the records that a journal keeps of them."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from pyquiet.scaling.backends.base import Usage
+
+Stage = Literal["draft", "score", "target", "end"]
+Action = Literal["accept", "continue", "replace", "resample"]
+Outcome = Literal["answer", "eos", "turns", "tokens", "context", "deadline", "cancelled", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question to be answered.
+
+    Attributes:
+        id: names it in journals and seeds; unique in a run. group: the data set or kind it belongs to; scores of
+            different groups are never compared with each other unless the calibrator says so.
+    """
+
+    id: str
+    text: str
+    answer: str | None = None
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Key:
+    """Names one stage of one chain; it is committed at most once.
+
+    `phase` is "run", or "calibrate" for chains whose scores fill banks. `attempt` counts drafts of the same turn.
+    """
+
+    phase: str
+    question: str
+    chain: int
+    turn: int
+    stage: Stage
+    attempt: int = 0
+
+    def seed(self, run_seed: int) -> int:
+        """The seed of this stage's draws, in [0, 2^63)."""
+        words = [run_seed, self.phase, self.question, self.chain, self.turn, self.stage, self.attempt]
+        return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), "big") >> 1
+
+    def uniform(self, run_seed: int) -> float:
+        """A uniform number in (0, 1) of this stage alone."""
+        return ((self.seed(run_seed) >> 11) + 0.5) * 2.0**-52
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What became of a chunk and why.
+
+    Attributes:
+        action: what happens now. p: the p-value that decided, None if none did. n: size of the bank.
+        version: of the bank. guaranteed: whether the promised rate holds exactly for this decision.
+        reason: one or a few words: "p", "cold", "no score", "rank", "forced", ...
+    """
+
+    action: Action
+    reason: str
+    p: float | None = None
+    n: int = 0
+    version: str = ""
+    guaranteed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When a request waited, was sent and came back, in seconds since the run began, and the slot that it held."""
+
+    queued: float
+    started: float
+    ended: float
+    slot: int
+    tries: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One committed stage.
+
+    Attributes:
+        seed: of the draws (draft, target) or of the decision's uniform (score).
+        prompt: hash of what the model read. ids, text, finish: what it wrote (draft, target).
+        score: the nonconformity score, None where there is none (`decision.reason` tells why).
+        outcome, answer: how the chain ended (end).
+    """
+
+    key: Key
+    seed: int = 0
+    prompt: str = ""
+    ids: tuple[int, ...] | None = None
+    text: str = ""
+    finish: str = ""
+    usage: Usage = Usage()
+    timing: Timing | None = None
+    score: float | None = None
+    decision: Decision | None = None
+    outcome: Outcome | None = None
+    answer: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; what is at its default is left out."""
+        defaults = {f.name: f.default for f in fields(self)}
+        return {name: value for name, value in asdict(self).items() if value != _plain(defaults[name])}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Record":
+        """The record of `to_dict`; TypeError or KeyError for anything else."""
+        kinds: dict[str, Any] = {"key": Key, "usage": Usage, "timing": Timing, "decision": Decision}
+        read = {k: kinds[k](**v) if k in kinds and v is not None else v for k, v in values.items()}
+        if read.get("ids") is not None:
+            read["ids"] = tuple(read["ids"])
+        return cls(**read)
+
+
+def _plain(default: Any) -> Any:
+    return asdict(default) if isinstance(default, Usage) else default
