@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from pyquiet.scaling.backends.base import Usage
+from pyquiet.scaling.backends.base import NO_USAGE, Usage
 
 Stage = Literal["draft", "score", "target", "end"]
 Action = Literal["accept", "continue", "replace", "resample"]
@@ -97,7 +97,7 @@ class Record:
     ids: tuple[int, ...] | None = None
     text: str = ""
     finish: str = ""
-    usage: Usage = Usage()
+    usage: Usage = NO_USAGE
     timing: Timing | None = None
     score: float | None = None
     decision: Decision | None = None

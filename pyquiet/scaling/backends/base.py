@@ -27,6 +27,9 @@ class Usage:
         )
 
 
+NO_USAGE = Usage()
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """What a model reads: `ids` by its own tokenizer, or `text` where the backend has none on this side (ids None)."""
@@ -147,7 +150,7 @@ class Backend(Protocol):
     async def ready(self) -> None:
         """Returns when requests may be sent: at once, or after a server that was lost is back.
 
-        Raises Gone if it stays away for longer than the backend was told to wait.
+        Raises GoneError if it stays away for longer than the backend was told to wait.
         """
 
     async def generate(self, request: Generate) -> Generated: ...
@@ -166,7 +169,7 @@ class BackendError(RuntimeError):
     """A request that brought nothing."""
 
 
-class Transient(BackendError):
+class TransientError(BackendError):
     """May go well if sent again: a lost connection, a time-out, a busy server, an answer that makes no sense."""
 
     def __init__(self, message: str, *, retry_after: float | None = None) -> None:
@@ -174,13 +177,13 @@ class Transient(BackendError):
         self.retry_after = retry_after  # seconds, if the server said so
 
 
-class ContextOverflow(BackendError):
+class ContextOverflowError(BackendError):
     """The prompt and what was asked for do not fit into the model's context."""
 
 
-class Refused(BackendError):
+class RefusedError(BackendError):
     """Will not go well however often it is sent: bad request, no permission, a log-probability that is not served."""
 
 
-class Gone(BackendError):
+class GoneError(BackendError):
     """The backend was away for too long; the run has to stop, and can be resumed."""
