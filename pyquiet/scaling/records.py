@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from pyquiet.scaling.backends.base import NO_USAGE, Usage
 
 Stage = Literal["draft", "score", "target", "end"]
 Action = Literal["accept", "continue", "replace", "resample"]
+TAKEOVERS = ("continue", "replace")  # actions that call for the target
 Outcome = Literal["answer", "eos", "turns", "tokens", "context", "deadline", "cancelled", "failed"]
 
 
@@ -31,7 +32,7 @@ class Question:
 class Key:
     """Names one stage of one chain; it is committed at most once.
 
-    `phase` is "run", or "calibrate" for chains whose scores fill banks. `attempt` counts drafts of the same turn.
+    `phase` is "run", or "calibrate" and "presample" for chains whose scores fill banks. `attempt` counts drafts of the same turn.
     """
 
     phase: str
@@ -87,7 +88,7 @@ class Record:
     Attributes:
         seed: of the draws (draft, target) or of the decision's uniform (score).
         prompt: hash of what the model read. ids, text, finish: what it wrote (draft, target).
-        score: the nonconformity score, None where there is none (`decision.reason` tells why).
+        score: the nonconformity score, None where there is none; `reason` tells why: "short", "empty", "failed".
         outcome, answer: how the chain ended (end).
     """
 
@@ -100,24 +101,31 @@ class Record:
     usage: Usage = NO_USAGE
     timing: Timing | None = None
     score: float | None = None
+    reason: str = ""
     decision: Decision | None = None
     outcome: Outcome | None = None
     answer: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; what is at its default is left out."""
-        defaults = {f.name: f.default for f in fields(self)}
-        return {name: value for name, value in asdict(self).items() if value != _plain(defaults[name])}
+        values = [(name, getattr(self, name), default) for name, default in _DEFAULTS]
+        return {name: _plain(value) for name, value, default in values if value != default}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Record":
         """The record of `to_dict`; TypeError or KeyError for anything else."""
-        kinds: dict[str, Any] = {"key": Key, "usage": Usage, "timing": Timing, "decision": Decision}
-        read = {k: kinds[k](**v) if k in kinds and v is not None else v for k, v in values.items()}
+        read = {k: _KINDS[k](**v) if k in _KINDS and v is not None else v for k, v in values.items()}
         if read.get("ids") is not None:
             read["ids"] = tuple(read["ids"])
         return cls(**read)
 
 
-def _plain(default: Any) -> Any:
-    return asdict(default) if isinstance(default, Usage) else default
+_DEFAULTS = [(f.name, f.default) for f in fields(Record)]
+_KINDS: dict[str, Any] = {"key": Key, "usage": Usage, "timing": Timing, "decision": Decision}
+_NAMES = {kind: [f.name for f in fields(kind)] for kind in _KINDS.values()}
+
+
+def _plain(value: Any) -> Any:
+    # Much faster than dataclasses.asdict, which copies every value.
+    names = _NAMES.get(type(value))
+    return value if names is None else {name: getattr(value, name) for name in names}

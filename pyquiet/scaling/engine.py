@@ -1,0 +1,105 @@
+"""Who does what when: every chain for itself, or all chains of a question in step.
+
+Both engines take the steps of the same chains through the same session, so equal plans give equal transcripts; they
+differ in what waits for what. On a virtual clock (`simulation`) they are the same two again.
+"""
+
+import asyncio
+from collections.abc import Iterable, Iterator
+
+from pyquiet.scaling.chain import Chain, Step
+from pyquiet.scaling.panel import Panel
+from pyquiet.scaling.session import Session, Stopped, chunk_of
+
+
+async def run_async(session: Session, panels: Iterable[Panel]) -> None:
+    """Every chain for itself: none waits for another but for slots, at most `pools.inflight` of them under way.
+
+    Chains are made as there is room for them, so their number costs no memory. Returns early if the session is asked
+    to stop. Raises what a backend cannot recover from, after the other chains have been cancelled.
+    """
+    tickets = ((panel, number) for panel in panels for number in panel.numbers)
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(session.plan.pools.inflight):
+                group.create_task(_work(session, tickets))
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+async def run_sync(session: Session, panels: Iterable[Panel]) -> None:
+    """The reference: a question at a time, its chains in step, each stage of a turn begun when the last one is over."""
+    if session.plan.chain_seconds is not None or session.plan.early_majority:
+        raise ValueError("chain_seconds and early_majority have no meaning where chains go in step; leave them out")
+    try:
+        for panel in panels:
+            chains = [session.chain(panel, number) for number in panel.numbers]
+            await session.prepare(panel.question)
+            while running := [chain for chain in chains if chain.outcome is None]:
+                await _turn(session, panel, running)
+            for chain in chains:
+                session.close(panel, chain)
+    except Stopped:
+        return
+
+
+async def _work(session: Session, tickets: Iterator[tuple[Panel, int]]) -> None:
+    for panel, number in tickets:
+        try:
+            await _run(session, panel, number)
+        except Stopped:
+            return
+
+
+async def _run(session: Session, panel: Panel, number: int) -> None:
+    chain = session.chain(panel, number)
+    task = asyncio.current_task()
+    assert task is not None
+    panel.tasks.add(task)
+    try:
+        if panel.decided and not session.ended(chain):
+            chain.end("cancelled")
+        async with asyncio.timeout(session.plan.chain_seconds):
+            await session.prepare(panel.question)
+            while chain.step() is not None:
+                await session.advance(chain, session.rank(panel, chain))
+    except TimeoutError:
+        chain.end("deadline")
+    except asyncio.CancelledError:
+        if not panel.decided or task.uncancel():
+            raise
+        chain.end("cancelled")
+    finally:
+        panel.tasks.discard(task)
+    session.close(panel, chain)
+
+
+async def _turn(session: Session, panel: Panel, chains: list[Chain]) -> None:
+    """One turn of all chains; those whose draft is thrown away go through its stages again."""
+    turn = chains[0].turn
+    while any(chain.outcome is None and chain.turn == turn for chain in chains):
+        for stage in ("draft", "score", "target"):
+            steps = [(chain, chain.step()) for chain in chains if chain.turn == turn]
+            group = [(chain, step) for chain, step in steps if step is not None and step.key.stage == stage]
+            if stage == "score" and session.setting.policy.together:
+                await _judge_together(session, panel, group)
+            else:
+                await asyncio.gather(*(session.advance(chain, session.rank(panel, chain)) for chain, _ in group))
+
+
+async def _judge_together(session: Session, panel: Panel, group: list[tuple[Chain, Step]]) -> None:
+    """Scores all chunks, then decides on them at once; those decided before an interruption count with the rest."""
+    filed = {chain: record for chain, step in group if (record := session.on_file(chain, step)) is not None}
+    rest = [(chain, step) for chain, step in group if chain not in filed]
+    grades = await asyncio.gather(*(session.grade(chain, session.rank(panel, chain)) for chain, _ in rest))
+    records = [record for record in filed.values() if record.key.stage == "score"]
+    records += [session.undecided(step, grade) for (_, step), grade in zip(rest, grades, strict=True)]
+    uniforms = [record.key.uniform(session.plan.seed) for record in records]
+    decisions = session.setting.policy.decide_all([chunk_of(r, panel.question) for r in records], uniforms)
+    for chain, record in filed.items():
+        chain.apply(record)
+    new = zip(rest, grades, decisions[len(decisions) - len(rest) :], strict=True)
+    for (chain, step), grade, decision in new:
+        record = session.judged(chain, step, grade, decision)
+        session.commit(record, panel.question)
+        chain.apply(record)

@@ -1,0 +1,90 @@
+"""The settings of a run, as plain values that a journal can keep."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from pyquiet.checks import check_count
+
+OnTakeover = Literal["continue", "replace", "resample"]
+Order = Literal["fifo", "oldest", "deepest"]
+
+
+@dataclass(frozen=True)
+class Pools:
+    """How many requests of a kind may be on the wire at once, chains that may be under way, and who goes first.
+
+    Attributes:
+        draft, score, target: slots for drafting, for scoring and for continuing. inflight: chains at once.
+        order: of those that wait for a slot: first come, the question that was asked first, or the chain that has most
+            turns behind it, which frees caches early.
+    """
+
+    draft: int = 16
+    score: int = 8
+    target: int = 4
+    inflight: int = 64
+    order: Order = "fifo"
+
+    def __post_init__(self) -> None:
+        for name in ("draft", "score", "target", "inflight"):
+            check_count(f"pools.{name}", getattr(self, name), least=1)
+        if self.order not in ("fifo", "oldest", "deepest"):
+            raise ValueError(f'pools.order must be "fifo", "oldest" or "deepest", got {self.order!r}')
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a model writes a chunk: tokens at most, temperature, top-p."""
+
+    tokens: int = 500
+    temperature: float = 0.8
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_count("tokens", self.tokens, least=1)
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every chain does. Equal plans, seeds, models and banks give equal transcripts.
+
+    Attributes:
+        chains, turns: m chains of at most T turns a question. draft, target: how each of the two writes.
+        stop: strings that end a chunk. chain_tokens: tokens a chain may write in all, None for no limit.
+        answer_from_rejected: whether an answer counts that stands in a chunk the target was called for. If not, a
+            chunk that already holds one, or the end of the text, is replaced, since nothing could continue it.
+        closing_cue: text put before the last turn of a chain that has no answer yet.
+        chain_seconds: after which a chain ends without an answer, None for no limit.
+        early_majority: whether a question's chains are cancelled once no vote can change the winner.
+    """
+
+    chains: int = 16
+    turns: int = 15
+    draft: Sampling = field(default_factory=Sampling)
+    target: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    chain_tokens: int | None = None
+    answer_from_rejected: bool = False
+    closing_cue: str | None = None
+    chain_seconds: float | None = None
+    early_majority: bool = False
+    pools: Pools = field(default_factory=Pools)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("chains", self.chains, least=1)
+        check_count("turns", self.turns, least=1)
+        if self.chain_tokens is not None:
+            check_count("chain_tokens", self.chain_tokens, least=1)
+        if self.chain_seconds is not None and self.chain_seconds <= 0:
+            raise ValueError(f"chain_seconds must be above 0, got {self.chain_seconds}")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ValueError(f"stop must be a tuple of strings that are not empty, got {self.stop!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self) | {"stop": list(self.stop)}

@@ -1,0 +1,264 @@
+"""What a run holds while it lasts, and how one stage of a chain becomes a committed record."""
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from pyquiet.scaling.backends.base import Backend, ContextOverflowError, Generate, GoneError, Prompt, TransientError
+from pyquiet.scaling.calibration import Cell
+from pyquiet.scaling.calls import Caller, Pool, Rank, Retry
+from pyquiet.scaling.chain import Chain, Extract, Step
+from pyquiet.scaling.journal import Journal
+from pyquiet.scaling.limits import TakeoverLimit
+from pyquiet.scaling.panel import Panel
+from pyquiet.scaling.plan import Plan
+from pyquiet.scaling.policy import Chunk, Policy
+from pyquiet.scaling.records import TAKEOVERS, Decision, Question, Record, Timing
+from pyquiet.scaling.score import ChunkView, Graded, ScoreFn
+from pyquiet.scaling.views import Views
+
+
+class Stopped(Exception):  # noqa: N818  no error: the run was asked to end
+    """No new stage is begun."""
+
+
+@dataclass
+class Setting:
+    """The parts a run is made of; an engine only says which chain does what when.
+
+    Attributes:
+        views: makes a question's text as draft and target are to see it. extract: finds the answer in a text.
+        presample: chunks that are drafted and scored for each question before its first decision, 0 for none.
+        take_presampled: gets their scores. limit: a cap on takeovers.
+        degrade: what happens when the target stays away: the run stops and can be resumed, or all further drafts are
+            accepted.
+        on_record: is told every record that is committed. on_panel: every question that is done.
+    """
+
+    plan: Plan
+    draft: Backend
+    target: Backend
+    score: ScoreFn
+    policy: Policy
+    views: Callable[[Question], Views]
+    extract: Extract
+    retry: Retry = field(default_factory=Retry)
+    presample: int = 0
+    take_presampled: Callable[[Question, Sequence[float]], None] | None = None
+    limit: TakeoverLimit | None = None
+    degrade: Literal["stop", "draft_only"] = "stop"
+    on_record: Callable[[Record], None] | None = None
+    on_panel: Callable[[Panel], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """A score on its way to a decision; `timing` is None where nobody was asked."""
+
+    graded: Graded
+    prompt: str
+    timing: Timing | None
+
+
+class Session:
+    """A setting at work in the running event loop.
+
+    Args:
+        done: records of an interrupted run, in the order of its journal; their stages are not executed again.
+    """
+
+    def __init__(self, setting: Setting, journal: Journal | None = None, done: Iterable[Record] = ()) -> None:
+        self.setting, self.plan = setting, setting.plan
+        self.stopping = False
+        self._journal = journal
+        self._done = {record.key: record for record in done}
+        self._prepared: dict[str, asyncio.Task[None]] = {}
+        self._limit, self._target_gone = setting.limit, False
+        self._began = asyncio.get_running_loop().time()
+        pools = self.plan.pools
+        self._draft = self._caller(setting.draft, pools.draft)
+        self._score = self._caller(setting.target, pools.score)
+        self._target = self._caller(setting.target, pools.target)
+
+    def rank(self, panel: Panel, chain: Chain) -> Rank:
+        """The chain's place among those that wait for a slot."""
+        order = self.plan.pools.order
+        return () if order == "fifo" else (panel.index,) if order == "oldest" else (-chain.turn,)
+
+    def chain(self, panel: Panel, number: int) -> Chain:
+        """A new chain of a question."""
+        return self._chain(panel.question, number, panel.phase, panel.last_score)
+
+    def recall(self, questions: Iterable[Question]) -> None:
+        """Shows the policy the decisions on these questions that are on file already, in their order."""
+        known = {question.id: question for question in questions}
+        for record in self._done.values():
+            if record.decision is not None and record.key.phase == "run" and record.key.question in known:
+                self.setting.policy.observe(chunk_of(record, known[record.key.question]), record.decision)
+
+    async def prepare(self, question: Question) -> None:
+        """Drafts and scores what the question's own bank is made of: once, whoever asks first."""
+        if not self.setting.presample:
+            return
+        task = self._prepared.get(question.id)
+        if task is None:
+            task = self._prepared[question.id] = asyncio.ensure_future(self._presample(question))
+        await asyncio.shield(task)
+
+    async def advance(self, chain: Chain, rank: Rank = ()) -> None:
+        """Takes the chain's next step: from the file if it is there, else by asking a model, and commits it.
+
+        A request that fails for good, or does not fit into the context, ends the chain.
+
+        Raises Stopped, GoneError or RefusedError where the run cannot go on.
+        """
+        step = chain.step()
+        assert step is not None
+        record = self.on_file(chain, step)
+        if record is None:
+            try:
+                if step.request is None:
+                    record = self.judged(chain, step, await self.grade(chain, rank))
+                else:
+                    record = await self._write(step, step.request, rank)
+            except ContextOverflowError:
+                return chain.end("context")
+            except TransientError:
+                return chain.end("failed")
+            self.commit(record, chain.question)
+        return chain.apply(record)
+
+    def on_file(self, chain: Chain, step: Step) -> Record | None:
+        """The record of a step, or of the chain's end in its stead, if an interrupted run left one.
+
+        Raises Stopped if there is none and the run is asked to end.
+        """
+        record = self._done.pop(step.key, None) or self._done.get(chain.key("end"))
+        if record is None and self.stopping:
+            raise Stopped
+        return record
+
+    async def grade(self, chain: Chain, rank: Rank) -> Grade:
+        """The score of the chain's chunk; where scoring fails for good there is none, and the reason is "failed"."""
+        prompt, start = chain.chunk_prompt()
+        view = ChunkView(chain.name, chain.question, prompt, start, chain.chunk.text)
+        reason = "failed"
+        try:
+            if not self._target_gone:
+                graded, timing = await self._score.call(lambda: self.setting.score(view, self.setting.target), rank)
+                return Grade(graded, _hash(prompt), timing)
+            reason = "gone"
+        except TransientError:
+            pass
+        except GoneError:
+            self._do_without_target()
+            reason = "gone"
+        return Grade(Graded(None, reason), _hash(prompt), None)
+
+    def judged(self, chain: Chain, step: Step, grade: Grade, decision: Decision | None = None) -> Record:
+        """The record of a score and its decision, which is the policy's if none is given."""
+        record = self.undecided(step, grade)
+        if chain.calibrates:
+            return replace(record, decision=Decision("accept", "calibration"))
+        if record.reason == "gone":
+            return replace(record, decision=Decision("accept", "forced"))
+        if decision is None:
+            uniform = step.key.uniform(self.plan.seed)
+            decision = self.setting.policy.decide(chunk_of(record, chain.question), uniform)
+        if decision.action in TAKEOVERS and not (self._limit is None or self._limit.take(chain.question.id)):
+            decision = Decision("accept", "forced", decision.p, decision.n, decision.version)
+        return replace(record, decision=decision)
+
+    @staticmethod
+    def undecided(step: Step, grade: Grade) -> Record:
+        """The record of a score that has no decision yet."""
+        graded = grade.graded
+        return Record(
+            step.key, step.seed, grade.prompt, usage=graded.usage, timing=grade.timing, score=graded.score,
+            reason=graded.reason,
+        )  # fmt: skip
+
+    def ended(self, chain: Chain) -> bool:
+        """Whether the chain's end is on file."""
+        return chain.key("end") in self._done
+
+    def commit(self, record: Record, question: Question) -> None:
+        """Puts a new record on file, then lets the policy and others see it."""
+        if self._journal is not None:
+            self._journal.commit(record)
+        if record.decision is not None and record.key.phase == "run":
+            self.setting.policy.observe(chunk_of(record, question), record.decision)
+        if self.setting.on_record is not None:
+            self.setting.on_record(record)
+
+    def close(self, panel: Panel, chain: Chain) -> None:
+        """Puts the chain's end on file, counts its vote, and tells of the question when it was its last chain."""
+        key = chain.key("end")
+        if self._done.pop(key, None) is None:
+            self.commit(Record(key, outcome=chain.outcome, answer=chain.answer), chain.question)
+        for backend in {self.setting.draft, self.setting.target}:
+            backend.forget(chain.name)
+        panel.take(chain)
+        if panel.complete:
+            self._prepared.pop(panel.question.id, None)
+            if self.setting.on_panel is not None:
+                self.setting.on_panel(panel)
+
+    def _caller(self, backend: Backend, slots: int) -> Caller:
+        return Caller(backend, Pool(slots), self.setting.retry, self._began)
+
+    def _chain(self, question: Question, number: int, phase: str, last_score: int | None) -> Chain:
+        views, extract = self.setting.views(question), self.setting.extract
+        return Chain(question, number, self.plan, views, extract, phase=phase, last_score=last_score)
+
+    async def _presample(self, question: Question) -> None:
+        chains = [self._chain(question, i, "presample", 0) for i in range(self.setting.presample)]
+        scores = [score for score in await asyncio.gather(*map(self._first_score, chains)) if score is not None]
+        if self.setting.take_presampled is not None:
+            self.setting.take_presampled(question, scores)
+
+    async def _first_score(self, chain: Chain) -> float | None:
+        while chain.step() is not None:
+            await self.advance(chain)
+        return chain.mean_score if chain.scores else None
+
+    async def _write(self, step: Step, request: Generate, rank: Rank) -> Record:
+        role = step.key.stage
+        if role == "target" and self._limit is not None:
+            await self._limit.wait()
+        try:
+            caller = self._draft if role == "draft" else self._target
+            if role == "target" and self._target_gone:
+                return _nothing(step)
+            text, timing = await caller.call(lambda: caller.backend.generate(request), rank)
+        except GoneError:
+            if role == "draft":
+                raise
+            self._do_without_target()
+            return _nothing(step)
+        prompt = _hash(request.prompt)
+        return Record(step.key, step.seed, prompt, text.ids, text.text, text.finish, text.usage, timing)
+
+    def _do_without_target(self) -> None:
+        """Called where GoneError was caught: raises it again unless drafts may go on alone."""
+        if self.setting.degrade == "stop":
+            raise
+        self._target_gone = True
+
+
+def _nothing(step: Step) -> Record:
+    """What a target writes that is not there."""
+    return Record(step.key, step.seed, ids=(), finish="length")
+
+
+def chunk_of(record: Record, question: Question) -> Chunk:
+    """What a policy sees of a score's record."""
+    cell = Cell(question.id, question.group, record.key.turn)
+    return Chunk(record.key, cell, record.score, record.reason)
+
+
+def _hash(prompt: Prompt) -> str:
+    content = prompt.text if prompt.ids is None else repr(prompt.ids)
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
