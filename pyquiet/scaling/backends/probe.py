@@ -82,8 +82,9 @@ class Prober:
         entry = await self._entry(model)
         dialect, routes = await self._dialect(entry["id"], name)
         tokenizer = await self._tokenizer(entry["id"])
-        prompt, law = await self._next(dialect)
-        values = {route.name: await self._values(route, prompt, law) for route in routes}
+        law = await self._law(dialect)
+        prompt, said = self._witness(law or {})
+        values = {route.name: await self._values(route, prompt, said) for route in routes}
         verdicts = self._verdicts(values)
         route = next((route for route in routes if verdicts[route.name] == "ok"), None)
         capabilities = Capabilities(
@@ -137,20 +138,29 @@ class Prober:
         call = dialect.write(request)
         return await self._ask(call.path, call.body, lambda answer: dialect.wrote(answer, request))
 
-    async def _next(self, dialect: Dialect) -> tuple[Prompt, Law | None]:
-        """The prompt for all routes, whose last token the server holds likely, and what it says of that token."""
-        prompt = self._prompt(TOKENS - 1)
+    async def _law(self, dialect: Dialect) -> Law | None:
+        """What the server says of the token behind all but one of the prompt; None if it says nothing."""
         try:
-            law = await self._call(dialect.next(prompt), dialect.law)
+            return await self._call(dialect.next(self._prompt(TOKENS - 1)), dialect.law)
         except (RefusedError, MalformedError):
-            return self._prompt(TOKENS), None
-        by_id = {token: value for token, value in law.items() if isinstance(token, int)}
-        if prompt.ids is None or not by_id:
-            return self._prompt(TOKENS), law
-        likely = max(by_id, key=by_id.__getitem__)
-        return Prompt((*prompt.ids, likely)), law
+            return None
 
-    async def _values(self, route: Route, prompt: Prompt, law: Law | None) -> tuple[float, ...] | str:
+    def _witness(self, law: Law) -> tuple[Prompt, float | None]:
+        """The prompt for all routes, with the likeliest token last, and what the server says of that token."""
+        known = [(value, token) for name, value in law.items() if (token := self._id(name)) is not None]
+        ids = self._prompt(TOKENS - 1).ids
+        if ids is None or not known:
+            return self._prompt(TOKENS), None
+        said, likely = max(known)
+        return Prompt((*ids, likely)), said
+
+    def _id(self, name: int | str) -> int | None:
+        if isinstance(name, int) or self._codec is None:
+            return name if isinstance(name, int) else None
+        ids = self._codec.encode(name).ids
+        return ids[0] if len(ids) == 1 and self._codec.decode(ids) == name else None
+
+    async def _values(self, route: Route, prompt: Prompt, said: float | None) -> tuple[float, ...] | str:
         """The log-probs of all tokens but the first, or what is wrong with them."""
 
         def read(answer: Any) -> tuple[float, ...]:
@@ -168,7 +178,6 @@ class Prober:
                     return f"asked from token {MIDDLE} on, it tells {end[0]:.4f}, and {values[MIDDLE - 1]:.4f} else"
         except (RefusedError, MalformedError) as error:
             return str(error)
-        said = None if law is None or prompt.ids is None else law.get(prompt.ids[-1])
         if said is not None and self._apart(values[-1:], (said,)):
             return f"it tells {values[-1]:.4f} of the last token, of which the server said {said:.4f} before"
         return values
