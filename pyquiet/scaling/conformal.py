@@ -1,0 +1,274 @@
+"""Conformal p-values of scores against a bank of earlier ones, and rules that turn them into decisions.
+
+Scores are larger where things are worse. Where the bank's scores and the new one are exchangeable, each rule's rate of
+takeovers is known for any number of scores (arXiv 2509.15148; Vovk et al., 2005); the docstrings say which.
+"""
+
+import hashlib
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tail = Literal["budget", "coverage", "smoothed"]
+Label = Literal["accept", "takeover", "discard"]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """Scores [n] of one kind, and of which question each is: what new scores are ranked in.
+
+    Raises ValueError for scores that are not finite, or for other than one group a score.
+    """
+
+    scores: Floats
+    groups: tuple[str, ...] = ()
+    version: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        scores = np.asarray(self.scores, dtype=np.float64)
+        groups = tuple(self.groups) or ("",) * len(scores)
+        if scores.ndim != 1 or not np.isfinite(scores).all():
+            raise ValueError(f"scores must be finite numbers [n], got {scores}")
+        if len(groups) != len(scores):
+            raise ValueError(f"groups must name one question a score, got {len(groups)} for {len(scores)} scores")
+        order = np.lexsort((np.asarray(groups), scores))
+        set_ = object.__setattr__
+        set_(self, "scores", scores[order])
+        set_(self, "groups", tuple(groups[i] for i in order))
+        content = repr((scores[order].tolist(), self.groups)).encode()
+        set_(self, "version", hashlib.blake2b(content, digest_size=8).hexdigest())
+
+    @property
+    def size(self) -> int:
+        """How many scores there are, n."""
+        return len(self.scores)
+
+    def add(self, scores: Sequence[float], groups: Sequence[str] = ()) -> "Bank":
+        """A bank with these scores too."""
+        more = tuple(groups) or ("",) * len(scores)
+        return Bank(np.concatenate([self.scores, np.asarray(scores, dtype=np.float64)]), self.groups + more)
+
+    def counts(self, score: float) -> tuple[int, int]:
+        """How many scores are below this one, and how many equal it."""
+        low, high = (
+            np.searchsorted(self.scores, (score,), "left")[0],
+            np.searchsorted(self.scores, (score,), "right")[0],
+        )
+        return int(low), int(high - low)
+
+
+def p_low(bank: Bank, score: float) -> float:
+    """(1 + #{U_i >= u}) / (n + 1): small where a score is unusually bad; P(p <= a) <= a for exchangeable scores."""
+    below, _ = bank.counts(score)
+    return (1 + bank.size - below) / (bank.size + 1)
+
+
+def p_high(bank: Bank, score: float) -> float:
+    """(1 + #{U_i <= u}) / (n + 1): large where a score is bad; the paper's p-value."""
+    below, equal = bank.counts(score)
+    return (1 + below + equal) / (bank.size + 1)
+
+
+def p_smoothed(bank: Bank, score: float, uniform: float) -> float:
+    """(#{U_i > u} + v (1 + #{U_i = u})) / (n + 1) with v uniform: itself uniform for exchangeable scores, ties or not."""
+    below, equal = bank.counts(score)
+    return (bank.size - below - equal + uniform * (1 + equal)) / (bank.size + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class PValue:
+    """A score's p-values in a bank of n scores, or n questions where those are what is exchangeable.
+
+    Attributes:
+        low, high, smoothed: as the functions of that name. version: of the bank.
+        guaranteed: whether a rule's promise holds exactly for it. why: one line that says why or why not.
+    """
+
+    low: float
+    high: float
+    smoothed: float
+    n: int
+    version: str
+    guaranteed: bool
+    why: str
+
+
+def rank(bank: Bank, score: float, uniform: float, *, guaranteed: bool, why: str) -> PValue:
+    """The p-values of a score in a bank whose scores all count alike."""
+    smoothed = p_smoothed(bank, score, uniform)
+    return PValue(p_low(bank, score), p_high(bank, score), smoothed, bank.size, bank.version, guaranteed, why)
+
+
+class ClusteredBank:
+    """A bank whose questions count alike, however many scores each has (Lee, Barber and Willett, 2023).
+
+    p_low = (1 + sum over questions of the share of their scores that are >= u) / (Q + 1), which is valid for a new
+    question although scores of one question are alike; p_high and the smoothed one likewise. The resolution is that of
+    Q, the number of questions. O(log n) a p-value.
+    """
+
+    def __init__(self, bank: Bank) -> None:
+        self.bank = bank
+        names, members = np.unique(np.asarray(bank.groups), return_inverse=True)
+        weights = 1.0 / np.bincount(members, minlength=len(names))[members]
+        self.questions = len(names)
+        self._below = np.concatenate([[0.0], np.cumsum(weights)])  # weight of the i lowest scores
+
+    def rank(self, score: float, uniform: float, *, guaranteed: bool, why: str) -> PValue:
+        """The p-values of a score."""
+        below, equal = self.bank.counts(score)
+        under, upto = float(self._below[below]), float(self._below[below + equal])
+        total, n = float(self.questions), self.questions
+        smoothed = (total - upto + uniform * (1 + upto - under)) / (n + 1)
+        version = self.bank.version
+        return PValue(
+            (1 + total - under) / (n + 1), (1 + upto) / (n + 1), smoothed, n, version, guaranteed, why
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which p-values call for the target, and what that promises for exchangeable scores.
+
+    - "budget": takeover iff p_low <= rho, so that P(takeover) <= rho; it is floor(rho (n + 1)) / (n + 1) without ties.
+    - "coverage": takeover iff p_high > 1 - rho, so that P(takeover) >= rho, and <= rho + 1 / (n + 1) without ties.
+    - "smoothed": takeover iff p_smoothed <= rho, so that P(takeover) = rho, whatever n and ties.
+
+    A chunk whose p-value would call for the target even at `discard_rate` is discarded, and drafted again.
+
+    Raises ValueError for a rate outside of (0, 1), a discard_rate outside of [0, takeover_rate], or another tail.
+    """
+
+    takeover_rate: float = 0.4
+    tail: Tail = "budget"
+    discard_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.takeover_rate < 1:
+            raise ValueError(
+                f"takeover_rate must lie between 0 and 1, got {self.takeover_rate}; to never or always take over, run "
+                "the draft or the target alone"
+            )
+        if not 0 <= self.discard_rate <= self.takeover_rate:
+            raise ValueError(f"discard_rate must lie in [0, takeover_rate], got {self.discard_rate}")
+        if self.tail not in ("budget", "coverage", "smoothed"):
+            raise ValueError(f'tail must be "budget", "coverage" or "smoothed", got {self.tail!r}')
+
+    @property
+    def alpha(self) -> float:
+        """The paper's alpha."""
+        return 1 - self.takeover_rate
+
+    def p(self, p: PValue) -> float:
+        """The p-value that the rule looks at."""
+        return {"budget": p.low, "coverage": p.high, "smoothed": p.smoothed}[self.tail]
+
+    def label(self, p: PValue, rate: float | None = None) -> Label:
+        """What becomes of a chunk; `rate` stands in for the takeover rate."""
+        if self.discard_rate > 0 and self._fires(p, self.discard_rate):
+            return "discard"
+        return "takeover" if self._fires(p, self.takeover_rate if rate is None else rate) else "accept"
+
+    def promise(self, n: int) -> float:
+        """P(takeover) for n exchangeable scores without ties."""
+        if self.tail == "smoothed":
+            return self.takeover_rate
+        k = self.takeovers(n)
+        return k / (n + 1)
+
+    def takeovers(self, n: int) -> int:
+        """How many of the n + 1 ranks call for the target."""
+        product = self.takeover_rate * (n + 1)
+        return math.floor(product + _ROUNDING) if self.tail != "coverage" else math.ceil(product - _ROUNDING)
+
+    def cut_points(self, bank: Bank) -> tuple[float, float]:
+        """The lowest scores of this bank that call for the target, and that are discarded; infinite where none is.
+
+        Not for the smoothed rule, whose cut is drawn anew each time.
+        """
+        if self.tail == "smoothed":
+            raise ValueError('tail="smoothed" has no cut points: near the cut its decision is drawn')
+        return self._cut(bank, self.takeover_rate), self._cut(bank, self.discard_rate)
+
+    def prediction_set(self, bank: Bank, scores: Sequence[float]) -> list[int]:
+        """The chains whose score calls for the target: the paper's budget prediction set C_alpha (coverage tail)."""
+        ps = [rank(bank, score, 1.0, guaranteed=False, why="") for score in scores]
+        return [i for i, p in enumerate(ps) if self._fires(p, self.takeover_rate)]
+
+    def takeover_count(self, n: int, chains: int) -> tuple[float, int, int]:
+        """Mean, 5 % and 95 % point of the takeovers among chains that one bank of n scores judges.
+
+        The rate of one bank is Beta distributed, so the count is beta-binomial (no ties; for the smoothed rule,
+        which has a little less spread, the nearest ranks are taken).
+        """
+        k = min(max(round(self.promise(n) * (n + 1)), 0), n + 1)
+        law = beta_binomial(chains, k, n + 1 - k)
+        return chains * k / (n + 1), *_quantiles(law, (0.05, 0.95))
+
+    def warn_if_idle(self, n: int) -> None:
+        """Warns where so few scores let the budget rule never fire, and tells the rates that could be had."""
+        if self.tail == "budget" and self.takeovers(n) == 0:
+            rates = ", ".join(f"{rate:.3g}" for rate in attainable_rates(n)[1:4])
+            warnings.warn(
+                f"takeover_rate={self.takeover_rate} is below 1 / (n + 1) for a bank of n = {n} scores: the target will "
+                f"never be called. Attainable rates are 0, {rates}, ...; take one of these, a larger bank, or "
+                f'tail="smoothed"',
+                stacklevel=3,
+            )
+
+    def _fires(self, p: PValue, rate: float) -> bool:
+        if self.tail == "coverage":
+            return p.high > 1 - rate + _ROUNDING
+        return self.p(p) <= rate + _ROUNDING
+
+    def _cut(self, bank: Bank, rate: float) -> float:
+        if rate == 0:
+            return math.inf
+        fires = [self._fires(rank(bank, score, 1.0, guaranteed=False, why=""), rate) for score in bank.scores]
+        return float(bank.scores[fires.index(True)]) if True in fires else math.inf
+
+
+_ROUNDING = 1e-12  # p-values are fractions of n + 1, and rates decimals: 0.3 * 10 must be 3
+
+
+def attainable_rates(n: int) -> list[float]:
+    """The rates j / (n + 1) that a bank of n scores without ties can give."""
+    return [j / (n + 1) for j in range(n + 2)]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """B takeovers of m chains, as the paper asks for them. It only sets the rate, B / m: no hard cap."""
+
+    takeovers: int
+    chains: int
+
+    @property
+    def takeover_rate(self) -> float:
+        """B / m."""
+        return self.takeovers / self.chains
+
+
+def beta_binomial(trials: int, a: int, b: int) -> Floats:
+    """P(count) for counts 0 .. trials whose rate is Beta(a, b), float64 [trials + 1]; a = 0 or b = 0 is a sure rate."""
+    if a == 0 or b == 0:
+        sure = np.zeros(trials + 1)
+        sure[0 if a == 0 else -1] = 1.0
+        return sure
+    log = math.lgamma
+    counts = range(trials + 1)
+    ways = [log(trials + 1) - log(j + 1) - log(trials - j + 1) for j in counts]
+    logs = [w + log(j + a) + log(trials - j + b) for w, j in zip(ways, counts, strict=True)]
+    norm = log(a) + log(b) - log(a + b) + log(trials + a + b)
+    return np.exp(np.asarray(logs) - norm)
+
+
+def _quantiles(law: Floats, shares: tuple[float, ...]) -> tuple[int, ...]:
+    reached = np.cumsum(law)
+    return tuple(int(np.searchsorted(reached, share)) for share in shares)
