@@ -32,7 +32,8 @@ class Question:
 class Key:
     """Names one stage of one chain; it is committed at most once.
 
-    `phase` is "run", or "calibrate" and "presample" for chains whose scores fill banks. `attempt` counts drafts of the same turn.
+    `phase` is "run", or "calibrate" and "presample" for chains whose scores fill banks. `attempt` counts the drafts of a
+    turn.
     """
 
     phase: str
