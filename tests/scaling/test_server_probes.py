@@ -103,7 +103,7 @@ def test_routes_that_disagree_are_both_refused_by_name_and_a_score_says_so():
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda values: values[:-1], "19"),
+        (lambda values: values[:-1], "19 log-probs for 20 tokens"),
         (lambda values: [-0.5, *values[1:]], "nothing stands"),
         (lambda values: [*values[:7], None, *values[8:]], "NoneType"),
         (lambda values: [*values[:7], 0.5, *values[8:]], "no log-probability"),

@@ -1,7 +1,6 @@
 """Routes to the log-probabilities of a prompt's own tokens, one for each way in which servers tell them."""
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pyquiet.scaling.backends.base import Prompt, Scored, Usage
 from pyquiet.scaling.backends.dialects import (
@@ -19,8 +18,7 @@ from pyquiet.scaling.backends.dialects import (
 NEAR = 8  # characters that a token's text may be away from where the one before it ended
 
 
-@dataclass(frozen=True)
-class Told:
+class Told(NamedTuple):
     """What a server says of one token of a prompt; None where it says nothing."""
 
     value: Any
@@ -28,8 +26,15 @@ class Told:
     text: str | None = None
 
 
+UNREAD = Told(None)
+
+
 class Route(Protocol):
-    """One way to score. `first`: index of the first token that is told of, when those from `start` on are wanted."""
+    """One way to score.
+
+    `first`: index of the first token that is told of, when those from `start` on are wanted. `told`: what is told of it
+    and of all behind it; of the first `skip` of these nothing needs to be read.
+    """
 
     name: str
 
@@ -37,23 +42,25 @@ class Route(Protocol):
 
     def call(self, prompt: Prompt, start: int) -> Call: ...
 
-    def told(self, answer: Any, prompt: Prompt) -> list[Told]: ...
+    def told(self, answer: Any, prompt: Prompt, skip: int = 0) -> list[Told]: ...
 
     def usage(self, answer: Any) -> Usage: ...
 
 
 def scored(route: Route, answer: Any, prompt: Prompt, start: int) -> Scored:
     """The log-probs that were asked for; ValueError or the like if one of them is missing or no log-prob."""
-    told, first = route.told(answer, prompt), route.first(prompt, start)
     if prompt.ids is None:
+        told = route.told(answer, prompt)
         ends = [end for _, end in spans([t.text or "" for t in told], prompt.text)]
         counted = [t for t, end in zip(told, ends, strict=True) if end > start]
     else:
+        first = route.first(prompt, start)
+        told = route.told(answer, prompt, start - first)
         if len(told) != len(prompt.ids) - first:
             raise ValueError(f"{len(told)} log-probs for {len(prompt.ids) - first} tokens")
-        if any(t.id not in (None, i) for t, i in zip(told, prompt.ids[first:], strict=True)):
-            raise ValueError("log-probs of other tokens than those sent")
         counted = told[start - first :]
+        if any(t.id is not None and t.id != i for t, i in zip(counted, prompt.ids[start:], strict=True)):
+            raise ValueError("log-probs of other tokens than those sent")
     return Scored(tuple(log_prob(t.value) for t in counted), route.usage(answer))
 
 
@@ -85,9 +92,10 @@ class PromptLogProbs(_Whole):
     def fields(self) -> dict[str, Any]:
         return PLAIN | {"prompt_logprobs": 0}
 
-    def told(self, answer: Any, prompt: Prompt) -> list[Told]:
+    def told(self, answer: Any, prompt: Prompt, skip: int = 0) -> list[Told]:
         tables = answer["choices"][0]["prompt_logprobs"]
-        return [_from_table(t, None if prompt.ids is None else prompt.ids[i]) for i, t in enumerate(tables)]
+        ids = prompt.ids or (None,) * len(tables)
+        return [UNREAD] * skip + [_from_table(table, ids[i]) for i, table in enumerate(tables[skip:], skip)]
 
 
 class Echo(_Whole):
@@ -98,11 +106,11 @@ class Echo(_Whole):
     def fields(self) -> dict[str, Any]:
         return {"echo": True, "logprobs": 1} | (PLAIN | {"return_tokens_as_token_ids": True} if self._ids else {})
 
-    def told(self, answer: Any, prompt: Prompt) -> list[Told]:
+    def told(self, answer: Any, prompt: Prompt, skip: int = 0) -> list[Told]:
         listed = answer["choices"][0]["logprobs"]
-        written = usage(answer).completion_tokens
         pairs = list(zip(listed["token_logprobs"], listed["tokens"], strict=True))
-        return [_echoed(value, named(name)) for value, name in pairs[: len(pairs) - written]]
+        read = pairs[skip : len(pairs) - usage(answer).completion_tokens]
+        return [UNREAD] * skip + [_echoed(value, named(name)) for value, name in read]
 
 
 class NativeLogProbs:
@@ -122,7 +130,7 @@ class NativeLogProbs:
         }
         return Call("/generate", native_prompt(prompt) | wanted)
 
-    def told(self, answer: Any, prompt: Prompt) -> list[Told]:
+    def told(self, answer: Any, prompt: Prompt, skip: int = 0) -> list[Told]:
         meta = answer["meta_info"]
         end = meta.get("finish_reason") or {}
         if end.get("type") == "abort":
@@ -157,9 +165,10 @@ def spans(tokens: list[str], text: str) -> list[tuple[int, int]]:
 def _from_table(table: Any, wanted: int | None) -> Told:
     if table is None:
         return Told(None)
-    number = str(next(iter(table)) if wanted is None else wanted)
-    entry = table[number]
-    return Told(entry["logprob"], int(number), entry["decoded_token"])
+    if wanted is None:
+        wanted = int(next(iter(table)))
+    entry = table[str(wanted)]
+    return Told(entry["logprob"], wanted, entry["decoded_token"])
 
 
 def _echoed(value: Any, name: int | str) -> Told:
