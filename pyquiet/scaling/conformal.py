@@ -76,7 +76,7 @@ def p_high(bank: Bank, score: float) -> float:
 
 
 def p_smoothed(bank: Bank, score: float, uniform: float) -> float:
-    """(#{U_i > u} + v (1 + #{U_i = u})) / (n + 1) with v uniform: itself uniform for exchangeable scores, ties or not."""
+    """(#{U_i > u} + v (1 + #{U_i = u})) / (n + 1) with v uniform: uniform for exchangeable scores, ties or not."""
     below, equal = bank.counts(score)
     return (bank.size - below - equal + uniform * (1 + equal)) / (bank.size + 1)
 
@@ -209,15 +209,17 @@ class Rule:
         """
         k = min(max(round(self.promise(n) * (n + 1)), 0), n + 1)
         law = beta_binomial(chains, k, n + 1 - k)
-        return chains * k / (n + 1), *_quantiles(law, (0.05, 0.95))
+        reached = np.cumsum(law)
+        low, high = (int(np.searchsorted(reached, share)) for share in (0.05, 0.95))
+        return chains * k / (n + 1), low, high
 
     def warn_if_idle(self, n: int) -> None:
         """Warns where so few scores let the budget rule never fire, and tells the rates that could be had."""
         if self.tail == "budget" and self.takeovers(n) == 0:
             rates = ", ".join(f"{rate:.3g}" for rate in attainable_rates(n)[1:4])
             warnings.warn(
-                f"takeover_rate={self.takeover_rate} is below 1 / (n + 1) for a bank of n = {n} scores: the target will "
-                f"never be called. Attainable rates are 0, {rates}, ...; take one of these, a larger bank, or "
+                f"takeover_rate={self.takeover_rate} is below 1 / (n + 1) for a bank of n = {n} scores: the target is "
+                f"never called. Attainable rates are 0, {rates}, ...; take one of these, a larger bank, or "
                 f'tail="smoothed"',
                 stacklevel=3,
             )
@@ -267,8 +269,3 @@ def beta_binomial(trials: int, a: int, b: int) -> Floats:
     logs = [w + log(j + a) + log(trials - j + b) for w, j in zip(ways, counts, strict=True)]
     norm = log(a) + log(b) - log(a + b) + log(trials + a + b)
     return np.exp(np.asarray(logs) - norm)
-
-
-def _quantiles(law: Floats, shares: tuple[float, ...]) -> tuple[int, ...]:
-    reached = np.cumsum(law)
-    return tuple(int(np.searchsorted(reached, share)) for share in shares)

@@ -7,21 +7,22 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from .fake_models import HashModel
-
 from pyquiet.scaling.answers import extract
+from pyquiet.scaling.policy import Chunk, RankPolicy
+
 from pyquiet.scaling.backends.base import Backend, GoneError, RefusedError
 from pyquiet.scaling.calls import Retry
 from pyquiet.scaling.engine import run_async, run_sync
 from pyquiet.scaling.limits import TakeoverLimit
 from pyquiet.scaling.panel import Panel
 from pyquiet.scaling.plan import Plan, Pools, Sampling
-from pyquiet.scaling.policy import Chunk, RankPolicy
 from pyquiet.scaling.records import Decision, Key, Question, Record
 from pyquiet.scaling.score import MeanNLL
 from pyquiet.scaling.session import Session, Setting
 from pyquiet.scaling.simulation import Delayed, Latency, run_simulated
 from pyquiet.scaling.views import Views
+
+from .fake_models import HashModel
 
 QUESTIONS = [Question(f"q{i}", f"What is {i}?") for i in range(3)]
 PLAN = Plan(chains=4, turns=5, draft=Sampling(40), target=Sampling(40), seed=7)
@@ -145,7 +146,7 @@ def test_resumes_from_every_prefix_of_the_journal(engine: Any) -> None:
     panels = asyncio.run(run(setting(*models, plan=plan), engine, whole, questions=questions))
     requests = sum(len(model.requests) for model in models)
     results = [sorted(panel.results, key=lambda r: r.number) for panel in panels]
-    for cut in range(0, len(whole.records) + 1):
+    for cut in range(len(whole.records) + 1):
         kept = whole.records[:cut]
         paper, models = Paper(kept), [HashModel(n, latency=1e-4, rng=cut) for n in ("draft", "target")]
         panels = asyncio.run(run(setting(*models, plan=plan), engine, paper, kept, questions))

@@ -1,0 +1,400 @@
+"""Calibrators: which bank a score is ranked in, and whether the promise holds there (arXiv 2509.15148, section 3)."""
+
+import bisect
+import hashlib
+import itertools
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from pyquiet.checks import check_count
+from pyquiet.files import replacing
+from pyquiet.scaling.conformal import Bank, ClusteredBank, PValue, rank
+
+Base = Literal["pooled", "hierarchical"]
+Kind = Literal["pooled", "hierarchical", "per_turn"]
+Update = Literal["frozen", "epoch", "stream", "window"]
+BUCKETS = (0, 1, 2, 4, 8)  # first turns of each: 0, 1, 2-3, 4-7, 8 and later
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Where a score comes from: question, its group, turn."""
+
+    question: str
+    group: str
+    turn: int
+
+
+Scores = Sequence[tuple[float, Cell]]
+
+
+class Calibrator(Protocol):
+    """Gives the p-values of scores."""
+
+    @property
+    def version(self) -> str:
+        """A hash of all that p-values depend on."""
+
+    def p_value(self, score: float, cell: Cell, uniform: float) -> PValue | None:
+        """The score's p-values; None where there are too few scores to rank it in."""
+
+    def observe(self, score: float, cell: Cell, took_over: bool) -> None:
+        """Sees a decided score, after its own decision."""
+
+    def advance(self) -> None:
+        """A batch of questions has ended."""
+
+    def rate(self, takeover_rate: float) -> float:
+        """The rate to decide by now."""
+
+
+class _Still:
+    """A calibrator that learns nothing from what it decides."""
+
+    def observe(self, score: float, cell: Cell, took_over: bool) -> None: ...
+    def advance(self) -> None: ...
+
+    def rate(self, takeover_rate: float) -> float:
+        return takeover_rate
+
+
+class Pooled(_Still):
+    """One bank of all scores of first chunks, each counting alike: the paper's marginal calibration.
+
+    Exact for questions exchangeable with single scores of the bank, as those that the bank is made of. For a new
+    question it promises too much where scores of one question are alike: use `Hierarchical`.
+
+    Args:
+        bank: scores of turn 0 (`fit` takes them out of a list). n_min: fewer are no bank.
+    """
+
+    def __init__(self, bank: Bank, *, n_min: int = 1) -> None:
+        self.bank, self.n_min = bank, check_count("n_min", n_min, least=1)
+        self._questions = frozenset(bank.groups)
+
+    @property
+    def version(self) -> str:
+        return self.bank.version
+
+    def p_value(self, score: float, cell: Cell, uniform: float) -> PValue | None:
+        if self.bank.size < self.n_min:
+            return None
+        known = not cell.turn and cell.question in self._questions
+        if cell.turn:
+            why = "the bank holds first chunks, and this is a later turn"
+        elif known:
+            why = "first turn of a question that is in the bank"
+        else:
+            why = "new question: scores of one question in the bank are alike, so its size is less than it looks"
+        return rank(self.bank, score, uniform, guaranteed=known, why=why)
+
+
+class Hierarchical(_Still):
+    """One bank of first chunks whose questions count alike: holds for the first turn of new exchangeable questions."""
+
+    def __init__(self, bank: Bank, *, n_min: int = 1) -> None:
+        self.bank, self.n_min = bank, check_count("n_min", n_min, least=1)
+        self._clustered = ClusteredBank(bank)
+
+    @property
+    def version(self) -> str:
+        return self.bank.version
+
+    def p_value(self, score: float, cell: Cell, uniform: float) -> PValue | None:
+        if self._clustered.questions < self.n_min:
+            return None
+        first = cell.turn == 0
+        why = "first turn of a new question" if first else "the bank holds first chunks, and this is a later turn"
+        return self._clustered.rank(score, uniform, guaranteed=first, why=why)
+
+
+class PerQuestion(_Still):
+    """A bank for each question, of first chunks that were drafted for it beforehand: the paper's conditional mode.
+
+    Exact for the first turn of that question. Later turns are ranked in the same bank, without a promise.
+    """
+
+    def __init__(self, banks: Mapping[str, Bank] | None = None, *, n_min: int = 1) -> None:
+        self.banks, self.n_min = dict(banks or {}), check_count("n_min", n_min, least=1)
+
+    @property
+    def version(self) -> str:
+        return _hash(sorted((name, bank.version) for name, bank in self.banks.items()))
+
+    def set(self, question: str, scores: Sequence[float]) -> None:
+        """Gives a question its bank."""
+        self.banks[question] = Bank(np.asarray(scores, dtype=np.float64), (question,) * len(scores))
+
+    def p_value(self, score: float, cell: Cell, uniform: float) -> PValue | None:
+        bank = self.banks.get(cell.question)
+        if bank is None or bank.size < self.n_min:
+            return None
+        first = cell.turn == 0
+        why = (
+            "first turn, ranked among the question's own first chunks" if first else "the bank holds first chunks only"
+        )
+        return rank(bank, score, uniform, guaranteed=first, why=why)
+
+
+class PerTurn(_Still):
+    """A bank for each bucket of turns (Mondrian), pooled or hierarchical.
+
+    Exact at turns that have a bucket of their own, if the chains that calibrate a turn are disjoint from those that
+    calibrate others and were judged by the banks of the turns before it. A bucket with too few scores backs off to the
+    one before it, without a promise.
+
+    Args:
+        banks: by the first turn of each bucket. base: how scores of one bank count. n_min: fewer scores (pooled) or
+            questions (hierarchical) are no bank.
+    """
+
+    def __init__(
+        self,
+        banks: Mapping[int, Bank],
+        *,
+        base: Base = "hierarchical",
+        buckets: Sequence[int] = BUCKETS,
+        n_min: int = 1,
+    ) -> None:
+        self.base, self.buckets, self.n_min = base, tuple(check_buckets(buckets)), check_count("n_min", n_min, least=1)
+        self.banks = dict(banks)
+        self._clustered = {turn: ClusteredBank(bank) for turn, bank in self.banks.items()}
+
+    @property
+    def version(self) -> str:
+        return _hash([self.base, *sorted((turn, bank.version) for turn, bank in self.banks.items())])
+
+    def bucket(self, turn: int) -> int:
+        """The first turn of the bucket that a turn falls into."""
+        return self.buckets[bisect.bisect_right(self.buckets, turn) - 1]
+
+    def p_value(self, score: float, cell: Cell, uniform: float) -> PValue | None:
+        mine = self.bucket(cell.turn)
+        used = next((b for b in reversed(self.buckets) if b <= mine and self._size(b) >= self.n_min), None)
+        if used is None:
+            return None
+        place = self.buckets.index(mine)
+        alone = place + 1 < len(self.buckets) and self.buckets[place + 1] == mine + 1
+        if used != mine:
+            why = f"too few scores of this turn: ranked among those of turn {used}"
+        else:
+            why = f"ranked among scores of turn {mine}" if alone else f"turns from {mine} on share a bank"
+        options: dict[str, Any] = {"guaranteed": used == mine and alone, "why": why}
+        if self.base == "hierarchical":
+            return self._clustered[used].rank(score, uniform, **options)
+        return rank(self.banks[used], score, uniform, **options)
+
+    def _size(self, bucket: int) -> int:
+        if bucket not in self.banks:
+            return 0
+        return self._clustered[bucket].questions if self.base == "hierarchical" else self.banks[bucket].size
+
+
+class Online:
+    """One bank that takes in scores as they are decided, each after its own decision.
+
+    Args:
+        bank: to begin with. update: "frozen" takes in nothing; "epoch" at the end of a batch of `batch` questions, so
+            that decisions do not depend on who comes first; "stream" at once, in the order of arrival, which depends on
+            the clock, and is biased where slow chunks are worse; "window" the same, but forgets all but the last
+            `window` scores.
+    """
+
+    def __init__(
+        self, bank: Bank | None = None, *, update: Update = "frozen", window: int | None = None, batch: int = 16,
+        n_min: int = 1,
+    ) -> None:  # fmt: skip
+        if update not in ("frozen", "epoch", "stream", "window"):
+            raise ValueError(f'update must be "frozen", "epoch", "stream" or "window", got {update!r}')
+        if (window is None) == (update == "window"):
+            raise ValueError(f'window must be given with update="window" and only then, got {window} with {update!r}')
+        if window is not None:
+            check_count("window", window, least=1)
+        self.update, self.window, self.n_min = update, window, check_count("n_min", n_min, least=1)
+        self.batch = check_count("batch", batch, least=1) if update == "epoch" else None
+        self._sorted = [] if bank is None else bank.scores.tolist()
+        self._recent = deque(self._sorted)
+        self._pending: list[float] = []
+        self._changes = 0
+
+    @property
+    def bank(self) -> Bank:
+        """The scores it holds now."""
+        return Bank(np.asarray(self._sorted, dtype=np.float64))
+
+    @property
+    def version(self) -> str:
+        return f"{self.update}-{self._changes}-{len(self._sorted)}"
+
+    def p_value(self, score: float, cell: Cell, uniform: float) -> PValue | None:
+        n = len(self._sorted)
+        if n < self.n_min:
+            return None
+        below, upto = bisect.bisect_left(self._sorted, score), bisect.bisect_right(self._sorted, score)
+        exact = self.update in ("frozen", "epoch")
+        why = "exact if scores come in an order that does not depend on them"
+        low, high = (1 + n - below) / (n + 1), (1 + upto) / (n + 1)
+        smoothed = (n - upto + uniform * (1 + upto - below)) / (n + 1)
+        first = cell.turn == 0
+        return PValue(low, high, smoothed, n, self.version, exact and first, why if first else "turns share a bank")
+
+    def observe(self, score: float, cell: Cell, took_over: bool) -> None:
+        if self.update == "epoch":
+            self._pending.append(score)
+        elif self.update != "frozen":
+            self._take(score)
+
+    def advance(self) -> None:
+        for score in sorted(self._pending):
+            self._take(score)
+        self._pending.clear()
+
+    def rate(self, takeover_rate: float) -> float:
+        return takeover_rate
+
+    def _take(self, score: float) -> None:
+        bisect.insort(self._sorted, score)
+        self._changes += 1
+        if self.window is not None:
+            self._recent.append(score)
+            while len(self._recent) > self.window:
+                old = self._recent.popleft()
+                del self._sorted[bisect.bisect_left(self._sorted, old)]
+
+
+class Adaptive:
+    """Moves the rate by what happened, rho + step (rho* - 1{takeover}), so that it is kept in the long run (ACI).
+
+    For any sequence of scores at all, |mean takeover rate - rho*| <= (max(rho_1, 1 - rho_1) + step) / (step N) after N
+    decisions (Gibbs and Candes, 2021). Nothing is promised of a single decision.
+    """
+
+    def __init__(self, base: Calibrator, *, step: float = 0.02) -> None:
+        if not 0 < step < 1:
+            raise ValueError(f"step must lie between 0 and 1, got {step}")
+        self.base, self.step = base, step
+        self._moved = 0.0
+        self._taken = self._seen = 0
+
+    @property
+    def version(self) -> str:
+        return f"{self.base.version}-{self._seen}-{self._taken}"
+
+    def p_value(self, score: float, cell: Cell, uniform: float) -> PValue | None:
+        p = self.base.p_value(score, cell, uniform)
+        if p is None:
+            return None
+        why = "adaptive: the rate is kept in the long run only"
+        return PValue(p.low, p.high, p.smoothed, p.n, self.version, False, why)
+
+    def observe(self, score: float, cell: Cell, took_over: bool) -> None:
+        self.base.observe(score, cell, took_over)
+        self._seen, self._taken = self._seen + 1, self._taken + took_over
+
+    def advance(self) -> None:
+        self.base.advance()
+
+    def rate(self, takeover_rate: float) -> float:
+        return takeover_rate + self.step * (self._seen * takeover_rate - self._taken)
+
+
+def fit(
+    kind: Kind, scores: Scores, *, base: Base = "hierarchical", buckets: Sequence[int] = BUCKETS, n_min: int = 1
+) -> Calibrator:
+    """The calibrator of that kind made of scores and where each comes from.
+
+    Raises ValueError for another kind, or none of the scores that it needs.
+    """
+    if kind == "per_turn":
+        turns = PerTurn({}, base=base, buckets=buckets, n_min=n_min)
+        cells = {turns.bucket(cell.turn) for _, cell in scores}
+        banks = {b: _bank([(s, c) for s, c in scores if turns.bucket(c.turn) == b]) for b in cells}
+        return PerTurn(banks, base=base, buckets=buckets, n_min=n_min)
+    if kind not in ("pooled", "hierarchical"):
+        raise ValueError(f'kind must be "pooled", "hierarchical" or "per_turn", got {kind!r}')
+    bank = _bank([(score, cell) for score, cell in scores if cell.turn == 0])
+    return Pooled(bank, n_min=n_min) if kind == "pooled" else Hierarchical(bank, n_min=n_min)
+
+
+def check_buckets(buckets: Sequence[int]) -> Sequence[int]:
+    """The buckets' first turns, if they begin with 0 and increase."""
+    if not buckets or buckets[0] != 0 or any(b <= a for a, b in itertools.pairwise(buckets)):
+        raise ValueError(f"buckets must be increasing first turns that begin with 0, got {tuple(buckets)}")
+    return buckets
+
+
+def save_calibrator(calibrator: Calibrator, folder: str | os.PathLike[str], taxonomy: Mapping[str, str]) -> None:
+    """Writes a fitted calibrator: scores as safetensors, the rest as JSON with the bank's hash.
+
+    Args:
+        taxonomy: what the scores depend on (models, template, ...); it must be the same where they are used.
+
+    Raises TypeError for a calibrator that is no bank of scores on its own (adaptive, online, per question).
+    """
+    if not isinstance(calibrator, Pooled | Hierarchical | PerTurn):
+        raise TypeError(f"calibrator: {type(calibrator).__name__} is made during a run and is not saved; save its bank")
+    banks = calibrator.banks if isinstance(calibrator, PerTurn) else {0: calibrator.bank}
+    about: dict[str, Any] = {
+        "format": 1, "kind": _KINDS[type(calibrator)], "version": calibrator.version, "n_min": calibrator.n_min,
+        "taxonomy": dict(taxonomy), "groups": {str(turn): list(bank.groups) for turn, bank in banks.items()},
+    }  # fmt: skip
+    if isinstance(calibrator, PerTurn):
+        about |= {"base": calibrator.base, "buckets": list(calibrator.buckets)}
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    with replacing(path / "scores.safetensors") as partial:
+        save_file({str(turn): torch.from_numpy(bank.scores.copy()) for turn, bank in banks.items()}, partial)
+    with replacing(path / "calibration.json") as partial:
+        partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def load_calibrator(
+    folder: str | os.PathLike[str], taxonomy: Mapping[str, str] | None = None
+) -> Pooled | Hierarchical | PerTurn:
+    """The calibrator that `save_calibrator` wrote.
+
+    Raises ValueError if the scores are not those that were saved, or were gained with other models than `taxonomy`
+    says; OSError for files that are missing.
+    """
+    path = Path(folder)
+    about = json.loads((path / "calibration.json").read_text(encoding="utf-8"))
+    for name, value in (taxonomy or {}).items():
+        if about["taxonomy"].get(name) != value:
+            raise ValueError(
+                f"{path}: calibrated with {name}={about['taxonomy'].get(name)!r}, and this is {value!r}; scores of "
+                "different settings are never ranked together: calibrate again"
+            )
+    scores = load_file(path / "scores.safetensors")
+    banks = {int(turn): Bank(scores[turn].numpy(), tuple(groups)) for turn, groups in about["groups"].items()}
+    n_min = about["n_min"]
+    made: Pooled | Hierarchical | PerTurn
+    if about["kind"] == "per_turn":
+        made = PerTurn(banks, base=about["base"], buckets=about["buckets"], n_min=n_min)
+    else:
+        made = (Pooled if about["kind"] == "pooled" else Hierarchical)(banks[0], n_min=n_min)
+    if made.version != about["version"]:
+        raise ValueError(f"{path}: these scores hash to {made.version}, not to {about['version']}: they were changed")
+    return made
+
+
+_KINDS: dict[type, str] = {Pooled: "pooled", Hierarchical: "hierarchical", PerTurn: "per_turn"}
+
+
+def _bank(scores: Iterable[tuple[float, Cell]]) -> Bank:
+    pairs = list(scores)
+    if not pairs:
+        raise ValueError("scores: there is none of a first turn, which this calibrator is made of")
+    return Bank(np.asarray([score for score, _ in pairs]), tuple(cell.question for _, cell in pairs))
+
+
+def _hash(words: Any) -> str:
+    return hashlib.blake2b(repr(words).encode(), digest_size=8).hexdigest()

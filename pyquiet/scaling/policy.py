@@ -1,0 +1,223 @@
+"""Policies: what becomes of a draft's chunk."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from pyquiet.checks import check_count, check_fraction
+from pyquiet.scaling.calibration import Calibrator, Cell
+from pyquiet.scaling.conformal import Bank, Rule
+from pyquiet.scaling.drift import DriftMonitor
+from pyquiet.scaling.plan import OnTakeover
+from pyquiet.scaling.records import TAKEOVERS, Action, Decision, Key
+
+Takeover = Literal["continue", "replace"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A chunk that waits for its decision: its score, or None and the reason: "short", "empty" or "failed"."""
+
+    key: Key
+    cell: Cell
+    score: float | None
+    reason: str = ""
+
+
+class Policy(Protocol):
+    """Decides about chunks.
+
+    Attributes:
+        together: whether it needs all chunks of a question's turn at once; only the sync engine can then use it.
+    """
+
+    together: bool
+
+    def decide(self, chunk: Chunk, uniform: float) -> Decision:
+        """What becomes of a chunk; `uniform` in (0, 1) is the chunk's own."""
+
+    def decide_all(self, chunks: Sequence[Chunk], uniforms: Sequence[float]) -> list[Decision]:
+        """The same for all chunks of a turn."""
+
+    def observe(self, chunk: Chunk, decision: Decision) -> None:
+        """Sees a decision that has been made."""
+
+
+class _Alone:
+    """A policy that decides about each chunk alone and learns nothing."""
+
+    together = False
+
+    def decide(self, chunk: Chunk, uniform: float) -> Decision:
+        raise NotImplementedError
+
+    def decide_all(self, chunks: Sequence[Chunk], uniforms: Sequence[float]) -> list[Decision]:
+        """Each for itself."""
+        return [self.decide(chunk, uniform) for chunk, uniform in zip(chunks, uniforms, strict=True)]
+
+    def observe(self, chunk: Chunk, decision: Decision) -> None: ...
+
+
+class AcceptAll(_Alone):
+    """Keeps every draft: the draft model alone."""
+
+    def decide(self, chunk: Chunk, uniform: float) -> Decision:
+        return Decision("accept", "all")
+
+
+class ConformalPolicy(_Alone):
+    """Takes over by the p-value of a chunk's score, at the rate that the rule promises.
+
+    Args:
+        on_takeover: the target continues behind the chunk, or replaces it, or the draft tries again up to `resamples`
+            times and the chunk of the lowest score stays. A chunk that the rule discards is drafted again in any case;
+            when the tries are used up the target continues or replaces it.
+        on_cold: what to do with a score that there is no bank for. on_score_failure: with a chunk whose scoring failed
+            for good. on_short: with one too short to be scored. None of these decisions has a p-value.
+        drift: watches the p-values of guaranteed decisions, warns when they stop being uniform, and may freeze the
+            calibrator.
+    """
+
+    def __init__(
+        self,
+        calibrator: Calibrator,
+        rule: Rule,
+        on_takeover: OnTakeover = "continue",
+        *,
+        resamples: int = 2,
+        on_cold: Literal["takeover", "accept"] = "takeover",
+        on_score_failure: Literal["takeover", "accept"] = "takeover",
+        on_short: Literal["takeover", "accept"] = "accept",
+        drift: DriftMonitor | None = None,
+    ) -> None:
+        if on_takeover not in ("continue", "replace", "resample"):
+            raise ValueError(f'on_takeover must be "continue", "replace" or "resample", got {on_takeover!r}')
+        for name, value in (("on_cold", on_cold), ("on_score_failure", on_score_failure), ("on_short", on_short)):
+            if value not in ("takeover", "accept"):
+                raise ValueError(f'{name} must be "takeover" or "accept", got {value!r}')
+        self.calibrator, self.rule, self.on_takeover = calibrator, rule, on_takeover
+        self.resamples, self.drift = check_count("resamples", resamples, least=0), drift
+        self._without = {"cold": on_cold, "failed": on_score_failure, "short": on_short, "empty": on_short}
+
+    def decide(self, chunk: Chunk, uniform: float) -> Decision:
+        if chunk.score is None:
+            return self._blind(chunk.reason)
+        p = self.calibrator.p_value(chunk.score, chunk.cell, uniform)
+        if p is None:
+            return self._blind("cold")
+        label = self.rule.label(p, self.calibrator.rate(self.rule.takeover_rate))
+        action, reason = self._action(label, chunk.key.attempt)
+        if self.drift is not None and p.guaranteed and not chunk.key.attempt:
+            self.drift.see(p.smoothed)
+        guaranteed = p.guaranteed and not chunk.key.attempt  # a second try is no first chunk
+        return Decision(action, reason, self.rule.p(p), p.n, p.version, guaranteed)
+
+    def observe(self, chunk: Chunk, decision: Decision) -> None:
+        """Shows the calibrator a score that was decided by its p-value."""
+        if chunk.score is not None and decision.p is not None:
+            self.calibrator.observe(chunk.score, chunk.cell, decision.action in (*TAKEOVERS, "resample"))
+
+    def _action(self, label: str, attempt: int) -> tuple[Action, str]:
+        if label == "accept":
+            return "accept", "p"
+        if (label == "discard" or self.on_takeover == "resample") and attempt < self.resamples:
+            return "resample", "p"
+        if self.on_takeover == "resample":
+            return "accept", "resampled"
+        return self.on_takeover, "p"
+
+    def _blind(self, reason: str) -> Decision:
+        if self._without[reason] == "accept":
+            return Decision("accept", reason)
+        return Decision("continue" if self.on_takeover == "resample" else self.on_takeover, reason)
+
+
+class OfficialPolicy(_Alone):
+    """The rule of the released code: takeover iff #{U_i < u} / n >= threshold, without the + 1 of a p-value.
+
+    Its mean rate is (n + 1 - ceil(threshold n)) / (n + 1), which is neither a bound from above nor from below on
+    1 - threshold. Later turns use the bank of the first.
+    """
+
+    def __init__(self, bank: Bank, *, threshold: float = 0.6, on_takeover: Takeover = "continue") -> None:
+        self.bank, self.threshold = bank, check_fraction("threshold", threshold)
+        self.on_takeover: Takeover = _check_takeover(on_takeover)
+
+    def decide(self, chunk: Chunk, uniform: float) -> Decision:
+        if chunk.score is None:
+            return Decision("accept", chunk.reason)
+        below, _ = self.bank.counts(chunk.score)
+        share = below / self.bank.size
+        return Decision(
+            _over(share >= self.threshold, self.on_takeover), "rank in bank", share, self.bank.size, self.bank.version
+        )
+
+
+class RankPolicy:
+    """The classic way: of all chains of a question the target takes over the `takeovers` worst of each turn.
+
+    Chunks without a score count as the worst. Needs every score of the turn, so it waits for the slowest chain.
+    """
+
+    together = True
+
+    def __init__(self, takeovers: int, *, on_takeover: Takeover = "continue") -> None:
+        self.takeovers = check_count("takeovers", takeovers, least=0)
+        self.on_takeover: Takeover = _check_takeover(on_takeover)
+
+    def decide(self, chunk: Chunk, uniform: float) -> Decision:
+        """Not to be had: TypeError."""
+        raise TypeError("RankPolicy compares all chunks of a turn; use decide_all, that is the sync engine")
+
+    def decide_all(self, chunks: Sequence[Chunk], uniforms: Sequence[float]) -> list[Decision]:
+        scores = [float("inf") if chunk.score is None else chunk.score for chunk in chunks]
+        worst = sorted(range(len(chunks)), key=lambda i: (-scores[i], chunks[i].key.chain))[: self.takeovers]
+        return [Decision(_over(i in worst, self.on_takeover), "rank") for i in range(len(chunks))]
+
+    def observe(self, chunk: Chunk, decision: Decision) -> None: ...
+
+
+class SpecReasonPolicy(_Alone):
+    """SpecReason (arXiv 2504.07891): keeps a step whose grade by the target is at least `threshold`, else rewrites it.
+
+    To be used with `JudgeGrade`, whose score is the grade negated.
+    """
+
+    def __init__(self, threshold: float = 7.0) -> None:
+        self.threshold = threshold
+
+    def decide(self, chunk: Chunk, uniform: float) -> Decision:
+        if chunk.score is None:
+            return Decision("replace", chunk.reason)
+        return Decision(_over(-chunk.score < self.threshold, "replace"), "grade")
+
+
+class RSDPolicy(_Alone):
+    """Reward-guided speculative decoding (arXiv 2501.19324): keeps a step by a weight of its reward, else rewrites it.
+
+    To be used with `Reward`, whose score is the reward negated.
+
+    Args:
+        threshold: a step of at least this reward has weight 1. soft: below it the weight is 0, or if `soft` the reward
+            itself held to [0, 1], the probability of keeping the step.
+    """
+
+    def __init__(self, threshold: float = 0.7, *, soft: bool = False) -> None:
+        self.threshold, self.soft = threshold, soft
+
+    def decide(self, chunk: Chunk, uniform: float) -> Decision:
+        if chunk.score is None:
+            return Decision("replace", chunk.reason)
+        reward = -chunk.score
+        weight = 1.0 if reward >= self.threshold else min(max(reward, 0.0), 1.0) if self.soft else 0.0
+        return Decision(_over(uniform >= weight, "replace"), "reward")
+
+
+def _check_takeover(action: str) -> Takeover:
+    if action not in TAKEOVERS:
+        raise ValueError(f'on_takeover must be "continue" or "replace", got {action!r}')
+    return action  # type: ignore[return-value]
+
+
+def _over(taken: bool, action: Takeover) -> Action:
+    return action if taken else "accept"
