@@ -135,6 +135,20 @@ def test_chains_of_a_lost_server_move_and_stay_where_they_went():
     asyncio.run(run())
 
 
+def test_chains_that_moved_weigh_where_they_went():
+    async def run() -> None:
+        a, b = Server("a"), Server("b", Health(ill=2))
+        replicas = group(a, b)
+        assert [replicas.pick(chain).url for chain in ("1", "2")] == ["a", "b"]
+        b.lose()
+        assert replicas.pick("2") is a
+        while not b.circuit.closed:
+            await asyncio.sleep(0.001)
+        assert [replicas.pick(chain).url for chain in ("3", "4", "5")] == ["b", "b", "a"]
+
+    asyncio.run(run())
+
+
 def test_all_lost_parks_callers_until_one_is_back():
     async def run() -> None:
         a, b = Server("a", Health(ill=5)), Server("b")

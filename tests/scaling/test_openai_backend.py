@@ -389,6 +389,17 @@ def test_statuses_of_a_server_that_lives_open_no_circuit():
     against(use, probe_every=60.0)
 
 
+def test_connections_that_break_now_and_then_open_no_circuit():
+    async def use(backend: OpenAIBackend, server: Loopback) -> None:
+        for fault in ["reset"] * 4 + ["400"] + ["reset"] * 4:
+            server.inject(fault)
+            with pytest.raises((TransientError, RefusedError)):
+                await ask(backend, "generate")()
+        await ask(backend, "generate")()
+
+    against(use, probe_every=60.0)
+
+
 def test_a_server_that_stays_away_is_gone():
     async def use(backend: OpenAIBackend, server: Loopback) -> None:
         await server.die()

@@ -63,7 +63,7 @@ class Replicas(Generic[R]):
         """A circuit has opened or closed."""
         if any(m.circuit.closed for m in self.members):
             self._up.set()
-        elif self._up.is_set():
+        else:
             self._up.clear()
             self._deadline = asyncio.get_running_loop().time() + self._give_up_s
 
