@@ -1,0 +1,185 @@
+"""Models in this process against plain forwards of the same models."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from pyquiet.scaling.backends.base import Choose, ContextOverflowError, Generate, Generated, Prompt, RefusedError, Score
+from pyquiet.scaling.backends.huggingface import HFBackend
+
+from .byte_tokens import byte_tokenizer
+
+T = TypeVar("T")
+TOKENIZER = byte_tokenizer()
+SIZES: dict[str, Any] = {
+    "vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3, "eos_token_id": 1,
+}  # fmt: skip
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).double().eval()
+
+
+def mistral() -> Any:
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=6)).double().eval()
+
+
+def using(model: Any, work: Callable[[HFBackend], Awaitable[T]], **options: Any) -> T:
+    async def run() -> T:
+        backend = HFBackend(model, TOKENIZER, **options)
+        await backend.open()
+        try:
+            return await work(backend)
+        finally:
+            await backend.close()
+
+    return asyncio.run(run())
+
+
+def ids_of(seed: int, length: int) -> tuple[int, ...]:
+    return tuple(torch.randint(2, 258, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+def wants(i: int, **changes: Any) -> Generate:
+    fields: dict[str, Any] = {
+        "chain": f"c{i}", "prompt": Prompt(ids_of(i, 3 + 4 * (i % 5))), "max_tokens": 6 + i % 7, "temperature": 0.9,
+        "top_p": 0.95, "seed": 2**62 + 977 * i,
+    }  # fmt: skip
+    return Generate(**(fields | changes))
+
+
+@torch.no_grad()
+def brute_force(model: Any, ids: tuple[int, ...], start: int) -> torch.Tensor:
+    law = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return law[range(start - 1, len(ids) - 1), list(ids[start:])]
+
+
+@pytest.mark.parametrize("make", [llama, mistral])
+@pytest.mark.parametrize("start", [1, 9, 19])
+def test_scores_are_those_of_a_plain_forward(make: Any, start: int) -> None:
+    model, ids = make(), ids_of(3, 20)
+
+    async def work(backend: HFBackend) -> Any:
+        await backend.score(Score("c", Prompt(ids[:12]), 5))  # leaves a part in the cache
+        return await backend.score(Score("c", Prompt(ids), start))
+
+    answer = using(model, work)
+    assert torch.tensor(answer.log_probs).numpy() == pytest.approx(brute_force(model, ids, start).numpy(), abs=1e-5)
+    assert answer.usage.cached_tokens == min(12, start - 1)
+
+
+@pytest.mark.parametrize("make", [llama, mistral])
+def test_a_batch_writes_what_each_request_writes_alone(make: Any) -> None:
+    requests = [wants(i) for i in range(9)]
+
+    async def together(backend: HFBackend) -> list[Generated]:
+        return list(await asyncio.gather(*map(backend.generate, requests)))
+
+    async def alone(backend: HFBackend) -> list[Generated]:
+        return [await backend.generate(request) for request in requests]
+
+    expected = using(make(), alone, deterministic=True)
+    assert using(make(), together, max_batch=4) == expected
+    assert len({answer.ids for answer in expected}) == len(expected)
+
+
+def test_a_takeover_reads_one_token_after_a_score() -> None:
+    ids = ids_of(4, 30)
+
+    async def work(backend: HFBackend) -> Any:
+        await backend.score(Score("c0", Prompt(ids), 20))
+        warm = await backend.generate(wants(0, prompt=Prompt(ids)))
+        size = backend.kept_bytes
+        backend.forget("c0")
+        return warm, await backend.generate(wants(0, prompt=Prompt(ids))), size
+
+    warm, cold, size = using(llama(), work)
+    assert (warm.usage.cached_tokens, cold.usage.cached_tokens) == (29, 0)
+    assert (warm.ids, warm.text) == (cold.ids, cold.text)
+    assert size == (30 + len(warm.ids) - 1) * 2 * 2 * 2 * 8 * 8
+
+
+def test_the_cache_stays_below_its_cap() -> None:
+    async def work(backend: HFBackend) -> Any:
+        for i in range(4):
+            await backend.score(Score(f"c{i}", Prompt(ids_of(i, 10)), 2))
+            assert backend.kept_bytes <= 8000
+        return [(await backend.score(Score(f"c{i}", Prompt(ids_of(i, 10)), 9))).usage.cached_tokens for i in (3, 0)]
+
+    assert using(llama(), work, cache_bytes=8000) == [8, 0]  # 5,120 bytes a chain
+
+
+def test_stop_strings_end_the_text_over_several_tokens() -> None:
+    async def work(backend: HFBackend) -> Any:
+        whole = await backend.generate(wants(1, max_tokens=40))
+        stop = whole.text[5:8]
+        return whole, stop, await backend.generate(wants(1, max_tokens=40, stop=("never", stop)))
+
+    whole, stop, cut = using(llama(), work)
+    end = whole.text.index(stop) + len(stop)
+    assert (cut.text, cut.finish) == (whole.text[:end], "stop")
+    assert len(cut.ids) < len(whole.ids)
+
+
+def test_a_cancelled_request_leaves_and_others_go_on() -> None:
+    async def work(backend: HFBackend) -> Any:
+        long = asyncio.ensure_future(backend.generate(wants(1, max_tokens=100)))
+        other = asyncio.ensure_future(backend.generate(wants(2, max_tokens=20)))
+        await asyncio.sleep(0.02)
+        long.cancel()
+        answer = await other
+        await asyncio.sleep(0.05)
+        return long.cancelled(), answer, backend._worker._runner.running()
+
+    cancelled, answer, running = using(llama(), work)
+    assert cancelled
+    assert not running
+    assert answer == using(llama(), lambda backend: backend.generate(wants(2, max_tokens=20)))
+
+
+def test_what_cannot_be_is_refused_before_anything_runs() -> None:
+    async def work(backend: HFBackend) -> None:
+        backend._worker.submit = None  # type: ignore[assignment,method-assign]
+        with pytest.raises(ContextOverflowError, match="pass the context of 128"):
+            await backend.generate(wants(0, max_tokens=126))
+        for prompt in (Prompt(()), Prompt((999,))):
+            with pytest.raises(RefusedError, match="a prompt must hold"):
+                await backend.generate(wants(0, prompt=prompt))
+        with pytest.raises(RefusedError, match="must start at token 1"):
+            await backend.score(Score("c", Prompt((2, 3)), 0))
+
+    using(llama(), work)
+
+
+def test_a_failing_model_tells_those_who_wait_and_lives_on() -> None:
+    model = llama()
+    backend_forward = model.model.forward
+
+    async def work(backend: HFBackend) -> Any:
+        def broken(*_: Any, **__: Any) -> None:
+            raise RuntimeError("no memory")
+
+        model.model.forward = broken
+        with pytest.raises(RuntimeError, match="no memory"):
+            await backend.generate(wants(0))
+        model.model.forward = backend_forward
+        return await backend.generate(wants(0))
+
+    assert using(model, work).finish
+
+
+def test_options_have_the_probability_of_their_tokens() -> None:
+    model, ids = llama(), ids_of(5, 10)
+    options = ("0", "7", "12")
+    encoded = [HFBackend(model, TOKENIZER).codec.encode(option).ids for option in options]
+    got = using(model, lambda backend: backend.choose(Choose("c", Prompt(ids), options)))
+    assert got == pytest.approx([float(brute_force(model, ids + option, 10).sum()) for option in encoded])
