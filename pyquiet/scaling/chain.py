@@ -36,6 +36,8 @@ class Chain:
     """Chain number `number` of a question.
 
     Args:
+        extract: finds an answer, which ends the chain. final: finds one, where there is none, when the chain has ended
+            otherwise; it may look for words that a chunk can be cut off behind.
         last_score: the turn whose score ends the chain, for chains that fill a calibration bank.
     """
 
@@ -47,6 +49,7 @@ class Chain:
         views: Views,
         extract: Extract,
         *,
+        final: Extract | None = None,
         phase: str = "run",
         last_score: int | None = None,
     ) -> None:
@@ -56,7 +59,7 @@ class Chain:
         self.answer: str | None = None
         self.score_sum, self.scores = 0.0, 0  # of the chunks that were scored, kept or not
         self._plan, self._views, self._extract = plan, views, extract
-        self._last_score = last_score
+        self._final, self._last_score = final or extract, last_score
         self._stage: Stage = "draft"
         self._attempts: list[_Attempt] = []
 
@@ -186,3 +189,5 @@ class Chain:
             self.outcome = "tokens"
         elif self.turn == self._plan.turns - 1 and self._plan.closing_cue:
             self._views.append(Generated(None, self._plan.closing_cue, "stop", last.usage), "draft")
+        if self.outcome is not None and self.answer is None:
+            self.answer = self._final(self.text)

@@ -26,7 +26,7 @@ class Panel:
     """A question and its chains.
 
     Attributes:
-        index: the question's place in the run. chains: how many there are. numbers: theirs; the first ones if None.
+        index: the question's place in the run. numbers: those of its chains.
         early: whether the rest is cancelled once the winner is certain. last_score: for chains that fill a bank.
     """
 

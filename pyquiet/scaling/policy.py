@@ -109,8 +109,8 @@ class ConformalPolicy(_Alone):
         action, reason = self._action(label, chunk.key.attempt)
         if self.drift is not None and p.guaranteed and not chunk.key.attempt:
             self.drift.see(p.smoothed)
-        guaranteed = p.guaranteed and not chunk.key.attempt  # a second try is no first chunk
-        return Decision(action, reason, self.rule.p(p), p.n, p.version, guaranteed)
+        why = "a draft after one that was thrown away" if chunk.key.attempt else p.why
+        return Decision(action, reason, self.rule.p(p), p.n, p.version, p.guaranteed and not chunk.key.attempt, why)
 
     def observe(self, chunk: Chunk, decision: Decision) -> None:
         """Shows the calibrator a score that was decided by its p-value."""

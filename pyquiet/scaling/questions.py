@@ -6,15 +6,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pyquiet.scaling.answers import extract
 from pyquiet.scaling.records import Question
 
 Asked = str | Mapping[str, Any] | Question
-_TEXT, _ANSWER = ("question", "problem", "prompt", "text"), ("answer", "solution")
+_ID, _TEXT, _ANSWER = ("id", "unique_id"), ("question", "problem", "prompt", "text"), ("answer", "solution")
 
 
 def as_questions(questions: Iterable[Asked]) -> list[Question]:
     """Questions of texts, of dicts with the fields of a `Question` (`question`, `problem`, `prompt` or `text` for the
-    text; `answer`, and `id` or the place in the list), or of what they are already.
+    text; `answer`, or a `solution` that ends with it; `id`, or the place in the list), or of what they are already.
 
     Raises:
         TypeError, ValueError: another kind, a dict without a text, an id that comes twice, or no question at all.
@@ -60,7 +61,11 @@ def _question(item: Asked, place: int) -> Question:
         raise ValueError(
             f"questions[{place}] has no text: give it one as {', '.join(map(repr, _TEXT))}, got {list(item)}"
         )
-    answer = next((item[name] for name in _ANSWER if item.get(name) is not None), None)
-    return Question(
-        str(item.get("id", place)), text, None if answer is None else str(answer), str(item.get("group", ""))
-    )
+    name = next((str(item[name]) for name in _ID if name in item), str(place))
+    return Question(name, text, _answer(item), str(item.get("group", "")))
+
+
+def _answer(item: Mapping[str, Any]) -> str | None:
+    """The right answer; of a worked solution, as some data sets give it, the answer that it ends with."""
+    given = next((str(item[name]) for name in _ANSWER if item.get(name) is not None), None)
+    return None if given is None else extract(given) or given

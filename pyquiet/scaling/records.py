@@ -32,8 +32,8 @@ class Question:
 class Key:
     """Names one stage of one chain; it is committed at most once.
 
-    `phase` is "run", or "calibrate" and "presample" for chains whose scores fill banks. `attempt` counts the drafts of a
-    turn.
+    `phase` is "run", or "calibrate" and "presample" for chains whose scores fill banks. `attempt` counts the drafts of
+    a turn.
     """
 
     phase: str
@@ -59,7 +59,7 @@ class Decision:
 
     Attributes:
         action: what happens now. p: the p-value that decided, None if none did. n: size of the bank.
-        version: of the bank. guaranteed: whether the promised rate holds exactly for this decision.
+        version: of the bank. guaranteed: whether the promised rate holds exactly for this decision, and why.
         reason: one or a few words: "p", "cold", "no score", "rank", "forced", ...
     """
 
@@ -69,6 +69,7 @@ class Decision:
     n: int = 0
     version: str = ""
     guaranteed: bool = False
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)

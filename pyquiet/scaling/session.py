@@ -29,7 +29,8 @@ class Setting:
     """The parts a run is made of; an engine only says which chain does what when.
 
     Attributes:
-        views: makes a question's text as draft and target are to see it. extract: finds the answer in a text.
+        views: makes a question's text as draft and target are to see it. extract, final: find the answer, see `Chain`.
+        fail_unscored: whether a chain ends where scoring fails for good; else the policy decides.
         presample: chunks that are drafted and scored for each question before its first decision, 0 for none.
         take_presampled: gets their scores. limit: a cap on takeovers.
         degrade: what happens when the target stays away: the run stops and can be resumed, or all further drafts are
@@ -44,6 +45,8 @@ class Setting:
     policy: Policy
     views: Callable[[Question], Views]
     extract: Extract
+    final: Extract | None = None
+    fail_unscored: bool = False
     retry: Retry = field(default_factory=Retry)
     presample: int = 0
     take_presampled: Callable[[Question, Sequence[float]], None] | None = None
@@ -151,7 +154,8 @@ class Session:
                 return Grade(graded, _hash(prompt), timing)
             reason = "gone"
         except TransientError:
-            pass
+            if self.setting.fail_unscored:
+                raise
         except GoneError:
             self._do_without_target()
             reason = "gone"
@@ -211,7 +215,9 @@ class Session:
 
     def _chain(self, question: Question, number: int, phase: str, last_score: int | None) -> Chain:
         views, extract = self.setting.views(question), self.setting.extract
-        return Chain(question, number, self.plan, views, extract, phase=phase, last_score=last_score)
+        return Chain(
+            question, number, self.plan, views, extract, final=self.setting.final, phase=phase, last_score=last_score
+        )
 
     async def _presample(self, question: Question) -> None:
         chains = [self._chain(question, i, "presample", 0) for i in range(self.setting.presample)]

@@ -232,11 +232,14 @@ def test_drafts_go_on_alone_if_asked_to() -> None:
 
 
 def test_early_majority_cancels_what_cannot_matter_and_resumes() -> None:
-    plan = replace(PLAN, chains=8, turns=8, early_majority=True)
-    models = [HashModel(n, answers=0.9, latency=1e-3) for n in ("draft", "target")]
+    plan = replace(PLAN, chains=16, turns=8, early_majority=True)
+
+    def models() -> list[Delayed]:
+        return [Delayed(HashModel(n, answers=0.3), Latency(1.0, cv=1.0)) for n in ("draft", "target")]
+
     paper = Paper()
-    panels = asyncio.run(run(setting(*models, plan=plan), paper=paper))
-    full = asyncio.run(run(setting(*models, plan=replace(plan, early_majority=False))))
+    panels = run_simulated(run(setting(*models(), plan=plan), paper=paper))
+    full = run_simulated(run(setting(*models(), plan=replace(plan, early_majority=False))))
     outcomes = [result.outcome for panel in panels for result in panel.results]
     assert outcomes.count("cancelled") > 0
     for early, late in zip(panels, full, strict=True):
@@ -245,12 +248,11 @@ def test_early_majority_cancels_what_cannot_matter_and_resumes() -> None:
         counts = {answer: answers.count(answer) for answer in answers}
         if early.decided:
             assert early.votes.leader == max(counts, key=counts.__getitem__)
-    for cut in range(0, len(paper.records) + 1, 7):
+    for cut in range(0, len(paper.records) + 1, 25):
         again = Paper(paper.records[:cut])
-        fresh = [HashModel(n, answers=0.9, latency=1e-3) for n in ("draft", "target")]
-        panels = asyncio.run(run(setting(*fresh, plan=plan), paper=again, done=list(again.records)))
+        panels = run_simulated(run(setting(*models(), plan=plan), paper=again, done=list(again.records)))
         assert all(panel.complete for panel in panels)
-        assert sum(record.key.stage == "end" for record in again.records) == 8 * len(QUESTIONS)
+        assert sum(record.key.stage == "end" for record in again.records) == 16 * len(QUESTIONS)
 
 
 def test_a_deadline_ends_a_chain() -> None:

@@ -1,0 +1,365 @@
+"""ATTS: draft and target scale thinking at test time, and the share of drafts that the target takes over is promised.
+
+Asynchronous test-time scaling (arXiv 2509.15148): every chain decides about its own chunk by the rank of its score in
+a bank of earlier scores, a conformal p-value, so that no chain waits for another.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
+
+from pyquiet.checks import check_count
+from pyquiet.scaling import answers
+from pyquiet.scaling.answers import Vote
+from pyquiet.scaling.backends.connect import Model, connect
+from pyquiet.scaling.calibration import (
+    Calibrator,
+    Cell,
+    Kind,
+    PerQuestion,
+    fit,
+    load_calibrator,
+    save_calibrator,
+)
+from pyquiet.scaling.calls import Retry
+from pyquiet.scaling.conformal import Rule, Tail
+from pyquiet.scaling.engine import run_async, run_sync
+from pyquiet.scaling.journal import Journal
+from pyquiet.scaling.limits import TakeoverLimit
+from pyquiet.scaling.panel import Panel
+from pyquiet.scaling.plan import OnTakeover, Plan
+from pyquiet.scaling.policy import AcceptAll, ConformalPolicy, Policy
+from pyquiet.scaling.questions import Asked, as_questions
+from pyquiet.scaling.records import Question, Record
+from pyquiet.scaling.report import Tally
+from pyquiet.scaling.result import ATTSResult, Promises, QuestionResult
+from pyquiet.scaling.running import blocking, interruptible, journalled
+from pyquiet.scaling.score import MeanNLL, ScoreFn
+from pyquiet.scaling.session import Session, Setting
+from pyquiet.scaling.views import Template, Views
+
+T = TypeVar("T")
+Engine = Literal["async", "sync"]
+OnRecord = Callable[[Record], None]
+Select = Literal["majority", "weighted", "first"]
+
+
+class ATTS:
+    """Draft, target, and what is promised about them.
+
+    Each of m chains a question takes at most T turns. In a turn the draft writes a chunk, the target scores it, and
+    the chunk is kept or the target takes over: at most (`tail="budget"`), at least ("coverage") or exactly
+    ("smoothed") in a share `takeover_rate` of the chunks. That share is all that is guaranteed, and only where scores
+    in the bank and scores that are judged are exchangeable; `ATTSResult.guaranteed` says where that is. Nothing is
+    promised about the answers.
+
+    Args:
+        draft, target: a backend, a (model, tokenizer), an embedded model's name, a folder, or a server's address; see
+            `backends.connect`.
+        takeover_rate: rho, in (0, 1); the paper's alpha is 1 - rho, and a budget of B takeovers of m chains is B / m.
+        chains, turns: m and T; None: those of `plan`.
+        calibration: a calibrator, or the folder of one that was saved. None: for every question as many chunks as it
+            has chains are drafted and scored first, which is exact for its first turn alone.
+        tail, on_takeover: which promise, and what a takeover is: the target continues behind the draft's chunk, it
+            replaces the chunk, or the draft tries again (at most twice) and the best of its chunks stays.
+        policy: decides in place of all these. score: larger is worse; None is the mean negative log-likelihood of the
+            chunk under the target.
+        plan: sampling, limits, pools, seed. template, system: how a question is shown, see `Views`.
+        extract: finds the answer in a text, None if there is none yet. select: which of the chains' answers wins.
+        retry, limit, degrade: requests that fail, a hard cap on takeovers, and a target that is lost; see `Setting`.
+
+    Raises:
+        ValueError, TypeError: an argument that makes no sense, by name, before any model is asked.
+
+    >>> atts = ATTS("tiny-draft", "tiny-target", chains=4, plan=Plan(stop=("\\n",)), on_takeover="replace")
+    >>> result = atts.run(["Ann has 3 apples and buys 4 more. How many apples does she have?"])
+    >>> print(result.answers, result.report)
+    """
+
+    def __init__(
+        self,
+        draft: Model,
+        target: Model,
+        *,
+        takeover_rate: float = 0.4,
+        chains: int | None = None,
+        turns: int | None = None,
+        calibration: Calibrator | str | os.PathLike[str] | None = None,
+        tail: Tail = "budget",
+        on_takeover: OnTakeover = "continue",
+        policy: Policy | None = None,
+        score: ScoreFn | None = None,
+        plan: Plan | None = None,
+        template: Template | None = None,
+        system: str | None = None,
+        extract: Callable[[str], str | None] = answers.extract,
+        select: Select = "majority",
+        retry: Retry | None = None,
+        limit: TakeoverLimit | None = None,
+        degrade: Literal["stop", "draft_only"] = "stop",
+    ) -> None:
+        if select not in ("majority", "weighted", "first"):
+            raise ValueError(f'select must be "majority", "weighted" or "first", got {select!r}')
+        if on_takeover not in ("continue", "replace", "resample"):
+            raise ValueError(f'on_takeover must be "continue", "replace" or "resample", got {on_takeover!r}')
+        if degrade not in ("stop", "draft_only"):
+            raise ValueError(f'degrade must be "stop" or "draft_only", got {degrade!r}')
+        plan = plan or Plan()
+        self.plan = replace(plan, chains=chains or plan.chains, turns=turns or plan.turns)
+        self.rule, self.on_takeover = Rule(takeover_rate, tail), on_takeover
+        self.policy = policy
+        self._saved = calibration if isinstance(calibration, str | os.PathLike) else None
+        self.calibrator = None if isinstance(calibration, str | os.PathLike) else calibration
+        self.score, self.extract, self.select = score or MeanNLL(), extract, select
+        self.template, self.system = template, system
+        self._retry, self._limit, self._degrade = retry or Retry(), limit, degrade
+        self.draft, self.target = connect("draft", draft), connect("target", target)
+
+    def run(
+        self,
+        questions: Iterable[Asked],
+        *,
+        journal: str | os.PathLike[str] | None = None,
+        engine: Engine = "async",
+        on_record: OnRecord | None = None,
+        grace: float = 30.0,
+    ) -> ATTSResult:
+        """Answers questions.
+
+        Ctrl-C lets requests that are on the wire end for `grace` seconds, begins no other, and gives what there is.
+
+        Args:
+            questions: texts, dicts or `Question`s, see `as_questions`.
+            journal: a file that keeps every step. If it exists already, the run goes on where it was interrupted.
+            engine: "async", every chain for itself, or "sync", all chains of a question in step, the reference.
+            on_record: is told every step as it is committed, after those of the journal.
+
+        Raises:
+            ValueError: bad questions, a journal of another run, a policy that needs the sync engine.
+            RefusedError, GoneError: a server that will not or does not answer; the journal resumes the run.
+        """
+        return blocking(self.arun(questions, journal=journal, engine=engine, on_record=on_record, grace=grace))
+
+    async def arun(
+        self,
+        questions: Iterable[Asked],
+        *,
+        journal: str | os.PathLike[str] | None = None,
+        engine: Engine = "async",
+        on_record: OnRecord | None = None,
+        grace: float = 30.0,
+    ) -> ATTSResult:
+        """`run` in a running event loop."""
+        asked = as_questions(questions)
+        drive = _ENGINES.get(engine)
+        if drive is None:
+            raise ValueError(f'engine must be "async" or "sync", got {engine!r}')
+        if self.policy is not None and self.policy.together and engine != "sync":
+            raise ValueError(f'{type(self.policy).__name__} compares the chains of a turn: use engine="sync"')
+        done: dict[int, QuestionResult] = {}
+        promises = Promises()
+
+        def take(panel: Panel) -> None:
+            done[panel.index] = self._result(panel)
+
+        async with self._open():
+            calibrator = self.calibrator if self.calibrator is not None else PerQuestion()
+            policy = self.policy or self._policy(calibrator)
+            header = self.header(asked, policy, engine)
+            with journalled(journal, header) as (file, records):
+                tally = Tally(header)
+                listeners = [tally.add, promises.add, *([on_record] if on_record else [])]
+                for record, listen in itertools.product(records, listeners):
+                    listen(record)
+                session = self._session(policy, file, records, listeners, take)
+                with interruptible(session, grace):
+                    for batch in _batches(asked, calibrator):
+                        session.recall(q for _, q in batch)
+                        await drive(session, (self._panel(i, q) for i, q in batch))
+                        calibrator.advance()
+        results = tuple(done[i] for i in sorted(done))
+        return ATTSResult(results, tally.report(), promises.by_turn(), len(done) == len(asked))
+
+    def calibrate(
+        self,
+        questions: Iterable[Asked],
+        *,
+        kind: Kind = "per_turn",
+        chains: int = 4,
+        journal: str | os.PathLike[str] | None = None,
+        on_record: OnRecord | None = None,
+    ) -> Calibrator:
+        """Fills a bank from questions like those that will be asked, but not these, and uses it from now on.
+
+        The chains that calibrate a turn are others than those that calibrate the turns before it, and are judged there
+        by banks that do not hold their own scores; otherwise the promise would not hold.
+
+        Args:
+            kind: "pooled" and "hierarchical" rank first chunks, the latter so that it holds for new questions;
+                "per_turn" makes a hierarchical bank for each turn. chains: of each question, for each turn.
+
+        Raises:
+            ValueError: bad questions, or none of their chunks could be scored.
+        """
+        return blocking(self.acalibrate(questions, kind=kind, chains=chains, journal=journal, on_record=on_record))
+
+    async def acalibrate(
+        self,
+        questions: Iterable[Asked],
+        *,
+        kind: Kind = "per_turn",
+        chains: int = 4,
+        journal: str | os.PathLike[str] | None = None,
+        on_record: OnRecord | None = None,
+    ) -> Calibrator:
+        """`calibrate` in a running event loop."""
+        asked = as_questions(questions)
+        check_count("chains", chains, least=1)
+        collected: list[tuple[float, Cell]] = []
+        groups = {question.id: question.group for question in asked}
+
+        def collect(record: Record) -> None:
+            if record.decision is not None and record.decision.reason == "calibration" and record.score is not None:
+                key = record.key
+                collected.append((record.score, Cell(key.question, groups[key.question], key.turn)))
+            if on_record is not None:
+                on_record(record)
+
+        async with self._open():
+            header = self.header(asked, None, "async") | {"calibration": {"kind": kind, "chains": chains}}
+            with journalled(journal, header) as (file, records):
+                calibrator: Calibrator | None = None
+                for turn in range(self.plan.turns if kind == "per_turn" else 1):
+                    before = len(collected)
+                    for record in records:
+                        if record.key.turn == turn:
+                            collect(record)
+                    policy = AcceptAll() if calibrator is None else self._policy(calibrator)
+                    session = self._session(policy, file, records, [collect], None)
+                    numbers = range(turn * chains, (turn + 1) * chains)
+                    panels = (Panel(q, i, numbers, phase="calibrate", last_score=turn) for i, q in enumerate(asked))
+                    await run_async(session, panels)
+                    if len(collected) == before:
+                        break
+                    calibrator = fit(kind, collected)
+        if calibrator is None:
+            raise ValueError("questions: none of the drafts could be scored (too short?), so there is no bank")
+        self.calibrator = calibrator
+        return calibrator
+
+    def save_calibration(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the bank to a folder, from which `calibration=` takes it.
+
+        Raises ValueError without one, TypeError for one that is made during a run.
+        """
+        if self.calibrator is None:
+            raise ValueError("there is no calibration to save: call calibrate first")
+        save_calibrator(self.calibrator, folder, self._taxonomy())
+
+    def header(self, questions: Sequence[Question], policy: Policy | None, engine: Engine) -> dict[str, Any]:
+        """What a journal begins with: everything that must be the same for a run to go on. JSON values."""
+        rule = {"takeover_rate": self.rule.takeover_rate, "tail": self.rule.tail, "on_takeover": self.on_takeover}
+        named = "calibration" if policy is None else type(policy).__name__
+        about = {"name": named, **(rule if self.policy is None else {})}
+        return {
+            "version": 1,
+            "engine": engine,
+            "config": self.plan.to_dict() | {"policy": about, "score": self.score.name, "select": self.select},
+            "draft": dict(self.draft.identity),
+            "target": dict(self.target.identity),
+            "template": self._template_hash(),
+            "bank": "" if self.calibrator is None else self.calibrator.version,
+            "questions": [{"id": q.id, "answer": q.answer, "group": q.group, "text": q.text} for q in questions],
+        }
+
+    def _policy(self, calibrator: Calibrator) -> ConformalPolicy:
+        return ConformalPolicy(calibrator, self.rule, self.on_takeover)
+
+    def _panel(self, index: int, question: Question) -> Panel:
+        return Panel(question, index, range(self.plan.chains), self.plan.early_majority)
+
+    def _session(
+        self,
+        policy: Policy,
+        journal: Journal | None,
+        done: Iterable[Record],
+        listeners: Sequence[OnRecord],
+        on_panel: Callable[[Panel], None] | None,
+    ) -> Session:
+        def tell(record: Record) -> None:
+            for listen in listeners:
+                listen(record)
+
+        own = policy.calibrator if isinstance(policy, ConformalPolicy) else None
+        presampled = own if isinstance(own, PerQuestion) else None
+        setting = Setting(
+            self.plan,
+            self.draft,
+            self.target,
+            self.score,
+            policy,
+            lambda q: Views(self.draft, self.target, q, template=self.template, system=self.system),
+            self._stops,
+            self.extract,
+            retry=self._retry,
+            presample=self.plan.chains if presampled is not None else 0,
+            take_presampled=None if presampled is None else lambda q, scores: presampled.set(q.id, scores),
+            limit=self._limit,
+            degrade=self._degrade,
+            on_record=tell,
+            on_panel=on_panel,
+        )
+        return Session(setting, journal, done)
+
+    def _stops(self, text: str) -> str | None:
+        """The answer that ends a chain: the user's, or a box; words may go on behind the end of a chunk."""
+        return answers.extract(text, ()) if self.extract is answers.extract else self.extract(text)
+
+    def _result(self, panel: Panel) -> QuestionResult:
+        chains = tuple(sorted(panel.results, key=lambda chain: chain.number))
+        votes = [Vote(c.answer, c.mean_score, c.number, ended) for c, ended in zip(panel.results, itertools.count())]
+        select = {"majority": answers.majority, "weighted": answers.weighted, "first": answers.first}[self.select]
+        return QuestionResult(panel.question, select(votes), chains)
+
+    def _taxonomy(self) -> dict[str, str]:
+        names = {"draft": self.draft.identity, "target": self.target.identity, "plan": self.plan.to_dict()}
+        plan = {k: names["plan"][k] for k in ("draft", "stop")}
+        return {
+            "draft": _digest(dict(names["draft"])), "target": _digest(dict(names["target"])), "sampling": _digest(plan),
+            "score": self.score.name, "template": self._template_hash(),
+        }  # fmt: skip
+
+    def _template_hash(self) -> str:
+        template = self.template if isinstance(self.template, str) else getattr(self.template, "__qualname__", None)
+        return _digest([template, self.system])
+
+    @asynccontextmanager
+    async def _open(self) -> AsyncIterator[None]:
+        backends = [self.draft] if self.draft is self.target else [self.draft, self.target]
+        async with AsyncExitStack() as stack:
+            for backend in backends:
+                stack.push_async_callback(backend.close)
+                await backend.open()
+            if self._saved is not None and self.calibrator is None:
+                self.calibrator = load_calibrator(self._saved, self._taxonomy())
+            yield
+
+
+def _batches(asked: Sequence[Question], calibrator: Calibrator) -> Iterator[list[tuple[int, Question]]]:
+    """Questions with their places, in the batches that the calibrator learns between; all at once for most."""
+    size = getattr(calibrator, "batch", None) or len(asked)
+    for start in range(0, len(asked), size):
+        yield list(enumerate(asked))[start : start + size]
+
+
+def _digest(value: Any) -> str:
+    content = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+
+
+_ENGINES = {"async": run_async, "sync": run_sync}

@@ -1,0 +1,52 @@
+"""Backends by what users call their models."""
+
+import os
+from typing import Any, cast
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pyquiet.scaling.backends.base import Backend
+from pyquiet.zoo import available, load
+
+Model = Backend | tuple[PreTrainedModel, PreTrainedTokenizerBase] | str | os.PathLike[str]
+
+
+def connect(name: str, model: Model) -> Backend:
+    """The backend of a model.
+
+    Args:
+        name: of the argument, for errors.
+        model: a backend; a model and its tokenizer; the name of an embedded model; the folder or name of a Hugging Face
+            model; or the address of an OpenAI-compatible server, as "http://host:port/v1" or, where it serves several
+            models, "http://host:port/v1#model".
+
+    Raises:
+        TypeError, ValueError: it is none of these.
+    """
+    if isinstance(model, tuple):
+        if len(model) != 2:
+            raise ValueError(f"{name} must be (model, tokenizer), got a tuple of {len(model)}")
+        return _in_process(*model)
+    if hasattr(model, "generate") and hasattr(model, "score") and hasattr(model, "ready"):
+        return cast(Backend, model)
+    if isinstance(model, PreTrainedModel):
+        raise TypeError(f"{name} needs its tokenizer: pass ({name}, tokenizer)")
+    if not isinstance(model, str | os.PathLike):
+        raise TypeError(f"{name} must be a backend, (model, tokenizer), a name or an address, got {model!r}")
+    text = os.fspath(model)
+    if text.startswith(("http://", "https://")):
+        from pyquiet.scaling.backends.openai import OpenAIBackend
+
+        address, _, served = text.partition("#")
+        return OpenAIBackend(address, served or None)
+    return _in_process(*(load(text) if text in available() else _pretrained(text)))
+
+
+def _pretrained(path: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+
+
+def _in_process(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Backend:
+    from pyquiet.scaling.backends.huggingface import HFBackend
+
+    return HFBackend(model, tokenizer)

@@ -1,0 +1,212 @@
+"""ATTS as users call it: calibration, promises, journals, selection, interruption."""
+
+import asyncio
+import os
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyquiet.scaling import (
+    ATTS,
+    AcceptAll,
+    Hierarchical,
+    MeanNLL,
+    PerTurn,
+    Plan,
+    Pooled,
+    Pools,
+    Question,
+    RankPolicy,
+    Sampling,
+    read_journal,
+    read_questions,
+)
+from pyquiet.scaling.records import Record
+
+from .fake_models import HashModel
+
+PLAN = Plan(chains=4, turns=3, draft=Sampling(40), target=Sampling(40), pools=Pools(8, 8, 8, 16))
+BANK = [Question(f"b{i}", f"Bank {i}?") for i in range(30)]
+ASKED = [Question(f"q{i}", f"Asked {i}?", answer="2") for i in range(6)]
+
+
+def atts(plan: Plan = PLAN, **options: Any) -> ATTS:
+    options.setdefault("score", MeanNLL(min_tokens=1))
+    draft, target = options.pop("models", None) or [HashModel(name) for name in ("draft", "target")]
+    return ATTS(draft, target, plan=plan, **options)
+
+
+def transcript(path: Path) -> list[Record]:
+    return sorted((replace(r, timing=None) for r in read_journal(path)[1]), key=lambda record: record.key)
+
+
+def test_without_a_calibration_every_question_has_its_own_bank() -> None:
+    result = atts().run(ASKED)
+    assert [r.question for r in result.questions] == ASKED
+    assert all(len(r.chains) == 4 for r in result.questions)
+    assert result.finished
+    assert result.guaranteed[0] == (True, "first turn, ranked among the question's own first chunks")
+    assert result.guaranteed[1] == (False, "the bank holds first chunks only")
+    assert result.answers.keys() == {q.id for q in ASKED}
+
+
+@pytest.mark.parametrize("kind", ["pooled", "hierarchical", "per_turn"])
+def test_calibration_is_saved_and_serves_another(kind: Any, tmp_path: Path) -> None:
+    first = atts()
+    made = first.calibrate(BANK, kind=kind)
+    assert isinstance(made, {"pooled": Pooled, "hierarchical": Hierarchical, "per_turn": PerTurn}[kind])
+    first.save_calibration(tmp_path / "bank")
+    wanted, got = first.run(ASKED), atts(calibration=tmp_path / "bank").run(ASKED)
+    assert got.questions == wanted.questions
+    assert got.guaranteed[0][0] == (kind != "pooled")
+    assert got.guaranteed[1][0] == (kind == "per_turn")
+    with pytest.raises(ValueError, match=r"target=.*calibrate again"):
+        atts(calibration=tmp_path / "bank", models=[HashModel("draft"), HashModel("other")]).run(ASKED)
+
+
+def test_calibration_chains_of_a_turn_calibrate_no_other(tmp_path: Path) -> None:
+    journal = tmp_path / "calibration.jsonl"
+    first = atts()
+    made = first.calibrate(BANK, chains=2, journal=journal)
+    assert isinstance(made, PerTurn)
+    records = [r for r in read_journal(journal)[1] if r.decision is not None and r.decision.reason == "calibration"]
+    turns: dict[tuple[str, int], set[int]] = {}
+    for record in records:
+        turns.setdefault((record.key.question, record.key.chain), set()).add(record.key.turn)
+    assert all(len(seen) == 1 for seen in turns.values())
+    assert made.banks[0].size == 60
+    assert 0 < made.banks[1].size < 60  # some chains have ended
+    again = atts()
+    again.calibrate(BANK, chains=2, journal=journal)
+    assert again.calibrator is not None
+    assert again.calibrator.version == made.version
+
+
+def test_the_promised_rate_is_kept_at_every_calibrated_turn() -> None:
+    """Question by question a new draw: 300 questions of one chain, hierarchical banks of 30 questions."""
+    plan = replace(PLAN, chains=1)
+    counts = {turn: [0, 0] for turn in range(3)}
+    for seed in range(10):
+        runner = atts(replace(plan, seed=seed), takeover_rate=0.3, tail="smoothed")
+        runner.calibrate([Question(f"b{seed}-{i}", f"{seed} bank {i}?") for i in range(30)], chains=1)
+
+        def count(record: Record) -> None:
+            if record.decision is not None and record.decision.p is not None:
+                counts[record.key.turn][0] += record.decision.action != "accept"
+                counts[record.key.turn][1] += 1
+
+        runner.run([Question(f"q{seed}-{i}", f"{seed} asked {i}?") for i in range(30)], on_record=count)
+    for taken, decided in counts.values():
+        spread = (0.3 * 0.7 * (1 / decided + 1 / 200)) ** 0.5  # of the tests and of ten banks
+        assert abs(taken / decided - 0.3) < 4 * spread
+        assert taken > 0
+
+
+def test_a_journal_resumes_and_refuses_another_run(tmp_path: Path) -> None:
+    journal, other = tmp_path / "run.jsonl", tmp_path / "half.jsonl"
+    whole = atts().run(ASKED, journal=journal)
+    lines = journal.read_bytes().splitlines(keepends=True)
+    other.write_bytes(b"".join(lines[: len(lines) // 2]) + b'{"torn')
+    models = [HashModel(name) for name in ("draft", "target")]
+    seen: list[Record] = []
+    again = atts(models=models).run(ASKED, journal=other, on_record=seen.append)
+    assert again.questions == whole.questions
+    assert again.guaranteed == whole.guaranteed
+    assert transcript(other) == transcript(journal)
+    assert len(seen) == len(read_journal(journal)[1])
+    asked = sum(r.timing is not None for r in read_journal(journal)[1])
+    assert 0 < sum(len(model.requests) for model in models) < asked
+    with pytest.raises(ValueError, match="seed"):
+        atts(replace(PLAN, seed=1)).run(ASKED, journal=journal)
+    with pytest.raises(ValueError, match="questions"):
+        atts().run(ASKED[:2], journal=journal)
+
+
+def test_both_engines_and_a_running_loop_give_the_same() -> None:
+    wanted = atts().run(ASKED)
+    assert atts().run(ASKED, engine="sync").questions == wanted.questions
+
+    async def notebook() -> Any:
+        return atts().run(ASKED)
+
+    assert asyncio.run(notebook()).questions == wanted.questions
+
+
+def test_other_policies_and_selections(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"RankPolicy compares.*sync"):
+        atts(policy=RankPolicy(1)).run(ASKED)
+    ranked = atts(policy=RankPolicy(1)).run(ASKED, engine="sync")
+    assert not ranked.guaranteed[0][0]
+    alone = atts(policy=AcceptAll(), select="first").run(ASKED, journal=tmp_path / "run.jsonl")
+    assert {r.key.stage for r in read_journal(tmp_path / "run.jsonl")[1]} == {"draft", "score", "end"}
+    assert alone.answers["q0"] in {chain.answer for chain in alone.questions[0].chains}
+
+
+class Interrupting(HashModel):
+    """Presses Ctrl-C at its 20th request."""
+
+    async def generate(self, request: Any) -> Any:
+        if len(self.requests) == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        return await super().generate(request)
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread")
+def test_an_interruption_ends_well_and_resumes(tmp_path: Path) -> None:
+    journal = tmp_path / "run.jsonl"
+    models = [Interrupting("draft", latency=1e-3), HashModel("target", latency=1e-3)]
+    half = atts(models=models).run(ASKED, journal=journal)
+    assert not half.finished
+    assert len(half.questions) < len(ASKED)
+    whole = atts().run(ASKED, journal=journal)
+    assert whole.finished
+    assert whole.questions == atts().run(ASKED).questions
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"takeover_rate": 1.2}, "takeover_rate must lie between 0 and 1, got 1.2"),
+        ({"tail": "both"}, "tail must be"),
+        ({"select": "best"}, "select must be"),
+        ({"on_takeover": "stop"}, "on_takeover must be"),
+        ({"chains": -1}, "chains must be at least 1"),
+        ({"degrade": "no"}, "degrade must be"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        atts(**options)
+
+
+def test_bad_questions_are_named(tmp_path: Path) -> None:
+    runner = atts()
+    with pytest.raises(TypeError, match="pass \\[question\\]"):
+        runner.run("What?")
+    with pytest.raises(ValueError, match="at least one question"):
+        runner.run([])
+    with pytest.raises(ValueError, match="id '1' comes twice"):
+        runner.run([{"id": 1, "question": "a"}, {"id": "1", "question": "b"}])
+    with pytest.raises(ValueError, match=r"questions\[1\] has no text"):
+        runner.run(["a", {"anser": 3}])
+    with pytest.raises(ValueError, match='engine must be "async" or "sync"'):
+        runner.run(["a"], engine="fast")  # type: ignore[arg-type]
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"question": "a", "answer": 7}\n\n{"problem": \n')
+    with pytest.raises(ValueError, match="line 3"):
+        read_questions(file)
+    file.write_text(
+        '{"question": "a", "answer": 7}\n\n{"problem": "b", "solution": "so \\\\boxed{8}", "unique_id": "x"}\n'
+    )
+    assert read_questions(file) == [Question("0", "a", "7"), Question("x", "b", "8")]
+
+
+def test_what_is_no_model_is_named() -> None:
+    with pytest.raises(TypeError, match="draft must be a backend"):
+        ATTS(3, HashModel("target"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tuple of 3"):
+        ATTS((1, 2, 3), HashModel("target"))  # type: ignore[arg-type]
