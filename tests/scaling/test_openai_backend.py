@@ -94,7 +94,7 @@ def test_a_stop_string_ends_the_text_and_is_part_of_it(dialect: str):
     async def use(backend: OpenAIBackend, server: Loopback) -> None:
         wanted = CODEC.decode(expected(server, 40, 7))
         stop = wanted[9:12]  # within tokens
-        new = await backend.generate(writing(stop=("nowhere", stop)))
+        new = await backend.generate(writing(stop=("nowhere", wanted[10:22], stop)))
         assert new.text == wanted[: wanted.index(stop) + 3]
         assert new.finish == "stop"
         if new.ids is not None:
@@ -412,6 +412,18 @@ def test_a_server_that_stays_away_is_gone():
     against(use, probe_every=0.005, give_up_s=0.05)
 
 
+def test_closing_ends_the_probes_of_a_lost_server():
+    async def use(backend: OpenAIBackend, server: Loopback) -> None:
+        await server.die()
+        for _ in range(5):
+            with pytest.raises(TransientError):
+                await ask(backend, "score")()
+        await backend.close()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    against(use, probe_every=60.0)
+
+
 def test_a_server_that_comes_back_with_another_model_does_not_count():
     async def use(backend: OpenAIBackend, server: Loopback) -> None:
         await server.die()
@@ -445,6 +457,23 @@ def test_chains_stay_with_their_replica_and_leave_a_dead_one():
             for chain in ("a", "b", "c", "d"):
                 await backend.generate(writing(chain=chain))
             assert one.account.good() == 10
+            await backend.close()
+
+    asyncio.run(run())
+
+
+def test_requests_that_are_over_count_no_more():
+    async def run() -> None:
+        async with Loopback() as one, Loopback() as two:
+            backend = OpenAIBackend([one.url, two.url], tokenizer=CODEC)
+            await backend.open()
+            for server in (one, two):
+                server.reset()
+            for _ in range(3):
+                await backend.generate(writing(chain="a"))
+            backend.forget("a")
+            await backend.generate(writing(chain="b"))
+            assert (one.account.good(), two.account.good()) == (4, 0)
             await backend.close()
 
     asyncio.run(run())

@@ -9,7 +9,7 @@ import pytest
 from pyquiet.scaling.backends.base import Generate, GoneError, Prompt, RefusedError, Score
 from pyquiet.scaling.backends.openai import OpenAIBackend
 from pyquiet.scaling.backends.probe import Capabilities
-from pyquiet.scaling.backends.prompt_log_probs import spans
+from pyquiet.scaling.backends.prompt_log_probs import NativeLogProbs, scored, spans
 
 from .loopback import Loopback
 from .toy_language import EOS, ToyCodec
@@ -81,6 +81,26 @@ def test_a_list_that_is_off_by_one_is_found_where_nothing_stands_beside_it(diale
     assert "last token" in seen.routes["echo"]
 
 
+def test_log_probs_that_are_off_only_where_they_begin_late_are_found():
+    asked: list[int] = []
+
+    def late(values: list[Any]) -> list[Any]:
+        asked.append(len(values))  # of the law, from the start, from the middle
+        return values if len(asked) <= 2 else [None, *values[2:], -1.0]
+
+    seen = found("sglang", knobs={"wrong": {"generate": late}})
+    assert "asked from token 12 on" in seen.routes["generate"]
+    assert seen.score == "echo"
+
+
+def test_log_probs_of_other_tokens_are_no_scores():
+    told = [[None, 5, None], [-1.0, 6, None], [-2.0, 8, None]]
+    answer = {"meta_info": {"input_token_logprobs": told, "prompt_tokens": 3, "completion_tokens": 0}}
+    assert scored(NativeLogProbs(), answer, Prompt((5, 6, 8)), 1).log_probs == (-1.0, -2.0)
+    with pytest.raises(ValueError, match="other tokens"):
+        scored(NativeLogProbs(), answer, Prompt((5, 6, 7)), 1)
+
+
 def test_routes_that_disagree_are_both_refused_by_name_and_a_score_says_so():
     def stale(values: list[Any]) -> list[Any]:
         return [None, *(v + 0.01 for v in values[1:9]), *values[9:]]  # as from a cache of another batch
@@ -107,6 +127,7 @@ def test_routes_that_disagree_are_both_refused_by_name_and_a_score_says_so():
         (lambda values: [-0.5, *values[1:]], "nothing stands"),
         (lambda values: [*values[:7], None, *values[8:]], "NoneType"),
         (lambda values: [*values[:7], 0.5, *values[8:]], "no log-probability"),
+        (lambda values: [*values[:7], float("-inf"), *values[8:]], "no log-probability"),
     ],
 )
 def test_lists_with_holes_or_too_few_or_impossible_numbers_are_refused(spoil: Any, words: str):

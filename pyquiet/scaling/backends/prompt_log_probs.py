@@ -151,7 +151,7 @@ def spans(tokens: list[str], text: str) -> list[tuple[int, int]]:
     waiting = done = 0
     for token in tokens:
         begin = text.find(token, done, done + len(token) + NEAR * (waiting + 1))
-        if begin < 0 or not token:
+        if begin < 0:
             waiting += 1
             continue
         found += [(done, begin)] * waiting
