@@ -133,7 +133,8 @@ class Loopback:
         await self.die()
 
     async def start(self) -> None:
-        """Listens, on the port it had if it was there before."""
+        """Listens, on the port it had if it was there before; in the loop that is kept as `loop`."""
+        self.loop = asyncio.get_running_loop()
         self._server = await asyncio.start_server(self._connected, "127.0.0.1", self.port, backlog=1024)
         self.port = self._server.sockets[0].getsockname()[1]
 
@@ -437,7 +438,7 @@ def serving(*args: Any, **knobs: Any) -> Iterator[Loopback]:
         loop.run_until_complete(server.start())
         started.set()
         loop.run_forever()
-        loop.run_until_complete(server.die())
+        loop.run_until_complete(server.__aexit__())
         loop.close()
 
     thread = threading.Thread(target=run, daemon=True)
