@@ -9,7 +9,7 @@ from pyquiet.scaling.backends.openai import OpenAIBackend
 from pyquiet.scaling.questions import read_questions
 
 SYSTEM = "Solve the problem step by step. Write the final answer, and nothing else, into \\boxed{}."
-# Turns of 500 tokens at most, and questions: what a set needs.
+# Turns, of 500 tokens at most, that a set needs.
 LIMITS = {"math500": 12, "amc": 20, "aime": 30}
 
 
