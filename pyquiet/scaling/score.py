@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 from pyquiet.checks import check_count, check_fraction
 from pyquiet.scaling.backends.base import NO_USAGE, Backend, Choose, Prompt, RefusedError, Score, Scored, Usage
@@ -219,9 +219,10 @@ class Reward:
         """The score; None, "empty", for a chunk without text. Raises RefusedError for a reward that is not finite."""
         if not view.text:
             return Graded(None, "empty")
-        arguments = (view.question, view.prompt.text.removesuffix(view.text), view.text)
+        arguments: Any = (view.question, view.prompt.text.removesuffix(view.text), view.text)
+        fn: Any = self._fn
         plain = not inspect.iscoroutinefunction(self._fn)
-        answer = await asyncio.to_thread(cast(Any, self._fn), *arguments) if plain else self._fn(*arguments)
+        answer = await asyncio.to_thread(fn, *arguments) if plain else fn(*arguments)
         reward = float(await answer if inspect.isawaitable(answer) else answer)
         if not math.isfinite(reward):
             raise RefusedError(f"the reward of a chunk of {view.chain} is {reward}")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+import pyquiet
 from pyquiet.scaling.backends.base import Choose, ContextOverflowError, Generate, Generated, Prompt, RefusedError, Score
 from pyquiet.scaling.backends.huggingface import HFBackend
 
@@ -180,6 +181,38 @@ def test_a_failing_model_tells_those_who_wait_and_lives_on() -> None:
 def test_options_have_the_probability_of_their_tokens() -> None:
     model, ids = llama(), ids_of(5, 10)
     options = ("0", "7", "12")
-    encoded = [HFBackend(model, TOKENIZER).codec.encode(option).ids for option in options]
+    encoded = [HFBackend(model, TOKENIZER)._codec.encode(option).ids for option in options]
     got = using(model, lambda backend: backend.choose(Choose("c", Prompt(ids), options)))
     assert got == pytest.approx([float(brute_force(model, ids + option, 10).sum()) for option in encoded])
+
+
+def thinker() -> Any:
+    model = pyquiet.QuietStarForCausalLM.from_base(llama(), thought_tokens=2, start_init=7)
+    torch.manual_seed(1)
+    torch.nn.init.uniform_(model.mixing_head[-1].weight, 0, 0.2)
+    return model.eval()
+
+
+def test_a_thinking_model_writes_the_same_in_a_batch_and_alone() -> None:
+    requests = [wants(i, max_tokens=4 + i) for i in range(3)]
+
+    async def together(backend: HFBackend) -> list[Generated]:
+        return list(await asyncio.gather(*map(backend.generate, requests)))
+
+    async def alone(backend: HFBackend) -> list[Generated]:
+        return [await backend.generate(request) for request in requests]
+
+    expected = using(thinker(), alone, deterministic=True)
+    assert using(thinker(), together) == expected
+    assert [len(answer.ids or ()) for answer in expected if answer.finish == "length"]
+
+
+def test_a_thinking_target_scores_with_its_thoughts() -> None:
+    model, ids = thinker(), ids_of(6, 12)
+    answer = using(model, lambda backend: backend.score(Score("c", Prompt(ids), 7)))
+    assert len(answer.log_probs) == 5
+    plain = brute_force(model.base, ids, 7)
+    assert torch.tensor(answer.log_probs).sub(plain).abs().max() > 1e-3
+    assert using(model, lambda backend: backend.score(Score("d", Prompt(ids), 7))) == answer
+    with pytest.raises(RefusedError, match="tells no entropies"):
+        using(model, lambda backend: backend.score(Score("c", Prompt(ids), 7, entropy=True)))

@@ -50,7 +50,7 @@ class DecoderRunner:
     def __init__(self, model: PreTrainedModel, writing: Callable[[Job, int], Writing], store: KVStore) -> None:
         self.model, self.store, self._writing = model, store, writing
         self._network = model.base_model
-        self._cache_name = cache_argument(type(self._network))
+        self._cache_name = cache_argument(self._network.__class__)
         self._lanes: list[_Lane] = []
         self.shares = self._probe()
 

@@ -21,6 +21,7 @@ from pyquiet.scaling.backends.base import (
     RefusedError,
     Score,
     Scored,
+    TextCodec,
 )
 from pyquiet.scaling.backends.codec import HFCodec
 from pyquiet.scaling.backends.decoding import DecoderRunner
@@ -65,7 +66,8 @@ class HFBackend:
         check_count("cache_bytes", cache_bytes, least=0)
         if not max_wait >= 0:
             raise ValueError(f"max_wait must be at least 0 seconds, got {max_wait}")
-        self.codec = HFCodec(tokenizer)
+        self._codec = HFCodec(tokenizer)
+        self.codec: TextCodec | None = self._codec
         self.model = (model if device is None else model.to(device)).eval()
         ends = model.generation_config.eos_token_id
         ends = [ends] if isinstance(ends, int) else ends or []
@@ -94,7 +96,7 @@ class HFBackend:
             "model": type(self.model).__name__,
             "dtype": str(self.model.dtype),
             "weights": digest.hexdigest(),
-            "tokenizer": self.codec.fingerprint,
+            "tokenizer": self._codec.fingerprint,
         }
 
     @property
@@ -125,7 +127,7 @@ class HFBackend:
         """Log-probabilities from one forward; the errors are those of `generate`."""
         ids, start = self._ids(request.prompt), request.start
         if request.prompt.ids is None:
-            encoded, opened = self.codec.encode(request.prompt.text), len(ids)
+            encoded, opened = self._codec.encode(request.prompt.text), len(ids)
             opened -= len(encoded.ids)
             inside = (i for i, (_, end) in enumerate(encoded.offsets) if end > start)
             start = opened + next(inside, len(encoded.ids))
@@ -141,10 +143,10 @@ class HFBackend:
         """Log-probabilities of the options, each the sum over the tokens that differ from the prompt's."""
         prompt, chain = self._ids(request.prompt), f"{request.chain}/choose"
         if request.prompt.ids is None:
-            opening = prompt[: len(prompt) - len(self.codec.encode(request.prompt.text).ids)]
-            whole = [opening + self.codec.encode(request.prompt.text + option).ids for option in request.options]
+            opening = prompt[: len(prompt) - len(self._codec.encode(request.prompt.text).ids)]
+            whole = [opening + self._codec.encode(request.prompt.text + option).ids for option in request.options]
         else:
-            whole = [prompt + self.codec.encode(option).ids for option in request.options]
+            whole = [prompt + self._codec.encode(option).ids for option in request.options]
         columns = zip(*whole, strict=False)
         head = next((i for i, column in enumerate(columns) if len(set(column)) > 1), min(map(len, whole)))
         if head > 1:  # read once, and then known to all
@@ -177,7 +179,7 @@ class HFBackend:
     def _ids(self, prompt: Prompt) -> tuple[int, ...]:
         if prompt.ids is not None:
             return prompt.ids
-        ids, opening = self.codec.encode(prompt.text).ids, self.codec.opening
+        ids, opening = self._codec.encode(prompt.text).ids, self._codec.opening
         return ids if ids[: len(opening)] == opening else opening + ids
 
     def _check(self, ids: tuple[int, ...], more: int) -> None:
@@ -189,4 +191,4 @@ class HFBackend:
             raise ContextOverflowError(f"{len(ids)} tokens and {more} more pass the context of {self._context}")
 
     def _writing(self, job: Job, cached: int) -> Writing:
-        return Writing(job, cached, self.codec, self._eos)
+        return Writing(job, cached, self._codec, self._eos)

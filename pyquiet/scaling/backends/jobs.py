@@ -150,7 +150,8 @@ class Worker(threading.Thread):
 
     def _admitted(self, places: int) -> list[Job]:
         """Jobs from the queue in their order: up to `places` texts to write, and scores, which hold no place."""
-        jobs, later = [], deque[Job]()
+        jobs: list[Job] = []
+        later: deque[Job] = deque()
         while self._waiting and len(jobs) < self._max_batch:
             job = self._waiting.popleft()
             writes = isinstance(job.request, Generate)
