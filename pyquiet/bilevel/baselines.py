@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyquiet.bilevel.method import BlockMethod, Rate, rate
+from pyquiet.bilevel.method import BlockMethod, Rate, check_positive, check_rate, check_share, rate
 from pyquiet.bilevel.problem import Derivatives, Problem
 from pyquiet.checks import check_count
 
@@ -22,7 +22,7 @@ class BlockSOBA(BlockMethod):
     """
 
     def __init__(self, problem: Problem, x: Any, *, tau: Rate, tau_v: Rate, eta: Rate, **kwargs: Any) -> None:
-        self.tau, self.tau_v = tau, tau_v
+        self.tau, self.tau_v = check_rate("tau", tau), check_rate("tau_v", tau_v)
         super().__init__(problem, x, eta=eta, **kwargs)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -35,12 +35,11 @@ class BlockSOBA(BlockMethod):
         with self._same_noise():
             at = self._at(self._x, row["y"], rows)
             gradient = at.gradient(lower)
-            gx, gy = at.upper(upper, self._weights(chance))
-            jv, hv = at.pull(gradient, row["v"], self._weights(chance))
+            direction, gy, hv = at.direction(gradient, upper, row["v"], self._weights(chance))
         y = row["y"] - rate(self.tau, self.steps) * gradient.detach()
         v = row["v"] - rate(self.tau_v, self.steps) * (hv - gy)
         self.table.scatter(rows, {}, {"y": y, "v": v})
-        self._move(self._sum(gx - jv))
+        self._move(self._sum(direction))
         return {"z_norm": float(self._z.norm())}
 
 
@@ -55,7 +54,7 @@ class StocBiO(BlockMethod):
     def __init__(
         self, problem: Problem, x: Any, *, tau: Rate, eta: Rate, inner: int = 5, terms: int = 10, **kwargs: Any
     ) -> None:
-        self.tau, self.inner = tau, check_count("inner", inner, least=1)
+        self.tau, self.inner = check_rate("tau", tau), check_count("inner", inner, least=1)
         self.terms = check_count("terms", terms, least=1)
         super().__init__(problem, x, eta=eta, **kwargs)
 
@@ -101,7 +100,8 @@ class RSVRB(BlockMethod):
         floor: float = 1e-2,
         **kwargs: Any,
     ) -> None:
-        self.tau, self.alpha, self.beta, self.floor = tau, alpha, beta, floor
+        self.tau, self.alpha, self.beta = check_rate("tau", tau), check_share("alpha", alpha), check_share("beta", beta)
+        self.floor = check_positive("floor", floor)
         super().__init__(problem, x, eta=eta, **kwargs)
         self._x_before, self._y_before = self._x, self.table.fields["y"].clone()
 
@@ -144,10 +144,11 @@ class RSVRB(BlockMethod):
     def _state(self) -> dict[str, Tensor]:
         return {"x_before": self._x_before, "y_before": self._y_before}
 
-    def _load_state(self, states: tuple[dict[str, Tensor], ...]) -> None:
-        self._x_before = states[0]["x_before"].to(self._x)
+    def _load_state(self, own: dict[str, Tensor], states: tuple[dict[str, Tensor], ...]) -> None:
+        self._x_before = own["x_before"].to(self._x)
         rows = {int(block): y for state in states for block, y in zip(state["owned"], state["y_before"], strict=True)}
-        self._y_before = torch.stack([rows[block] for block in self.owned.tolist()]).to(self._x)
+        for row, block in enumerate(self.owned.tolist()):
+            self._y_before[row] = rows[block].to(self._x)
 
 
 def _jacobians(at: Derivatives, gradient: Tensor) -> Tensor:

@@ -7,17 +7,17 @@ which moves towards H_i^{-1} grad_y f_i by matrix-vector products alone. z track
 (STORM) and moves x.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyquiet.bilevel.method import BlockMethod, Rate, guard, rate
+from pyquiet.bilevel.method import BlockMethod, Rate, check_positive, check_rate, check_share, guard, rate
 from pyquiet.bilevel.problem import Derivatives, Problem
-from pyquiet.checks import check_fraction
 
 VARIANTS = ("auto", "v1", "v2")
-_INVERTIBLE = 64  # dim_y up to which "auto" inverts
+_INVERTIBLE, _MOST_NUMBERS = 64, 2**28  # dim_y, and numbers of all H_i, up to which "auto" inverts
 _POWER_STEPS, _REFRESH = 5, 100  # of the estimate of the curvature
 _SAFE = 0.7  # gamma tau L where tau is chosen
 
@@ -28,6 +28,7 @@ class _Rows(NamedTuple):
     now: dict[str, Tensor]
     before: dict[str, Tensor]
     visited: Tensor
+    outside: float  # the share of v_i that were outside of the ball
 
 
 class BSVRB(BlockMethod):
@@ -39,7 +40,8 @@ class BSVRB(BlockMethod):
 
     Args:
         problem, x, blocks_per_step, samples_per_block, eta, **kwargs: as `BlockMethod`.
-        variant: "v1" (dim_y^2 numbers a block, an inverse), "v2" (vectors alone), "auto": v1 up to dim_y 64.
+        variant: "v1" (dim_y^2 numbers a block, an inverse), "v2" (vectors alone), "auto": v1 up to dim_y 64, if all
+            H_i are 2^28 numbers at most.
         alpha: of s, in (0, 1]; the share of the new gradient. alpha_bar (None: the same): of H or u.
         beta: of z, in (0, 1].
         gamma: factor of the differences: "drift", m/I - alpha, has no bias where iterates drift; "msvr",
@@ -52,7 +54,8 @@ class BSVRB(BlockMethod):
     `step()` returns z_norm, s_norm, gamma_tau_L (as last measured), and the shares v_clip_frac or H_clip_frac.
 
     Raises:
-        ValueError: an argument is out of range, or gamma tau L reaches 2 in a step, which then changes nothing.
+        ValueError: an argument is out of range, or gamma tau L reaches 2 in a step. RuntimeError: a step's estimate of
+            the hypergradient is not finite. Neither step changes x or a row.
     """
 
     def __init__(
@@ -79,15 +82,18 @@ class BSVRB(BlockMethod):
     ) -> None:
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-        self.inverts = variant == "v1" or (variant == "auto" and problem.dim_y <= _INVERTIBLE)
+        small = problem.dim_y <= _INVERTIBLE and problem.m * problem.dim_y**2 <= _MOST_NUMBERS
+        self.inverts = variant == "v1" or (variant == "auto" and small)
         self.moving = {"y": "s"} if self.inverts else {"y": "s", "v": "u"}
-        self.alpha, self.alpha_bar, self.beta = alpha, alpha if alpha_bar is None else alpha_bar, beta
-        for name in ("alpha", "alpha_bar", "beta"):
-            if check_fraction(name, getattr(self, name)) == 0:
-                raise ValueError(f"{name} must be above 0, or nothing new is ever learned")
+        self.alpha, self.beta = check_share("alpha", alpha), check_share("beta", beta)
+        self.alpha_bar = check_share("alpha_bar", alpha if alpha_bar is None else alpha_bar)
         self.gamma = _check_gamma("gamma", gamma, alpha)
         self.gamma_bar = _check_gamma("gamma_bar", gamma if gamma_bar is None else gamma_bar, self.alpha_bar)
-        self.tau, self.tau_v, self.radius, self.floor = tau, tau_v, radius, floor
+        self.tau, self.tau_v = (
+            None if value is None else check_rate(name, value) for name, value in (("tau", tau), ("tau_v", tau_v))
+        )
+        self.radius = None if radius is None else check_positive("radius", radius)
+        self.floor = check_positive("floor", floor)
         super().__init__(
             problem, x, blocks_per_step=blocks_per_step, samples_per_block=samples_per_block, eta=eta, **kwargs
         )
@@ -96,10 +102,9 @@ class BSVRB(BlockMethod):
         self._last = dict.fromkeys(self.moving, 0.0)
         self._smoothness, self._stability = 0.0, 0.0
         self._undo: tuple[Tensor, Tensor] | None = None  # the rows of the last step and their H before it
-        for name, start in (("v", v), ("H", H)):
-            if start is not None:
-                self.table.fields[name].copy_(start[self.owned])
-                self.table.visited |= name == "H"
+        self._start_rows("v", v)
+        self._start_rows("H", H)
+        self.table.visited |= H is not None
 
     @property
     def clock(self) -> dict[str, float]:
@@ -121,9 +126,22 @@ class BSVRB(BlockMethod):
             with self._same_noise():
                 at = self._at(self._x_before, blocks.before["y"], rows)
                 old = self._estimate(at, at.gradient(lower), upper, blocks.before, weights, blocks.visited)
-        moved = self._track(blocks, new, old, gamma, gamma_bar)
         direction = self._sum(new[0] - (1 - self.beta) * old[0] if self.steps else new[0])
-        return self._commit(rows, blocks, moved, taus, (1 - self.beta) * self._z + direction)
+        z = (1 - self.beta) * self._z + direction
+        size = float(z.norm())
+        if not math.isfinite(size):
+            raise RuntimeError(
+                f"step {self.steps}: the estimate of the hypergradient is not finite; look for losses that are not, "
+                "a lower problem that is not convex (give radius), or step sizes that are too large"
+            )
+        moved, clipped = self._track(blocks, new, old, gamma, gamma_bar)
+        self._commit(rows, blocks, moved, taus, z)
+        return {
+            "z_norm": size,
+            "s_norm": float(moved["s"].norm()),
+            "gamma_tau_L": self._stability,
+            "H_clip_frac" if self.inverts else "v_clip_frac": clipped,
+        }
 
     # -- of a step
 
@@ -137,11 +155,13 @@ class BSVRB(BlockMethod):
         before = dict(now)
         for name, velocity in self.moving.items():
             before[name] = now[name] + self._last[name] * now[velocity]
+        outside = 0.0
         if self.inverts:
             before["H"] = self._undone(rows, now["H"])
         else:
-            now["v"], before["v"] = self._in_ball(now["v"]), self._in_ball(before["v"])
-        return _Rows(now, before, self.table.visited[rows].to(self._x.device))
+            now["v"], outside = self._in_ball(now["v"])
+            before["v"], _ = self._in_ball(before["v"])
+        return _Rows(now, before, self.table.visited[rows].to(self._x.device), outside)
 
     def _undone(self, rows: Tensor, H: Tensor) -> Tensor:
         if self._undo is None:
@@ -156,35 +176,33 @@ class BSVRB(BlockMethod):
         self, at: Derivatives, gradient: Tensor, upper: Any, row: dict[str, Tensor], weights: Tensor, visited: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """At a point: the hypergradient's estimate, grad_y g_i, and the sample of H_i, or of H_i v_i - grad_y f_i."""
-        gx, gy = at.upper(upper, weights)
         if not self.inverts:
-            jv, hv = at.pull(gradient, row["v"], weights)
+            direction, gy, hv = at.direction(gradient, upper, row["v"], weights)
             self._notice(row["v"], hv)
-            return gx - jv, gradient.detach(), hv - gy
+            return direction, gradient.detach(), hv - gy
+        gx, gy = at.upper(upper, weights)
         H = at.hessian(gradient)
         self._notice(gradient.detach(), (H @ gradient.detach()[..., None])[..., 0])
         # A tracker without this step's samples, or their product would be biased; a new block has none.
-        tracker = torch.where(visited[:, None, None], row["H"], self._project(H)[0])
+        tracker = row["H"]
+        if not visited.all():
+            tracker = torch.where(visited[:, None, None], tracker, self._project(H)[0])
         jv, _ = at.pull(gradient, torch.linalg.solve(tracker, gy), weights)
         return gx - jv, gradient.detach(), H
 
     def _track(
         self, blocks: _Rows, new: tuple[Tensor, ...], old: tuple[Tensor, ...], gamma: Tensor, gamma_bar: Tensor
-    ) -> dict[str, Tensor]:
-        """The new rows of the sampled blocks; `clipped` is the share of v_i or H_i that were projected."""
+    ) -> tuple[dict[str, Tensor], float]:
+        """The new rows of the sampled blocks, and the share of v_i or H_i that were projected."""
         row, seen = blocks.now, blocks.visited
         s = _corrected(row["s"], new[1], old[1], self.alpha, gamma, seen)
         if self.inverts:
             H, clipped = self._project(_corrected(row["H"], new[2], old[2], self.alpha_bar, gamma_bar, seen))
-            return {"y": row["y"], "s": s, "H": H, "clipped": clipped}
+            return {"y": row["y"], "s": s, "H": H}, clipped
         u = _corrected(row["u"], new[2], old[2], self.alpha_bar, gamma_bar, seen)
-        clipped = (row["v"].norm(dim=1) >= (self.radius or torch.inf)).double().mean()
-        return {"y": row["y"], "v": row["v"], "s": s, "u": u, "clipped": clipped}
+        return {"y": row["y"], "v": row["v"], "s": s, "u": u}, blocks.outside
 
-    def _commit(
-        self, rows: Tensor, blocks: _Rows, moved: dict[str, Tensor], taus: dict[str, float], z: Tensor
-    ) -> dict[str, float]:
-        clipped = moved.pop("clipped")
+    def _commit(self, rows: Tensor, blocks: _Rows, moved: dict[str, Tensor], taus: dict[str, float], z: Tensor) -> None:
         self.table.scatter(rows, self._now, moved)
         if self.inverts:
             self._undo = (rows, torch.where(blocks.visited[:, None, None], blocks.now["H"], moved["H"]))
@@ -192,12 +210,6 @@ class BSVRB(BlockMethod):
         self._last = taus
         self._x_before = self._x
         self._move(z)
-        return {
-            "z_norm": float(z.norm()),
-            "s_norm": float(moved["s"].norm()),
-            "gamma_tau_L": self._stability,
-            "H_clip_frac" if self.inverts else "v_clip_frac": float(clipped),
-        }
 
     def _rates(self, at: Derivatives, gradient: Tensor, gamma: Tensor, gamma_bar: Tensor) -> dict[str, float]:
         """The step sizes of this step, once in a while held against the curvature."""
@@ -221,7 +233,7 @@ class BSVRB(BlockMethod):
         shown = (hv.norm(dim=1) / v.norm(dim=1)).nan_to_num(0, 0, 0)
         self._smoothness = max(self._smoothness, float(shown.max()) if len(shown) else 0.0)
 
-    def _project(self, H: Tensor) -> tuple[Tensor, Tensor]:
+    def _project(self, H: Tensor) -> tuple[Tensor, float]:
         """The nearest symmetric matrices with eigenvalues of at least `floor`, and the share that had to move."""
         H = (H + H.mT) / 2
         eye = torch.eye(H.shape[1], dtype=H.dtype, device=H.device)
@@ -229,13 +241,15 @@ class BSVRB(BlockMethod):
         if wrong.any():
             values, vectors = torch.linalg.eigh(H[wrong])
             H[wrong] = vectors @ (values.clamp_min(self.floor)[..., None] * vectors.mT)
-        return H, wrong.double().mean()
+        return H, int(wrong.sum()) / max(1, len(wrong))
 
-    def _in_ball(self, v: Tensor) -> Tensor:
+    def _in_ball(self, v: Tensor) -> tuple[Tensor, float]:
+        """The nearest v_i in the ball, and the share that had to move."""
         if self.radius is None:
-            return v
+            return v, 0.0
         size: Tensor = v.norm(dim=1, keepdim=True)
-        return v * (self.radius / size.clamp_min(1e-30)).clamp_max(1)
+        outside = int((size > self.radius).sum()) / max(1, len(v))
+        return v * (self.radius / size.clamp_min(1e-30)).clamp_max(1), outside
 
     # -- states
 
@@ -247,11 +261,12 @@ class BSVRB(BlockMethod):
             state |= {"undo.blocks": self.owned[self._undo[0]], "undo.H": self._undo[1]}
         return state
 
-    def _load_state(self, states: tuple[dict[str, Tensor], ...]) -> None:
-        first, count = states[0], len(self.moving)
-        self._x_before = first["x_before"].to(self._x)
-        times = first["times"].tolist()
-        self._now = dict(zip(self.moving, times[:count], strict=True))
+    def _clock_of(self, state: dict[str, Tensor]) -> dict[str, float]:
+        return dict(zip(self.moving, state["times"].tolist(), strict=False))
+
+    def _load_state(self, own: dict[str, Tensor], states: tuple[dict[str, Tensor], ...]) -> None:
+        self._x_before, times, count = own["x_before"].to(self._x), own["times"].tolist(), len(self.moving)
+        self._now = self._clock_of(own)
         self._last = dict(zip(self.moving, times[count : 2 * count], strict=True))
         self._smoothness, self._stability = times[2 * count :]
         row = {block: number for number, block in enumerate(self.owned.tolist())}
@@ -262,7 +277,9 @@ class BSVRB(BlockMethod):
             for block, H in zip(state["undo.blocks"].tolist(), state["undo.H"], strict=True)
             if block in row
         ]
-        self._undo = (torch.tensor([r for r, _ in undone]), torch.stack([H for _, H in undone])) if undone else None
+        self._undo = None
+        if undone:
+            self._undo = torch.tensor([r for r, _ in undone]), torch.stack([H for _, H in undone]).to(self._x)
 
 
 def _corrected(tracked: Tensor, new: Tensor, old: Tensor, alpha: float, gamma: Tensor, visited: Tensor) -> Tensor:
@@ -275,6 +292,8 @@ def _corrected(tracked: Tensor, new: Tensor, old: Tensor, alpha: float, gamma: T
 def _check_gamma(name: str, gamma: str | float, alpha: float) -> str | float:
     if isinstance(gamma, str) and gamma not in ("drift", "msvr"):
         raise ValueError(f"{name} must be 'drift', 'msvr' or a number, got {gamma!r}")
+    if not isinstance(gamma, str):
+        check_rate(name, gamma)
     if gamma == "msvr" and alpha > 0.5:
         raise ValueError(f"{name}='msvr' needs an alpha of at most 0.5, beyond which it explodes; got {alpha}")
     return gamma

@@ -1,5 +1,6 @@
 """What the block methods share: the shared variables, the blocks of a step, processes, states and statistics."""
 
+import math
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -18,7 +19,7 @@ from pyquiet.bilevel.hypergradient import hypergradient
 from pyquiet.bilevel.problem import Derivatives, Flat, Problem, Variables
 from pyquiet.bilevel.samplers import SAMPLERS, BlockSampler
 from pyquiet.bilevel.table import BlockTable
-from pyquiet.checks import check_count
+from pyquiet.checks import check_count, check_fraction
 from pyquiet.files import replacing
 from pyquiet.randomness import epoch_seed, resolve_seed
 
@@ -31,14 +32,17 @@ class BlockMethod(ABC):
     Args:
         problem: what to minimise.
         x: where to start: a tensor, a dict of tensors, or a module, whose parameters are then kept up to date.
-        blocks_per_step: I, of each process.
+        blocks_per_step: I, of each process; all that it has, where these are fewer.
         samples_per_block: B, for the lower and, drawn independently, for the upper losses.
         eta: step size of x, a float or a function of the step's number.
+        optimizer: how x moves along the hypergradient's estimate z: None is x - eta z, which theory is about; or a
+            maker of one of torch's optimizers (`torch.optim.Adam`), called with the parameters and lr = eta. z takes
+            the gradient's place.
         sampler: "iid", "reshuffle" or "stratified" (`BlockSampler`).
         seed: of blocks and samples; None takes one from torch's generator.
-        group: processes that share the blocks, each with its own rows; x is the same on all, and one vector of x's
-            size is summed over them each step. None: this process alone.
-        owned: int64, the blocks of this process; None: an equal share of `group`'s.
+        group: processes that share the blocks, each with its own rows; x must start the same on all, and one vector of
+            x's size is summed over them each step. None: this process alone.
+        owned: int64, the blocks of this process, which may have none; None: an equal share of `group`'s.
         y: [m, dim_y], where the blocks start (zeros).
 
     Raises:
@@ -55,6 +59,7 @@ class BlockMethod(ABC):
         blocks_per_step: int,
         samples_per_block: int,
         eta: Rate,
+        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         sampler: str = "iid",
         seed: int | None = 0,
         group: Any = None,
@@ -65,21 +70,23 @@ class BlockMethod(ABC):
         self.samples_per_block = check_count("samples_per_block", samples_per_block, least=1)
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-        self.problem, self.flat, self.group, self.eta = problem, Flat(x), group, eta
-        self.seed, self.steps = resolve_seed(seed), 0
+        self.problem, self.flat, self.group, self.eta = problem, Flat(x), group, check_rate("eta", eta)
+        self.seed, self.steps = (resolve_seed(seed) + 2**63) % 2**64 - 2**63, 0  # as an int64, for states
         self._seeded = (-1, 0)  # a step, and its seed
         self._x = self.flat.vector
         self._z = torch.zeros_like(self._x)
         rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         m = check_count("problem.m", problem.m, least=1)
-        self.owned = torch.arange(m * rank // size, m * (rank + 1) // size) if owned is None else owned
+        share = torch.arange(m * rank // size, m * (rank + 1) // size)
+        self.owned = share if owned is None else _check_owned(owned, m)
         self.sampler = BlockSampler(len(self.owned), blocks_per_step, sampler)
         self._rank = rank
         self.table = BlockTable(
             len(self.owned), self._shapes(), self.moving, dtype=self._x.dtype, device=self._x.device
         )
-        if y is not None:
-            self.table.fields["y"].copy_(y[self.owned])
+        self._start_rows("y", y)
+        self._parameter = torch.nn.Parameter(self._x.clone())  # what `optimizer` moves
+        self._optimizer = None if optimizer is None else optimizer([self._parameter], lr=rate(eta, 0))
 
     @property
     def x(self) -> Variables:
@@ -112,10 +119,23 @@ class BlockMethod(ABC):
         fields = {name for pair in self.moving.items() for name in pair} | {"y"}
         return dict.fromkeys(sorted(fields), (self.problem.dim_y,))
 
+    def _start_rows(self, name: str, rows: Tensor | None) -> None:
+        """Fills a field of the table from rows [m, ...] of all blocks."""
+        if rows is None:
+            return
+        if name not in self.table.fields:
+            raise ValueError(f"{name} is given, but this method or variant keeps {', '.join(self.table.fields)} alone")
+        field = self.table.fields[name]
+        if rows.shape != (self.problem.m, *field.shape[1:]):
+            raise ValueError(f"{name} must be {[self.problem.m, *field.shape[1:]]}, got {list(rows.shape)}")
+        field.copy_(rows[self.owned])
+
     def _draw(self) -> tuple[Tensor, Tensor, Any, Any]:
         """This step's rows, the probability of each, and samples for the lower and the upper losses."""
         generator = torch.Generator().manual_seed(self._step_seed() + self._rank)
         rows, chance = self.sampler.draw(self.steps, self.seed + self._rank, generator)
+        if not len(rows):
+            return rows, chance, None, None
         idx = self.owned[rows]
         lower = self.problem.sample(idx, self.samples_per_block, generator)
         return rows, chance, lower, self.problem.sample_upper(idx, self.samples_per_block, generator)
@@ -149,41 +169,74 @@ class BlockMethod(ABC):
         return part
 
     def _move(self, z: Tensor) -> None:
-        self._z = z
-        self._x = self._x - rate(self.eta, self.steps) * z
+        self._z, eta = z, rate(self.eta, self.steps)
+        if self._optimizer is None:
+            self._x = self._x - eta * z
+        else:
+            self._parameter.data.copy_(self._x)
+            self._parameter.grad = z.clone()
+            for part in self._optimizer.param_groups:
+                part["lr"] = eta
+            self._optimizer.step()
+            self._x = self._parameter.detach().clone()
         self.flat.write_back(self._x)
         self.steps += 1
 
     # -- states
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that the next steps depend on, as tensors; the rows are those of this process."""
+        """All that the next steps depend on, as tensors; the rows are those of this process, not copies of them."""
         own = {f"rows.{name}": field for name, field in self.table.state_dict().items()}
         shared = {"x": self._x, "z": self._z, "steps": torch.tensor(self.steps), "seed": torch.tensor(self.seed)}
-        return own | shared | {"owned": self.owned} | self._state()
+        kept = {} if self._optimizer is None else self._optimizer.state[self._parameter]
+        moments = {f"optimizer.{name}": torch.as_tensor(value) for name, value in kept.items() if value is not None}
+        return own | shared | moments | {"owned": self.owned} | self._state()
 
     def load_state_dict(self, *states: dict[str, Tensor]) -> None:
         """Goes on from the states of all processes that a run had, however the blocks were shared among them.
 
+        Where this process has the blocks of one of them, it goes on bit by bit.
+
         Raises:
-            ValueError: no state has a block of this process.
+            ValueError: no state has a block of this process, or they are of another method, variant or problem.
         """
-        found = torch.zeros(len(self.owned), dtype=torch.bool)
-        for state in states:
-            place = {block: row for row, block in enumerate(state["owned"].tolist())}
-            mine = [(row, place[block]) for row, block in enumerate(self.owned.tolist()) if block in place]
-            if mine:
-                to, rows = torch.tensor(mine).T
-                self.table.load_rows(to, {name[5:]: x for name, x in state.items() if name[:5] == "rows."}, rows)
-                found[to] = True
-        if not found.all():
-            missing = self.owned[~found].tolist()
-            raise ValueError(f"states: none of {len(states)} has the blocks {missing[:5]}; give those of all processes")
-        first = states[0]
-        self._x, self._z = first["x"].to(self._x), first["z"].to(self._z)
-        self.steps, self.seed, self._seeded = int(first["steps"]), int(first["seed"]), (-1, 0)
-        self._load_state(states)
+        places = self._places(states)
+        home = max(range(len(states)), key=lambda number: len(places[number]))  # whose clock and seed we take
+        own = states[home]
+        for state, place in zip(states, places, strict=True):
+            if place:
+                to, rows = torch.tensor(place).T
+                clocks = self._clock_of(own), self._clock_of(state)
+                ahead = {name: time - clocks[1][name] for name, time in clocks[0].items()}
+                fields = {name[5:]: x for name, x in state.items() if name[:5] == "rows."}
+                self.table.load_rows(to, fields, rows, ahead)
+        self._x, self._z = own["x"].to(self._x), own["z"].to(self._z)
+        self.steps, self.seed, self._seeded = int(own["steps"]), int(own["seed"]), (-1, 0)
+        if self._optimizer is not None:
+            kept = {name[10:]: x.clone() for name, x in own.items() if name[:10] == "optimizer."}
+            groups = self._optimizer.state_dict()["param_groups"]
+            self._optimizer.load_state_dict({"state": {0: kept} if kept else {}, "param_groups": groups})
+        self._load_state(own, states)
         self.flat.write_back(self._x)
+
+    def _places(self, states: tuple[dict[str, Tensor], ...]) -> list[list[tuple[int, int]]]:
+        """For each state, our rows that it has and their places in it; raises where states do not fit or lack one."""
+        mine = {name: x.shape[1:] for name, x in self.state_dict().items() if name[:5] == "rows."}
+        mine |= {"x": self._x.shape}
+        missing, places = set(self.owned.tolist()), []
+        for state in states:
+            theirs = {name: x.shape[1:] for name, x in state.items() if name[:5] == "rows."}
+            theirs |= {"x": state["x"].shape}
+            if theirs != mine:
+                found, wanted = ({name: list(shape) for name, shape in one.items()} for one in (theirs, mine))
+                raise ValueError(f"states: of another method, variant or problem, with {found}; this one has {wanted}")
+            place = {block: row for row, block in enumerate(state["owned"].tolist())}
+            places.append([(row, place[block]) for row, block in enumerate(self.owned.tolist()) if block in place])
+            missing -= place.keys()
+        if missing:
+            some = sorted(missing)[:5]
+            raise ValueError(f"states: none of {len(states)} has the blocks {some}; give those of all processes")
+        return places
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes this process's state into the folder, one file a process."""
@@ -207,13 +260,49 @@ class BlockMethod(ABC):
     def _state(self) -> dict[str, Tensor]:
         return {}
 
-    def _load_state(self, states: tuple[dict[str, Tensor], ...]) -> None:  # noqa: B027  # most have none of their own
-        pass
+    def _clock_of(self, state: dict[str, Tensor]) -> dict[str, float]:
+        """`clock` as it was in a state."""
+        return {}
+
+    def _load_state(self, own: dict[str, Tensor], states: tuple[dict[str, Tensor], ...]) -> None:  # noqa: B027  # most have none
+        """Takes what `_state` gave: of `own`, the state of which most of this process comes, and of rows from all."""
 
 
 def rate(value: Rate, step: int) -> float:
     """A step size at the step of this number."""
     return float(value(step)) if callable(value) else value
+
+
+def check_rate(name: str, value: Rate) -> Rate:
+    """The step size, if it is a function or a number of at least 0; else a TypeError or ValueError that names it."""
+    if callable(value):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or a function of the step, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a number of at least 0, got {value}")
+    return value
+
+
+def check_positive(name: str, value: float) -> float:
+    """The number, if it is above 0; else a ValueError that names it."""
+    if not value > 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+    return value
+
+
+def check_share(name: str, value: float) -> float:
+    """What a new look counts in an average, if it is in (0, 1]; else a ValueError that names it."""
+    if check_fraction(name, value) == 0:
+        raise ValueError(f"{name} must be above 0, or nothing new is ever learned")
+    return value
+
+
+def _check_owned(owned: Tensor, m: int) -> Tensor:
+    blocks = owned.tolist()
+    if owned.dtype != torch.int64 or len(set(blocks)) != len(blocks) or not all(0 <= block < m for block in blocks):
+        raise ValueError(f"owned must be distinct blocks, int64 in 0 .. {m - 1}, got {owned.dtype} {blocks[:10]}")
+    return owned
 
 
 def guard(gamma: Tensor, tau: float, smoothness: float, name: str) -> float:

@@ -148,26 +148,37 @@ class Derivatives:
 
     One vector-Jacobian product of grad_y g with v gives both J^T v, summed over blocks, and each H_i v_i, since loss i
     depends on row i alone. Backward passes go through the functions of `problem` twice: fused attention cannot.
+    Where there are no blocks (a process without any), the problem is not called and sums are 0.
     """
 
     def __init__(self, problem: Problem, flat: Flat, x: Tensor, Y: Tensor, idx: Tensor) -> None:
         self.problem, self.idx = problem, idx
         self.x, self.Y = x.detach().requires_grad_(), Y.detach().requires_grad_()
+        self.upper_Y = Y.detach().requires_grad_()  # a leaf of its own, so that one pass tells grad_y f from H v
         self.variables = flat.unflatten(self.x)
 
     def upper(self, batch: Any, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """sum_i grad_x f_i [d_x], each f_i with its weight, and grad_y f_i [I, d] without."""
-        losses = self._losses("upper", batch)
-        if weights is None:
-            gx, gy = grad(losses.sum(), (self.x, self.Y), materialize_grads=True)
-            return gx, gy
-        gx, gy = grad(losses @ weights, (self.x, self.Y), materialize_grads=True)
-        return gx, gy / weights[:, None]
+        losses = self._losses("upper", self.upper_Y, batch)
+        seed = torch.ones_like(losses) if weights is None else weights
+        gx, gy = grad(losses, (self.x, self.upper_Y), seed, materialize_grads=True)
+        return gx, gy if weights is None else gy / weights[:, None]
 
     def gradient(self, batch: Any) -> Tensor:
         """grad_y g_i [I, d], to be differentiated."""
-        (gy,) = grad(self._losses("lower", batch).sum(), self.Y, create_graph=True)
+        losses = self._losses("lower", self.Y, batch)
+        (gy,) = grad(losses, self.Y, torch.ones_like(losses), create_graph=True)
         return gy
+
+    def direction(self, gradient: Tensor, batch: Any, v: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """sum_i w_i (grad_x f_i - J_i^T v_i) [d_x], grad_y f_i and H_i v_i [I, d], by one backward pass."""
+        losses = self._losses("upper", self.upper_Y, batch)
+        outputs, seeds = [losses], [weights]
+        if gradient.requires_grad:
+            outputs, seeds = [losses, gradient], [weights, -weights[:, None] * v]
+        leaves = (self.x, self.upper_Y, self.Y)
+        gx, gy, hv = grad(outputs, leaves, seeds, retain_graph=True, materialize_grads=True)
+        return gx, gy / weights[:, None], hv / -weights[:, None]
 
     def pull(self, gradient: Tensor, v: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """sum_i w_i J_i^T v_i [d_x] and H_i v_i [I, d]."""
@@ -188,11 +199,17 @@ class Derivatives:
         )  # [d, I, d]
         return H.transpose(0, 1)
 
-    def _losses(self, which: str, batch: Any) -> Tensor:
-        losses: Tensor = getattr(self.problem, which)(self.variables, self.Y, self.idx, batch)
+    def _losses(self, which: str, Y: Tensor, batch: Any) -> Tensor:
+        if not len(self.idx):
+            return Y.sum(1)
+        losses: Tensor = getattr(self.problem, which)(self.variables, Y, self.idx, batch)
         if losses.shape != self.idx.shape:
             raise ValueError(
                 f"problem.{which} must return one loss a block, {list(self.idx.shape)}, got {list(losses.shape)}"
             )
         check_precise(f"problem.{which}'s loss", losses)
+        if torch.is_autocast_enabled(losses.device.type):
+            raise ValueError(f"problem.{which} runs under torch.autocast, which rounds gradients; step outside of it")
+        if not losses.requires_grad:
+            raise ValueError(f"problem.{which}'s losses depend on neither x nor Y (were they detached?)")
         return losses

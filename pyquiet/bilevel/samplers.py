@@ -12,15 +12,15 @@ class BlockSampler:
     """Draws I of m blocks a step, without replacement.
 
     Args:
-        m: blocks; I: how many of them a step takes, at most m.
+        m: blocks. count: I, how many of them a step takes; all of them where it is above m.
         kind: "iid" draws anew each step, in O(I); "reshuffle" goes through a permutation, so that every block comes
-            once in ceil(m / I) steps (the last of them may have fewer); "stratified" takes one from each of I equal
-            parts.
+            once in ceil(m / I) steps, among which the blocks are spread evenly; "stratified" takes one from each of I
+            equal parts.
     """
 
     def __init__(self, m: int, count: int, kind: str) -> None:
         self.m, self.count, self.kind = m, min(count, m), kind
-        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
+        self._epoch, self._permutation = (-1, -1), torch.empty(0, dtype=torch.int64)
 
     def draw(self, step: int, seed: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Blocks int64 [I] and the probability of each to be among a step's, float64 [I].
@@ -30,11 +30,13 @@ class BlockSampler:
         if not self.m:
             return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
         if self.kind == "reshuffle":
+            # Evenly: a last step of few blocks would take them to be rare, and extrapolate them too far.
             steps = -(-self.m // self.count)
-            if step // steps != self._epoch:
-                self._epoch = step // steps
-                self._permutation = torch.randperm(self.m, generator=_generator(seed, self._epoch))
-            idx = self._permutation[step % steps * self.count :][: self.count]
+            epoch, part = divmod(step, steps)
+            if self._epoch != (seed, epoch):
+                self._epoch = seed, epoch
+                self._permutation = torch.randperm(self.m, generator=_generator(seed, epoch))
+            idx = self._permutation[self.m * part // steps : self.m * (part + 1) // steps]
         elif self.kind == "stratified":
             edges = torch.arange(self.count + 1) * self.m // self.count
             sizes = edges.diff()

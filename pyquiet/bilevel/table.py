@@ -51,8 +51,9 @@ class BlockTable:
         Raises:
             ValueError: a block comes twice.
         """
-        if len(idx.unique()) != len(idx):
+        if len(set(idx.tolist())) != len(idx):
             raise ValueError(f"idx holds a block twice: {idx.tolist()[:20]}; of two updates of a row one would be lost")
+        idx = idx.to(self.visited.device)
         rows = {name: field[idx] for name, field in self.fields.items()}
         for name, velocity in self.moving.items():
             passed = (now[name] - self.since[name][idx]).to(rows[name].dtype)
@@ -62,6 +63,7 @@ class BlockTable:
     @torch.no_grad()
     def scatter(self, idx: Tensor, now: Mapping[str, float], rows: Mapping[str, Tensor]) -> None:
         """Writes rows of the blocks as they are at the time `now`; fields that are not named stay."""
+        idx = idx.to(self.visited.device)
         for name, row in rows.items():
             self.fields[name].index_copy_(0, idx, row.to(self.fields[name]))
             if name in self.moving:
@@ -83,7 +85,11 @@ class BlockTable:
         return state | {"visited": self.visited}
 
     @torch.no_grad()
-    def load_rows(self, to: Tensor, state: Mapping[str, Tensor], rows: Tensor) -> None:
-        """Fills the rows `to` from those of a state, of this table or of others'."""
+    def load_rows(
+        self, to: Tensor, state: Mapping[str, Tensor], rows: Tensor, ahead: Mapping[str, float] | None = None
+    ) -> None:
+        """Fills the rows `to` from those of a state, of this table or of others', whose clocks ours are `ahead` of."""
         for name, mine in self.state_dict().items():
             mine[to] = state[name][rows].to(mine)
+        for name, time in (ahead or {}).items():
+            self.since[name][to] += time
