@@ -11,7 +11,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import pyquiet
+from pyquiet.randomness import Purpose, Stream, draw
 from pyquiet.scaling.backends.base import Choose, ContextOverflowError, Generate, Generated, Prompt, RefusedError, Score
+from pyquiet.scaling.backends.decoding import _DRAWS
 from pyquiet.scaling.backends.huggingface import HFBackend
 
 from .byte_tokens import byte_tokenizer
@@ -216,3 +218,23 @@ def test_a_thinking_target_scores_with_its_thoughts() -> None:
     assert using(model, lambda backend: backend.score(Score("d", Prompt(ids), 7))) == answer
     with pytest.raises(RefusedError, match="tells no entropies"):
         using(model, lambda backend: backend.score(Score("c", Prompt(ids), 7, entropy=True)))
+
+
+def test_tokens_are_drawn_by_the_seed_and_their_place() -> None:
+    model, request = llama(), wants(3, max_tokens=8)
+    ids, seed = list(request.prompt.ids or ()), request.seed
+    for i in range(8):
+        stream = Stream(_DRAWS, Purpose.ANSWER, sequence=seed % 2**32, step=seed >> 32, position=i)
+        logits = model(torch.tensor([ids])).logits[:, -1]
+        ids.append(int(draw(logits.detach(), stream=stream, temperature=0.9, top_p=0.95).tokens))
+    answer = using(model, lambda backend: backend.generate(request))
+    assert answer.ids == tuple(ids[-8:])
+
+
+def test_a_thinking_model_draws_by_the_seed() -> None:
+    async def work(backend: HFBackend) -> list[Generated]:
+        return [await backend.generate(wants(2, seed=seed, max_tokens=8)) for seed in (1, 1, 2)]
+
+    first, again, other = using(thinker(), work)
+    assert first == again
+    assert first.ids != other.ids
