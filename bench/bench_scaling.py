@@ -5,7 +5,6 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,7 +44,8 @@ class Canned:
         return Generated(None, TEXT, "stop", Usage(len(request.prompt.text), 0, 12))
 
     async def score(self, request: Score) -> Scored:
-        return Scored((-(zlib.crc32(f"{request.chain} {len(request.prompt.text)}".encode()) % 1000) / 1000,) * 12, Usage())
+        score = zlib.crc32(f"{request.chain} {len(request.prompt.text)}".encode()) % 1000 / 1000
+        return Scored((-score,) * 12, Usage())
 
     async def choose(self, request: Choose) -> tuple[float, ...]:
         raise NotImplementedError
@@ -134,13 +134,14 @@ def test_overhead_of_a_stage(benchmark: BenchmarkFixture) -> None:
 
     seconds = best_seconds(benchmark, run)
     benchmark.extra_info.update(
-        table="engine, 1,000 chains under way, no journal", method="async", microseconds_a_stage=seconds / stages[0] * 1e6
+        table="engine, 1,000 chains under way, no journal",
+        method="async",
+        microseconds_a_stage=seconds / stages[0] * 1e6,
     )
 
 
 MEMORY = """
 import asyncio, pyquiet.scaling, torch
-from dataclasses import replace
 from bench.memory import resident_kib
 from bench.bench_scaling import *
 before = resident_kib("VmRSS")

@@ -6,7 +6,7 @@ Built on native kernels.
 from importlib import import_module
 from typing import Any
 
-from pyquiet import any_subset, bilevel, diffusion, quiet_star
+from pyquiet import any_subset, bilevel, diffusion, quiet_star, scaling
 from pyquiet.any_subset import infill, joint_log_prob, marginals
 from pyquiet.diffusion import AREnergy, MaskedDenoiser, NCEEnergy, diffuse
 from pyquiet.quiet_star import QuietStarConfig, QuietStarForCausalLM, QuietStarObjective
@@ -38,6 +38,7 @@ __all__ = [
     "joint_log_prob",
     "load",
     "marginals",
+    "scaling",
 ]
 
 

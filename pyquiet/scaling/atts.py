@@ -117,6 +117,8 @@ class ATTS:
         self.calibrator = None if isinstance(calibration, str | os.PathLike) else calibration
         self.score, self.extract, self.select = score or MeanNLL(), extract, select
         self.template, self.system = template, system
+        if calibration is None and policy is None:
+            self.rule.warn_if_idle(self.plan.chains)
         self._retry, self._limit, self._degrade = retry or Retry(), limit, degrade
         self.draft, self.target = connect("draft", draft), connect("target", target)
 
@@ -196,8 +198,8 @@ class ATTS:
     ) -> Calibrator:
         """Fills a bank from questions like those that will be asked, but not these, and uses it from now on.
 
-        The chains that calibrate a turn are others than those that calibrate the turns before it, and are judged there
-        by banks that do not hold their own scores; otherwise the promise would not hold.
+        The questions that calibrate a turn (every T-th) calibrate no other, so that their chains are judged at earlier
+        turns by banks that do not hold their own scores, as those of new questions are; else the promise would break.
 
         Args:
             kind: "pooled" and "hierarchical" rank first chunks, the latter so that it holds for new questions;
@@ -242,11 +244,11 @@ class ATTS:
                     policy = AcceptAll() if calibrator is None else self._policy(calibrator)
                     session = self._session(policy, file, records, [collect], None)
                     numbers = range(turn * chains, (turn + 1) * chains)
-                    panels = (Panel(q, i, numbers, phase="calibrate", last_score=turn) for i, q in enumerate(asked))
+                    mine = asked[turn :: self.plan.turns] if kind == "per_turn" else asked
+                    panels = (Panel(q, i, numbers, phase="calibrate", last_score=turn) for i, q in enumerate(mine))
                     await run_async(session, panels)
-                    if len(collected) == before:
-                        break
-                    calibrator = fit(kind, collected)
+                    if len(collected) > before:
+                        calibrator = fit(kind, collected)
         if calibrator is None:
             raise ValueError("questions: none of the drafts could be scored (too short?), so there is no bank")
         self.calibrator = calibrator

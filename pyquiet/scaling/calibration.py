@@ -70,8 +70,8 @@ class _Still:
 class Pooled(_Still):
     """One bank of all scores of first chunks, each counting alike: the paper's marginal calibration.
 
-    Exact for questions exchangeable with single scores of the bank, as those that the bank is made of. For a new
-    question it promises too much where scores of one question are alike: use `Hierarchical`.
+    For the questions that the bank is made of it is exact up to less than 1 / (n + 1). For a new question it promises
+    too much where scores of one question are alike: use `Hierarchical`.
 
     Args:
         bank: scores of turn 0 (`fit` takes them out of a list). n_min: fewer are no bank.
@@ -80,6 +80,11 @@ class Pooled(_Still):
     def __init__(self, bank: Bank, *, n_min: int = 1) -> None:
         self.bank, self.n_min = bank, check_count("n_min", n_min, least=1)
         self._questions = frozenset(bank.groups)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What p-values are ranked among: scores, or questions."""
+        return (self.bank.size,)
 
     @property
     def version(self) -> str:
@@ -104,6 +109,11 @@ class Hierarchical(_Still):
     def __init__(self, bank: Bank, *, n_min: int = 1) -> None:
         self.bank, self.n_min = bank, check_count("n_min", n_min, least=1)
         self._clustered = ClusteredBank(bank)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What p-values are ranked among: questions."""
+        return (self._clustered.questions,)
 
     @property
     def version(self) -> str:
@@ -148,9 +158,11 @@ class PerQuestion(_Still):
 class PerTurn(_Still):
     """A bank for each bucket of turns (Mondrian), pooled or hierarchical.
 
-    Exact at turns that have a bucket of their own, if the chains that calibrate a turn are disjoint from those that
-    calibrate others and were judged by the banks of the turns before it. A bucket with too few scores backs off to the
-    one before it, without a promise.
+    Exact, for a chain of a new question that has got so far, at turns that have a hierarchical bucket of their own, if
+    the questions that calibrate a turn calibrate no other and were judged by the banks of the turns before it
+    (`ATTS.calibrate` sees to that). The rate is then that of questions, each counting alike; where more chains of some
+    questions get so far than of others, the rate of all decisions may differ. A bucket with too few scores backs off to
+    the one before it, without a promise.
 
     Args:
         banks: by the first turn of each bucket. base: how scores of one bank count. n_min: fewer scores (pooled) or
@@ -173,6 +185,11 @@ class PerTurn(_Still):
     def version(self) -> str:
         return _hash([self.base, *sorted((turn, bank.version) for turn, bank in self.banks.items())])
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What p-values are ranked among in each bank that is large enough."""
+        return tuple(n for n in map(self._size, self.banks) if n >= self.n_min)
+
     def bucket(self, turn: int) -> int:
         """The first turn of the bucket that a turn falls into."""
         return self.buckets[bisect.bisect_right(self.buckets, turn) - 1]
@@ -186,9 +203,12 @@ class PerTurn(_Still):
         alone = place + 1 < len(self.buckets) and self.buckets[place + 1] == mine + 1
         if used != mine:
             why = f"too few scores of this turn: ranked among those of turn {used}"
+        elif self.base == "pooled":
+            why = "scores of one question in the bank are alike, so its size is less than it looks"
         else:
             why = f"ranked among scores of turn {mine}" if alone else f"turns from {mine} on share a bank"
-        options: dict[str, Any] = {"guaranteed": used == mine and alone, "why": why}
+        sure = used == mine and alone and self.base == "hierarchical"
+        options: dict[str, Any] = {"guaranteed": sure, "why": why}
         if self.base == "hierarchical":
             return self._clustered[used].rank(score, uniform, **options)
         return rank(self.banks[used], score, uniform, **options)
@@ -200,7 +220,10 @@ class PerTurn(_Still):
 
 
 class Online:
-    """One bank that takes in scores as they are decided, each after its own decision.
+    """One bank that takes in scores of first chunks as they are decided, each after its own decision.
+
+    The counts of takeovers are exact where scores come one by one in an order that does not depend on them and are
+    exchangeable. Neither can be known here, so no decision is marked as guaranteed.
 
     Args:
         bank: to begin with. update: "frozen" takes in nothing; "epoch" at the end of a batch of `batch` questions, so
@@ -222,6 +245,7 @@ class Online:
         self.update, self.window, self.n_min = update, window, check_count("n_min", n_min, least=1)
         self.batch = check_count("batch", batch, least=1) if update == "epoch" else None
         self._sorted = [] if bank is None else bank.scores.tolist()
+        self._first = "" if bank is None else bank.version
         self._recent = deque(self._sorted)
         self._pending: list[float] = []
         self._changes = 0
@@ -233,21 +257,21 @@ class Online:
 
     @property
     def version(self) -> str:
-        return f"{self.update}-{self._changes}-{len(self._sorted)}"
+        return f"{self.update}-{self._first}-{self._changes}"
 
     def p_value(self, score: float, cell: Cell, uniform: float) -> PValue | None:
         n = len(self._sorted)
         if n < self.n_min:
             return None
         below, upto = bisect.bisect_left(self._sorted, score), bisect.bisect_right(self._sorted, score)
-        exact = self.update in ("frozen", "epoch")
-        why = "exact if scores come in an order that does not depend on them"
+        why = "exact only if first chunks come one by one, in an order that does not depend on their scores"
         low, high = (1 + n - below) / (n + 1), (1 + upto) / (n + 1)
         smoothed = (n - upto + uniform * (1 + upto - below)) / (n + 1)
-        first = cell.turn == 0
-        return PValue(low, high, smoothed, n, self.version, exact and first, why if first else "turns share a bank")
+        return PValue(low, high, smoothed, n, self.version, False, why)
 
     def observe(self, score: float, cell: Cell, took_over: bool) -> None:
+        if cell.turn:
+            return
         if self.update == "epoch":
             self._pending.append(score)
         elif self.update != "frozen":
@@ -349,6 +373,7 @@ def save_calibrator(calibrator: Calibrator, folder: str | os.PathLike[str], taxo
     }  # fmt: skip
     if isinstance(calibrator, PerTurn):
         about |= {"base": calibrator.base, "buckets": list(calibrator.buckets)}
+    about["seal"] = _hash(json.dumps(about, sort_keys=True))
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     with replacing(path / "scores.safetensors") as partial:
@@ -367,6 +392,8 @@ def load_calibrator(
     """
     path = Path(folder)
     about = json.loads((path / "calibration.json").read_text(encoding="utf-8"))
+    if about.pop("seal", None) != _hash(json.dumps(about, sort_keys=True)):
+        raise ValueError(f"{path}/calibration.json was changed after it was saved; calibrate again")
     for name, value in (taxonomy or {}).items():
         if about["taxonomy"].get(name) != value:
             raise ValueError(

@@ -88,6 +88,7 @@ class PValue:
     Attributes:
         low, high, smoothed: as the functions of that name. version: of the bank.
         guaranteed: whether a rule's promise holds exactly for it. why: one line that says why or why not.
+        uniform: whether the smoothed one is exactly uniform where the scores are exchangeable.
     """
 
     low: float
@@ -97,6 +98,7 @@ class PValue:
     version: str
     guaranteed: bool
     why: str
+    uniform: bool = True
 
 
 def rank(bank: Bank, score: float, uniform: float, *, guaranteed: bool, why: str) -> PValue:
@@ -109,7 +111,8 @@ class ClusteredBank:
     """A bank whose questions count alike, however many scores each has (Lee, Barber and Willett, 2023).
 
     p_low = (1 + sum over questions of the share of their scores that are >= u) / (Q + 1), which is valid for a new
-    question although scores of one question are alike; p_high and the smoothed one likewise. The resolution is that of
+    question although scores of one question are alike; p_high likewise. The smoothed one is uniform only where every
+    question has one score. The resolution is that of
     Q, the number of questions. O(log n) a p-value.
     """
 
@@ -126,10 +129,8 @@ class ClusteredBank:
         under, upto = float(self._below[below]), float(self._below[below + equal])
         total, n = float(self.questions), self.questions
         smoothed = (total - upto + uniform * (1 + upto - under)) / (n + 1)
-        version = self.bank.version
-        return PValue(
-            (1 + total - under) / (n + 1), (1 + upto) / (n + 1), smoothed, n, version, guaranteed, why
-        )  # fmt: skip
+        low, high = (1 + total - under) / (n + 1), (1 + upto) / (n + 1)
+        return PValue(low, high, smoothed, n, self.bank.version, guaranteed, why, uniform=n == self.bank.size)
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,10 @@ class Rule:
 
     def label(self, p: PValue, rate: float | None = None) -> Label:
         """What becomes of a chunk; `rate` stands in for the takeover rate."""
-        if self.discard_rate > 0 and self._fires(p, self.discard_rate):
+        rate = self.takeover_rate if rate is None else rate
+        if self.discard_rate > 0 and self._fires(p, min(self.discard_rate, rate)):
             return "discard"
-        return "takeover" if self._fires(p, self.takeover_rate if rate is None else rate) else "accept"
+        return "takeover" if self._fires(p, rate) else "accept"
 
     def promise(self, n: int) -> float:
         """P(takeover) for n exchangeable scores without ties."""
@@ -184,13 +186,12 @@ class Rule:
 
     def takeovers(self, n: int) -> int:
         """How many of the n + 1 ranks call for the target."""
-        product = self.takeover_rate * (n + 1)
-        return math.floor(product + _ROUNDING) if self.tail != "coverage" else math.ceil(product - _ROUNDING)
+        return self._ranks(self.takeover_rate, n)
 
     def cut_points(self, bank: Bank) -> tuple[float, float]:
-        """The lowest scores of this bank that call for the target, and that are discarded; infinite where none is.
+        """The scores above which (coverage: from which on) the target is called, and chunks are discarded.
 
-        Not for the smoothed rule, whose cut is drawn anew each time.
+        Infinite where that never happens. Not for the smoothed rule, whose cut is drawn anew each time.
         """
         if self.tail == "smoothed":
             raise ValueError('tail="smoothed" has no cut points: near the cut its decision is drawn')
@@ -211,7 +212,7 @@ class Rule:
         law = beta_binomial(chains, k, n + 1 - k)
         reached = np.cumsum(law)
         low, high = (int(np.searchsorted(reached, share)) for share in (0.05, 0.95))
-        return chains * k / (n + 1), low, high
+        return chains * self.promise(n), low, high
 
     def warn_if_idle(self, n: int) -> None:
         """Warns where so few scores let the budget rule never fire, and tells the rates that could be had."""
@@ -230,10 +231,14 @@ class Rule:
         return self.p(p) <= rate + _ROUNDING
 
     def _cut(self, bank: Bank, rate: float) -> float:
-        if rate == 0:
+        k = self._ranks(rate, bank.size)
+        if k == 0:
             return math.inf
-        fires = [self._fires(rank(bank, score, 1.0, guaranteed=False, why=""), rate) for score in bank.scores]
-        return float(bank.scores[fires.index(True)]) if True in fires else math.inf
+        return -math.inf if k > bank.size else float(bank.scores[bank.size - k])
+
+    def _ranks(self, rate: float, n: int) -> int:
+        product = rate * (n + 1)
+        return math.ceil(product - _ROUNDING) if self.tail == "coverage" else math.floor(product + _ROUNDING)
 
 
 _ROUNDING = 1e-12  # p-values are fractions of n + 1, and rates decimals: 0.3 * 10 must be 3

@@ -14,10 +14,11 @@ class DriftMonitor:
 
     It bets on p-values being too small and on their being too large, in equal parts and at several strengths. Where
     the p-values are independent and uniform its capital is a fair game's that begins at 1, so that it ever reaches
-    1 / level with probability at most `level`: then it warns, once, and calls `on_drift`.
+    1 / level with probability at most `level`: then it warns, once, and calls `on_drift`. P-values in one bank of n
+    scores are independent only as long as there are far fewer of them than n; false alarms grow when it watches longer.
 
     Attributes:
-        level: probability of a false alarm, however long it watches.
+        level: probability of a false alarm where p-values are independent.
     """
 
     level: float = 0.01

@@ -97,6 +97,8 @@ class ConformalPolicy(_Alone):
                 raise ValueError(f'{name} must be "takeover" or "accept", got {value!r}')
         self.calibrator, self.rule, self.on_takeover = calibrator, rule, on_takeover
         self.resamples, self.drift = check_count("resamples", resamples, least=0), drift
+        for n in getattr(calibrator, "sizes", ()):
+            rule.warn_if_idle(n)
         self._without = {"cold": on_cold, "failed": on_score_failure, "short": on_short, "empty": on_short}
 
     def decide(self, chunk: Chunk, uniform: float) -> Decision:
@@ -107,14 +109,19 @@ class ConformalPolicy(_Alone):
             return self._blind("cold")
         label = self.rule.label(p, self.calibrator.rate(self.rule.takeover_rate))
         action, reason = self._action(label, chunk.key.attempt)
-        if self.drift is not None and p.guaranteed and not chunk.key.attempt:
+        sure, why = p.guaranteed, p.why
+        if chunk.key.attempt:
+            sure, why = False, "a draft after one that was thrown away"
+        elif self.rule.tail == "smoothed" and not p.uniform:
+            sure, why = False, "smoothed p-values are exact only where a question has one score in the bank"
+        # One chain of a question, since those of one question are alike.
+        if self.drift is not None and p.guaranteed and not chunk.key.attempt and not chunk.key.chain:
             self.drift.see(p.smoothed)
-        why = "a draft after one that was thrown away" if chunk.key.attempt else p.why
-        return Decision(action, reason, self.rule.p(p), p.n, p.version, p.guaranteed and not chunk.key.attempt, why)
+        return Decision(action, reason, self.rule.p(p), p.n, p.version, sure, why)
 
     def observe(self, chunk: Chunk, decision: Decision) -> None:
-        """Shows the calibrator a score that was decided by its p-value."""
-        if chunk.score is not None and decision.p is not None:
+        """Shows the calibrator the score of a first draft that was decided on, or met no bank yet."""
+        if chunk.score is not None and not chunk.key.attempt and decision.reason in ("p", "cold"):
             self.calibrator.observe(chunk.score, chunk.cell, decision.action in (*TAKEOVERS, "resample"))
 
     def _action(self, label: str, attempt: int) -> tuple[Action, str]:
@@ -140,6 +147,8 @@ class OfficialPolicy(_Alone):
     """
 
     def __init__(self, bank: Bank, *, threshold: float = 0.6, on_takeover: Takeover = "continue") -> None:
+        if not bank.size:
+            raise ValueError("bank must hold at least one score, got none")
         self.bank, self.threshold = bank, check_fraction("threshold", threshold)
         self.on_takeover: Takeover = _check_takeover(on_takeover)
 
@@ -156,7 +165,7 @@ class OfficialPolicy(_Alone):
 class RankPolicy:
     """The classic way: of all chains of a question the target takes over the `takeovers` worst of each turn.
 
-    Chunks without a score count as the worst. Needs every score of the turn, so it waits for the slowest chain.
+    Chunks without a score are kept. Needs every score of the turn, so it waits for the slowest chain.
     """
 
     together = True
@@ -170,8 +179,8 @@ class RankPolicy:
         raise TypeError("RankPolicy compares all chunks of a turn; use decide_all, that is the sync engine")
 
     def decide_all(self, chunks: Sequence[Chunk], uniforms: Sequence[float]) -> list[Decision]:
-        scores = [float("inf") if chunk.score is None else chunk.score for chunk in chunks]
-        worst = sorted(range(len(chunks)), key=lambda i: (-scores[i], chunks[i].key.chain))[: self.takeovers]
+        scored = [(-chunk.score, chunk.key.chain, i) for i, chunk in enumerate(chunks) if chunk.score is not None]
+        worst = {i for _, _, i in sorted(scored)[: self.takeovers]}
         return [Decision(_over(i in worst, self.on_takeover), "rank") for i in range(len(chunks))]
 
     def observe(self, chunk: Chunk, decision: Decision) -> None: ...

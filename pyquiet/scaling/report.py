@@ -200,16 +200,6 @@ class Tally:
         """Of all records so far."""
         return Report.of(self._header, self._records)
 
-    def guaranteed(self) -> dict[int, tuple[bool, str]]:
-        """For each turn whether the promise holds for all its first drafts, and for how many it does."""
-        found = {}
-        for turn, rows in sorted(_by([r for r in self._records if r.key.phase == "run"], "turn").items()):
-            decided = _first(rows)
-            sure = sum(record.decision is not None and record.decision.guaranteed for record in decided)
-            if decided:
-                found[turn] = (sure == len(decided), f"the promise covers {sure} of {len(decided)} decisions")
-        return found
-
 
 def bootstrap(parts: np.ndarray, totals: np.ndarray, seed: int, resamples: int = RESAMPLES) -> Share:
     """sum(parts) / sum(totals) of clusters [Q], and its 95 % percentile interval when clusters are drawn anew."""

@@ -79,7 +79,8 @@ class Session:
         self._done = {record.key: record for record in done}
         self._prepared: dict[str, asyncio.Task[None]] = {}
         self._limit, self._target_gone = setting.limit, False
-        self._began = asyncio.get_running_loop().time()
+        before = max((r.timing.ended for r in self._done.values() if r.timing is not None), default=0.0)
+        self._began = asyncio.get_running_loop().time() - before  # the run's clock goes on where it stood
         pools = self.plan.pools
         self._draft = self._caller(setting.draft, pools.draft)
         self._score = self._caller(setting.target, pools.score)

@@ -7,15 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from pyquiet.scaling.answers import extract
-from pyquiet.scaling.policy import Chunk, RankPolicy
 
+from pyquiet.scaling.answers import extract
 from pyquiet.scaling.backends.base import Backend, GoneError, RefusedError
 from pyquiet.scaling.calls import Retry
 from pyquiet.scaling.engine import run_async, run_sync
 from pyquiet.scaling.limits import TakeoverLimit
 from pyquiet.scaling.panel import Panel
 from pyquiet.scaling.plan import Plan, Pools, Sampling
+from pyquiet.scaling.policy import Chunk, RankPolicy
 from pyquiet.scaling.records import Decision, Key, Question, Record
 from pyquiet.scaling.score import MeanNLL
 from pyquiet.scaling.session import Session, Setting

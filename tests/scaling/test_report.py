@@ -176,7 +176,6 @@ def test_a_tally_gives_the_report_of_the_same_records(report: Report) -> None:
     for record in RUN:
         tally.add(record)
     assert tally.report() == report
-    assert tally.guaranteed() == {0: (False, "the promise covers 2 of 4 decisions")}
 
 
 def test_an_empty_run_has_a_report() -> None:

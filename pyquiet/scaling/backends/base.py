@@ -136,9 +136,11 @@ class TextCodec(Protocol):
 
 
 class Backend(Protocol):
-    """One model that drafts, scores or continues."""
+    """One model that drafts, scores or continues. It may be opened again after it was closed."""
 
-    codec: TextCodec | None
+    @property
+    def codec(self) -> TextCodec | None:
+        """Its tokenizer; None where it has none on this side."""
 
     @property
     def identity(self) -> dict[str, str]:

@@ -78,7 +78,8 @@ class HFBackend:
             ThinkingRunner(self.model, self._writing) if self._thinks
             else DecoderRunner(self.model, self._writing, self._store)
         )  # fmt: skip
-        self._worker = Worker(runner, 1 if deterministic else max_batch, 0 if deterministic else max_wait)
+        self._runner, self._batching = runner, (1, 0.0) if deterministic else (max_batch, max_wait)
+        self._worker = Worker(runner, *self._batching)
         config = self.model.config.get_text_config()
         self._vocabulary = embedding_table(self.model).shape[0]
         self._context = getattr(config, "max_position_embeddings", None)
@@ -105,7 +106,9 @@ class HFBackend:
         return self._store.size
 
     async def open(self) -> None:
-        """Starts the thread."""
+        """Starts the thread, a new one if it was closed."""
+        if self._worker.started and not self._worker.is_alive():
+            self._worker = Worker(self._runner, *self._batching)
         self._start()
 
     async def ready(self) -> None:
@@ -169,7 +172,7 @@ class HFBackend:
         if not self._worker.started:
             self._worker.start()
         elif not self._worker.is_alive():
-            raise GoneError("this backend is closed; make another one")
+            raise GoneError("this backend is closed; open it again")
 
     async def _ask(self, job: Job) -> Any:
         self._start()

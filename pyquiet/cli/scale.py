@@ -1,0 +1,185 @@
+"""`pyquiet scale`: chains that a small model drafts, and a large one takes over at a promised rate."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyquiet.cli import scale_report
+
+if TYPE_CHECKING:
+    from pyquiet.scaling import ATTS, ATTSResult, Plan
+    from pyquiet.scaling.plan import OnTakeover
+
+EMBEDDED = ("tiny-draft", "tiny-target")
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "scale",
+        help="scale thinking at test time with a small and a large model",
+        description="Answer questions by several chains each: a draft model writes, the target model scores what it "
+        "wrote and takes over where that is unusually bad, at a rate that is promised. Without models and questions "
+        "the embedded pair answers embedded questions.",
+    )
+    actions = parser.add_subparsers(title="actions", metavar="ACTION")
+    scale_report.add_parser(actions)
+    where = "an embedded model, a folder, or a server's address (http://host:port/v1#model)"
+    parser.add_argument("--draft", default=EMBEDDED[0], metavar="MODEL", help=f"{where} (default: {EMBEDDED[0]})")
+    parser.add_argument("--target", default=EMBEDDED[1], metavar="MODEL", help=f"{where} (default: {EMBEDDED[1]})")
+    parser.add_argument(
+        "--questions", metavar="FILE", help="JSONL with question, and answer and id where there are any"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="of the questions, the first ones only")
+    parser.add_argument("--journal", metavar="FILE", help="keeps every step; given again, the run goes on from it")
+    _add_promise(parser)
+    _add_chains(parser)
+    parser.add_argument("--json", action="store_true", help="print answers and report as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no live progress")
+    parser.set_defaults(run=run)
+
+
+def _add_promise(parser: argparse.ArgumentParser) -> None:
+    promise = parser.add_argument_group("the promise")
+    promise.add_argument(
+        "--takeover-rate", type=float, default=0.4, metavar="RHO", help="share of drafts taken over (default: 0.4)"
+    )
+    promise.add_argument(
+        "--tail",
+        default="budget",
+        choices=("budget", "coverage", "smoothed"),
+        help="the rate holds at most, at least, exactly (default: budget)",
+    )
+    promise.add_argument(
+        "--on-takeover",
+        choices=("continue", "replace", "resample"),
+        help="behind the draft, in its place, or draft anew (default: continue; replace for the embedded pair)",
+    )
+    promise.add_argument("--calibration", metavar="DIR", help="bank that --calibrate saved")
+    promise.add_argument("--calibrate", metavar="FILE", help="questions to calibrate on first, as --questions")
+    promise.add_argument(
+        "--calibrator",
+        default="per_turn",
+        choices=("pooled", "hierarchical", "per_turn"),
+        help="of --calibrate (default: per_turn)",
+    )
+    promise.add_argument(
+        "--calibration-chains", type=int, default=4, metavar="N", help="of a question, for each turn (default: 4)"
+    )
+    promise.add_argument("--save-calibration", metavar="DIR", help="where the bank goes")
+
+
+def _add_chains(parser: argparse.ArgumentParser) -> None:
+    chains = parser.add_argument_group("the chains")
+    chains.add_argument("--chains", type=int, default=16, metavar="M", help="of a question (default: 16)")
+    chains.add_argument("--turns", type=int, default=15, metavar="T", help="of a chain at most (default: 15)")
+    chains.add_argument(
+        "--draft-tokens", type=int, metavar="N", help="of a draft at most (default: 500; 48 for the embedded pair)"
+    )
+    chains.add_argument("--target-tokens", type=int, metavar="N", help="of a takeover at most (default: the same)")
+    chains.add_argument("--temperature", type=float, default=0.8, help="of both models (default: 0.8)")
+    chains.add_argument("--top-p", type=float, default=1.0, help="of both models (default: 1)")
+    chains.add_argument(
+        "--stop", action="append", metavar="TEXT", help=r"ends a chunk (\n for a newline); may be given again"
+    )
+    chains.add_argument("--system", metavar="TEXT", help="system message, where a chat template takes one")
+    chains.add_argument(
+        "--template",
+        metavar="TEXT",
+        help="how a question is shown, with {question} (default: the chat template, else the question and a newline)",
+    )
+    chains.add_argument(
+        "--select",
+        default="majority",
+        choices=("majority", "weighted", "first"),
+        help="of the chains' answers (default: majority)",
+    )
+    chains.add_argument("--early-majority", action="store_true", help="cancel chains that cannot change the winner")
+    chains.add_argument(
+        "--engine",
+        default="async",
+        choices=("async", "sync"),
+        help="sync waits for all chains of a turn (default: async)",
+    )
+    chains.add_argument(
+        "--slots",
+        default="16,8,4",
+        metavar="D,S,T",
+        help="requests at once: drafting, scoring, continuing (default: 16,8,4)",
+    )
+    chains.add_argument("--inflight", type=int, default=64, metavar="N", help="chains at once (default: 64)")
+    chains.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from pyquiet.cli.scale_live import watching
+    from pyquiet.scaling.questions import read_questions
+
+    embedded = (args.draft, args.target) == EMBEDDED
+    questions = read_questions(args.questions or _embedded("questions.jsonl"))[: args.limit]
+    atts = _build(args, embedded)
+    answers = {question.id: question.answer for question in questions if question.answer is not None}
+    quiet = args.quiet or args.json
+    if args.calibrate:
+        bank, each = read_questions(args.calibrate), args.calibration_chains
+        turns = atts.plan.turns if args.calibrator == "per_turn" else 1
+        with watching("calibrating", len(bank) * each * turns, args.takeover_rate, {}, quiet=quiet) as on_record:
+            atts.calibrate(bank, kind=args.calibrator, chains=each, on_record=on_record)
+        if args.save_calibration:
+            atts.save_calibration(args.save_calibration)
+    chains = len(questions) * atts.plan.chains
+    with watching("answering", chains, args.takeover_rate, answers, quiet=quiet) as on_record:
+        result = atts.run(questions, journal=args.journal, engine=args.engine, on_record=on_record)
+    if args.json:
+        guaranteed = {turn: {"guaranteed": sure, "why": why} for turn, (sure, why) in result.guaranteed.items()}
+        shown = {"answers": result.answers, "guaranteed": guaranteed, "report": result.report.to_dict()}
+        print(json.dumps(shown | {"finished": result.finished}, indent=2))
+    else:
+        print(_in_words(result))
+    return 0 if result.finished else 130
+
+
+def _embedded(name: str) -> Path:
+    import pyquiet.zoo
+
+    return Path(pyquiet.zoo.__file__).parent / "tiny-target" / name
+
+
+def _build(args: argparse.Namespace, embedded: bool) -> "ATTS":
+    from pyquiet.scaling import ATTS
+
+    on_takeover: OnTakeover = args.on_takeover or ("replace" if embedded else "continue")
+    return ATTS(
+        args.draft, args.target, takeover_rate=args.takeover_rate, tail=args.tail, on_takeover=on_takeover,
+        calibration=args.calibration, plan=_plan(args, embedded), template=args.template, system=args.system,
+        select=args.select,
+    )  # fmt: skip
+
+
+def _plan(args: argparse.Namespace, embedded: bool) -> "Plan":
+    from pyquiet.scaling import Plan, Pools, Sampling
+
+    slots = args.slots.split(",")
+    if len(slots) != 3 or not all(slot.strip().isdigit() for slot in slots):
+        raise ValueError(f"--slots must be three numbers with commas between, got {args.slots!r}")
+    draft, score, target = map(int, slots)
+    short = 48 if embedded else 500  # a line of the embedded pair has 25 tokens at most
+    stop = [text.replace("\\n", "\n") for text in args.stop or (["\\n"] if embedded else [])]
+    return Plan(
+        chains=args.chains,
+        turns=args.turns,
+        draft=Sampling(args.draft_tokens or short, args.temperature, args.top_p),
+        target=Sampling(args.target_tokens or short, args.temperature, args.top_p),
+        stop=tuple(stop),
+        early_majority=args.early_majority,
+        pools=Pools(draft, score, target, args.inflight),
+        seed=args.seed,
+    )
+
+
+def _in_words(result: "ATTSResult") -> str:
+    lines = [f"{q.question.id}: {q.answer if q.answer is not None else '(no answer)'}" for q in result.questions]
+    lines += ["", str(result.report), ""]
+    for turn, (sure, why) in result.guaranteed.items():
+        lines.append(f"turn {turn}: {'the rate is guaranteed' if sure else 'no guarantee'}: {why}")
+    return "\n".join(lines)
