@@ -266,12 +266,12 @@ class ATTS:
     def header(self, questions: Sequence[Question], policy: Policy | None, engine: Engine) -> dict[str, Any]:
         """What a journal begins with: everything that must be the same for a run to go on. JSON values."""
         rule = {"takeover_rate": self.rule.takeover_rate, "tail": self.rule.tail, "on_takeover": self.on_takeover}
-        named = "calibration" if policy is None else type(policy).__name__
-        about = {"name": named, **(rule if self.policy is None else {})}
+        decides: dict[str, Any] = {"policy": "calibration" if policy is None else type(policy).__name__}
+        decides |= rule if self.policy is None else {}
         return {
             "version": 1,
             "engine": engine,
-            "config": self.plan.to_dict() | {"policy": about, "score": self.score.name, "select": self.select},
+            "config": self.plan.to_dict() | decides | {"score": self.score.name, "select": self.select},
             "draft": dict(self.draft.identity),
             "target": dict(self.target.identity),
             "template": self._template_hash(),

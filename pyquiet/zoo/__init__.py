@@ -35,8 +35,8 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     `tiny-any-subset` is an XLNet of 2.3 million that fills in any part of a text; `tiny-denoiser`, a ModernBERT of 1.8
     million, is for masked diffusion, and `tiny-energy`, an `NCEEnergy` of as many, corrects it. Those four have the
     same tokenizer, to which the last two add `<mask>`. `tiny-draft` and `tiny-target`, Llamas of 0.2 and 1.6 million
-    with another tokenizer, write out solutions of arithmetic word problems; the draft gets half of them right. The limits
-    of each are in the README.md of its folder.
+    with another tokenizer, write out solutions of arithmetic word problems; the draft gets half of them right. The
+    limits of each are in the README.md of its folder.
 
     Raises ValueError for an unknown name.
 

@@ -101,15 +101,15 @@ def test_wrong_lines_are_wrong_and_corrected(recipe: SimpleNamespace, problems: 
 
 
 def test_held_out_problems_are_not_among_those_of_another_use_nor_trained_on(
-    recipe: SimpleNamespace,
+    recipe: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = recipe.texts
     held = [problem.equations for use in texts.HELD_OUT for problem in texts.held_out(use)]
     assert len(held) == len(set(held)) == sum(count for _, count in texts.HELD_OUT.values())
     # Even training that draws the very same problems leaves them out.
-    same = [texts.Kind(seed, (0.5, 0.5)) for seed, _ in texts.HELD_OUT.values()]
-    for kind in (texts.FEW, texts.MANY, *same):
-        for _, lines in texts.training_texts(1500, kind):
+    for seed in (0, *(seed for seed, _ in texts.HELD_OUT.values())):
+        monkeypatch.setattr(texts, "TRAINING_SEED", seed)
+        for _, lines in texts.training_texts(1500):
             learned = tuple(true_equations([line.text for line in lines if not line.wrong]))
             assert learned not in held
     with pytest.raises(ValueError, match="questions"):
@@ -157,15 +157,6 @@ def test_wrong_lines_have_no_labels(recipe: SimpleNamespace, tokenizer: Any) -> 
     assert wrong > 20
 
 
-def test_second_training_reads_other_problems_with_more_errors(recipe: SimpleNamespace, tokenizer: Any) -> None:
-    few, many = (list(recipe.texts.training_texts(300, kind)) for kind in (recipe.texts.FEW, recipe.texts.MANY))
-    assert not {question for question, _ in few} & {question for question, _ in many}
-    wrong = [sum(line.wrong for _, lines in texts for line in lines) for texts in (few, many)]
-    assert 3 * wrong[0] < wrong[1]
-    first = recipe.texts.Texts(tokenizer, 300, recipe.texts.MANY)[0]["input_ids"]
-    assert tokenizer.decode(first).startswith("<bos>" + many[0][0])
-
-
 def test_padding_is_never_predicted(recipe: SimpleNamespace) -> None:
     rows = [{"input_ids": [5] * n, "labels": [6] * n} for n in (3, 17)]
     batch = recipe.texts.padded(rows)
@@ -195,11 +186,6 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     train.train("draft", tmp_path / "stopped", steps=4, save_every=2)
     whole, stopped = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "stopped"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), stopped.parameters(), strict=True))
-
-    train.train("draft", tmp_path / "second", steps=2, save_every=2, after=tmp_path / "whole")
-    second = AutoModelForCausalLM.from_pretrained(tmp_path / "second")
-    steps = [(a - b).abs().max() for a, b in zip(whole.parameters(), second.parameters(), strict=True)]
-    assert 0 < max(steps) < 1e-3
 
     recipe.export.export(tmp_path / "whole", tmp_path / "model")
     recipe.export.write_questions(tmp_path / "model")

@@ -51,6 +51,8 @@ def test_without_a_calibration_every_question_has_its_own_bank() -> None:
     assert result.finished
     assert result.guaranteed[0] == (True, "first turn, ranked among the question's own first chunks")
     assert result.guaranteed[1] == (False, "the bank holds first chunks only")
+    assert result.report.turns[0].promised == pytest.approx(2 / 5)
+    assert result.report.turns[0].band is not None
     assert result.answers.keys() == {q.id for q in ASKED}
 
 

@@ -76,6 +76,20 @@ def test_solutions_are_lines_of_one_step_and_an_answer(written: dict[str, list[s
             assert all(re.fullmatch(r".*(: |Wait, )\d+ [-+*/] \d+ = \d+\.|Wait, the answer.*", x) for x in lines), lines
 
 
+def test_scores_of_the_target_tell_a_wrong_result(written: dict[str, list[str]]) -> None:
+    model, tokenizer = pyquiet.load("tiny-target")
+    nlls: dict[int, list[float]] = {0: [], 1: []}
+    for row, solution in zip(rows("questions")[:20], written["tiny-target"], strict=False):
+        words, result = solution.split("\n")[0].removesuffix(".").rsplit(" ", 1)
+        given = tokenizer(row["question"] + "\n").input_ids
+        for off, found in nlls.items():
+            line = tokenizer(f"{words} {int(result) + off}.\n", add_special_tokens=False).input_ids
+            labels = torch.tensor([[-100] * len(given) + line])
+            with torch.inference_mode():
+                found.append(model(torch.tensor([given + line]), labels=labels).loss.item())
+    assert max(nlls[0]) < 0.1 < 0.2 < min(nlls[1])
+
+
 def test_questions_are_those_that_the_recipe_holds_out(monkeypatch: pytest.MonkeyPatch) -> None:
     if not RECIPE.is_dir():
         pytest.skip(f"no recipe folder {RECIPE}")

@@ -1,0 +1,56 @@
+"""`pyquiet scale`: the embedded pair answers, resumes from its journal, and reports."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pyquiet.cli import main
+
+from .one_line import error_line
+
+SMALL = ["--limit", "2", "--chains", "2", "--turns", "8", "--quiet"]
+
+
+def test_the_embedded_pair_answers_embedded_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    journal = str(tmp_path / "run.jsonl")
+    assert main(["scale", *SMALL, "--journal", journal, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert list(shown["answers"]) == ["questions-000", "questions-001"]
+    assert shown["guaranteed"]["0"]["guaranteed"]
+    assert shown["finished"]
+    assert sum(shown["report"]["outcomes"].values()) == 4
+    assert main(["scale", *SMALL, "--journal", journal, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["answers"] == shown["answers"]
+    figure = tmp_path / "run.svg"
+    assert main(["scale", "report", journal, "--against", journal, "--plot", str(figure)]) == 0
+    assert "1.00 times the speed" in capsys.readouterr().out
+    assert "promised" in figure.read_text()
+
+
+def test_a_bank_is_calibrated_saved_and_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bank = tmp_path / "questions.jsonl"
+    rows = [
+        {"id": f"b{i}", "question": f"Ann has {i + 3} apples. Ann buys {i} more. How many are left?"} for i in range(3)
+    ]
+    bank.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    calibrate = ["--calibrate", str(bank), "--calibrator", "hierarchical", "--calibration-chains", "1"]
+    folder = str(tmp_path / "bank")
+    assert main(["scale", *SMALL, *calibrate, "--save-calibration", folder]) == 0
+    text = capsys.readouterr().out
+    assert "turn 0: the rate is guaranteed" in text
+    assert main(["scale", *SMALL, "--calibration", folder]) == 0
+    assert text.splitlines()[:2] == capsys.readouterr().out.splitlines()[:2]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--slots", "1,2"], "--slots must be three numbers"),
+        (["--takeover-rate", "2"], "takeover_rate must lie between 0 and 1"),
+        (["--questions", "missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_bad_input_is_one_line(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scale", *SMALL, *options]) == 2
+    assert words in error_line(capsys)
