@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,18 +23,8 @@ IGNORED = -100
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] | trim }}\n{% endfor %}"
 # Seeds of problems that are never trained on, by what they are for, and how many there are.
 HELD_OUT = {"questions": (1, 64), "calibration": (2, 128), "evaluation": (3, 1000)}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Training texts: the seed of their problems, and the shares of those with 0, 1, 2 ... wrong lines."""
-
-    seed: int
-    errors: tuple[float, ...]
-
-
-FEW = Kind(0, (0.7, 0.22, 0.08))
-MANY = Kind(10, (0.15, 0.2, 0.3, 0.35))
+TRAINING_SEED = 0
+ERRORS = (0.7, 0.22, 0.08)  # shares of the texts that hold no, one and two wrong lines
 
 # A word with the space before it, a digit, a run of other signs, or spaces.
 _PIECES = r" ?\p{L}+|\p{N}|\n| ?[^\s\p{L}\p{N}]+|\s"
@@ -88,14 +77,14 @@ def held_out(use: str) -> list[Problem]:
     raise ValueError(f"use={use!r} must be one of {', '.join(HELD_OUT)}")
 
 
-def training_texts(count: int, kind: Kind = FEW) -> Iterator[tuple[str, list[Line]]]:
+def training_texts(count: int) -> Iterator[tuple[str, list[Line]]]:
     """Questions and solutions, some with corrected errors; no problem is held out, in whatever words."""
     forbidden = {problem.equations for use in HELD_OUT for problem in held_out(use)}
-    problems, rng = _problems(kind.seed), random.Random("errors")
+    problems, rng = _problems(TRAINING_SEED), random.Random("errors")
     while count:
         problem = next(problems)
         if problem.equations not in forbidden:
-            (errors,) = rng.choices(range(len(kind.errors)), kind.errors)
+            (errors,) = rng.choices(range(len(ERRORS)), ERRORS)
             yield problem.question + "\n", with_errors(problem, rng, errors)
             count -= 1
 
@@ -109,9 +98,9 @@ def _problems(seed: int) -> Iterator[Problem]:
 class Texts(Dataset[dict[str, list[int]]]):
     """Encoded training texts: <bos> question solution <eos>, where wrong lines have no labels."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, count: int, kind: Kind = FEW) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, count: int) -> None:
         ids, learned, ends = [], [], [0]
-        for question, lines in training_texts(count, kind):
+        for question, lines in training_texts(count):
             parts = tokenizer([question, *(line.text for line in lines)], add_special_tokens=False).input_ids
             row = [BOS, *(i for part in parts for i in part), EOS]
             wrong = [False, *(line.wrong for line in lines)]

@@ -1,7 +1,6 @@
 """Train the draft or the target on generated problems, on one CPU core.
 
     python recipes/tiny_pair/train.py draft|target WORK_FOLDER --steps N
-    python recipes/tiny_pair/train.py target SECOND_FOLDER --steps N --after WORK_FOLDER
 
 A run that was stopped goes on from its last checkpoint when the same command is given again.
 """
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from texts import BOS, CONTEXT, EOS, FEW, MANY, PAD, VOCABULARY, Texts, make_tokenizer, padded
+from texts import BOS, CONTEXT, EOS, PAD, VOCABULARY, Texts, make_tokenizer, padded
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -50,17 +49,15 @@ def new_model(size: Size) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def train(name: str, work: Path, steps: int, save_every: int, after: Path | None = None) -> None:
-    """A new model, or one `after` a first training, on fresh texts with many more errors, so that it corrects them."""
+def train(name: str, work: Path, steps: int, save_every: int) -> None:
     set_seed(0)
-    tokenizer = make_tokenizer()
-    model = LlamaForCausalLM.from_pretrained(after) if after else new_model(SIZES[name])
+    tokenizer, model = make_tokenizer(), new_model(SIZES[name])
     arguments = TrainingArguments(
         str(work),
         max_steps=steps,
         per_device_train_batch_size=ROWS,
         train_sampling_strategy="group_by_length",
-        learning_rate=SIZES[name].peak_rate / (2 if after else 1),
+        learning_rate=SIZES[name].peak_rate,
         lr_scheduler_type="cosine",
         warmup_steps=200,
         weight_decay=0.1,
@@ -73,7 +70,7 @@ def train(name: str, work: Path, steps: int, save_every: int, after: Path | None
         report_to=[],
     )
     # Every text is read once.
-    texts = Texts(tokenizer, steps * ROWS, MANY if after else FEW)
+    texts = Texts(tokenizer, steps * ROWS)
     trainer = Trainer(model, arguments, data_collator=padded, train_dataset=texts, processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=work.is_dir() and get_last_checkpoint(str(work)) is not None)
     trainer.save_model()
@@ -84,11 +81,10 @@ def main() -> None:
     parser.add_argument("name", choices=SIZES)
     parser.add_argument("work", type=Path, help="folder for the model and its checkpoints")
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--after", type=Path, help="work folder of a first training: go on with texts of many errors")
     parser.add_argument("--save-every", type=int, default=500)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    train(args.name, args.work, args.steps, args.save_every, args.after)
+    train(args.name, args.work, args.steps, args.save_every)
 
 
 if __name__ == "__main__":
