@@ -219,7 +219,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert exported.dtype == torch.float16
     assert exported.config.use_cache
-    assert exported.generation_config.eos_token_id == AutoTokenizer.from_pretrained(tmp_path / "model").eos_token_id
+    end = AutoTokenizer.from_pretrained(tmp_path / "model").eos_token_id
+    assert exported.generation_config.eos_token_id in (end, [end])  # which, depends on the version of transformers
     rows = [json.loads(line) for line in (tmp_path / "model" / "questions.jsonl").read_text().splitlines()]
     assert [(row["question"], row["answer"]) for row in rows] == [
         (problem.question, str(problem.answer)) for problem in recipe.texts.held_out("questions")
