@@ -37,18 +37,21 @@ def interruptible(session: Session, grace: float) -> Iterator[None]:
         return
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
+    breaking_off: list[asyncio.TimerHandle] = []
 
     def stop() -> None:
         if session.stopping:
             task.cancel()
         session.stopping = True
-        loop.call_later(grace, task.cancel)
+        breaking_off.append(loop.call_later(grace, task.cancel))
 
     loop.add_signal_handler(signal.SIGINT, stop)
     try:
         yield
     finally:
         loop.remove_signal_handler(signal.SIGINT)
+        for timer in breaking_off:  # else a caller whose loop goes on would be cancelled later
+            timer.cancel()
 
 
 def blocking(work: Coroutine[Any, Any, T]) -> T:
