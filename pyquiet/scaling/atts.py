@@ -11,7 +11,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pyquiet.checks import check_count
 from pyquiet.scaling import answers
@@ -32,7 +32,7 @@ from pyquiet.scaling.engine import run_async, run_sync
 from pyquiet.scaling.journal import Journal
 from pyquiet.scaling.limits import TakeoverLimit
 from pyquiet.scaling.panel import Panel
-from pyquiet.scaling.plan import OnTakeover, Plan
+from pyquiet.scaling.plan import OnTakeover, Plan, check_on_takeover
 from pyquiet.scaling.policy import AcceptAll, ConformalPolicy, Policy
 from pyquiet.scaling.questions import Asked, as_questions
 from pyquiet.scaling.records import Question, Record
@@ -43,7 +43,6 @@ from pyquiet.scaling.score import MeanNLL, ScoreFn
 from pyquiet.scaling.session import Session, Setting
 from pyquiet.scaling.views import Template, Views
 
-T = TypeVar("T")
 Engine = Literal["async", "sync"]
 OnRecord = Callable[[Record], None]
 Select = Literal["majority", "weighted", "first"]
@@ -105,12 +104,12 @@ class ATTS:
     ) -> None:
         if select not in ("majority", "weighted", "first"):
             raise ValueError(f'select must be "majority", "weighted" or "first", got {select!r}')
-        if on_takeover not in ("continue", "replace", "resample"):
-            raise ValueError(f'on_takeover must be "continue", "replace" or "resample", got {on_takeover!r}')
+        check_on_takeover(on_takeover)
         if degrade not in ("stop", "draft_only"):
             raise ValueError(f'degrade must be "stop" or "draft_only", got {degrade!r}')
         plan = plan or Plan()
-        self.plan = replace(plan, chains=chains or plan.chains, turns=turns or plan.turns)
+        chains, turns = plan.chains if chains is None else chains, plan.turns if turns is None else turns
+        self.plan = replace(plan, chains=chains, turns=turns)
         self.rule, self.on_takeover = Rule(takeover_rate, tail), on_takeover
         self.policy = policy
         self._saved = calibration if isinstance(calibration, str | os.PathLike) else None

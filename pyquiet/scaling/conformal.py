@@ -208,11 +208,13 @@ class Rule:
         The rate of one bank is Beta distributed, so the count is beta-binomial (no ties; for the smoothed rule,
         which has a little less spread, the nearest ranks are taken).
         """
-        k = min(max(round(self.promise(n) * (n + 1)), 0), n + 1)
-        law = beta_binomial(chains, k, n + 1 - k)
-        reached = np.cumsum(law)
-        low, high = (int(np.searchsorted(reached, share)) for share in (0.05, 0.95))
+        low, high = band(self.takeover_law(n, chains))
         return chains * self.promise(n), low, high
+
+    def takeover_law(self, n: int, chains: int) -> Floats:
+        """P(count) of the takeovers that `takeover_count` is about, float64 [chains + 1]."""
+        k = min(max(round(self.promise(n) * (n + 1)), 0), n + 1)
+        return beta_binomial(chains, k, n + 1 - k)
 
     def warn_if_idle(self, n: int) -> None:
         """Warns where so few scores let the budget rule never fire, and tells the rates that could be had."""
@@ -260,6 +262,12 @@ class Budget:
     def takeover_rate(self) -> float:
         """B / m."""
         return self.takeovers / self.chains
+
+
+def band(law: Floats) -> tuple[int, int]:
+    """The 5 % and 95 % points of a law of counts, P(count) for 0, 1, ..."""
+    low, high = (int(count) for count in np.searchsorted(law.cumsum(), (0.05, 0.95)))
+    return low, high
 
 
 def beta_binomial(trials: int, a: int, b: int) -> Floats:

@@ -1,12 +1,18 @@
 """The settings of a run, as plain values that a journal can keep."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pyquiet.checks import check_count
 
 OnTakeover = Literal["continue", "replace", "resample"]
 Order = Literal["fifo", "oldest", "deepest"]
+
+
+def check_on_takeover(value: str) -> None:
+    """Raises ValueError unless the value is an `OnTakeover`."""
+    if value not in get_args(OnTakeover):
+        raise ValueError(f'on_takeover must be "continue", "replace" or "resample", got {value!r}')
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pyquiet.checks import check_count, check_fraction
 from pyquiet.scaling.calibration import Calibrator, Cell
 from pyquiet.scaling.conformal import Bank, Rule
 from pyquiet.scaling.drift import DriftMonitor
-from pyquiet.scaling.plan import OnTakeover
+from pyquiet.scaling.plan import OnTakeover, check_on_takeover
 from pyquiet.scaling.records import TAKEOVERS, Action, Decision, Key
 
 Takeover = Literal["continue", "replace"]
@@ -90,8 +90,7 @@ class ConformalPolicy(_Alone):
         on_short: Literal["takeover", "accept"] = "accept",
         drift: DriftMonitor | None = None,
     ) -> None:
-        if on_takeover not in ("continue", "replace", "resample"):
-            raise ValueError(f'on_takeover must be "continue", "replace" or "resample", got {on_takeover!r}')
+        check_on_takeover(on_takeover)
         for name, value in (("on_cold", on_cold), ("on_score_failure", on_score_failure), ("on_short", on_short)):
             if value not in ("takeover", "accept"):
                 raise ValueError(f'{name} must be "takeover" or "accept", got {value!r}')

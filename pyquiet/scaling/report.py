@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pyquiet.scaling import answers
-from pyquiet.scaling.conformal import Rule, beta_binomial
+from pyquiet.scaling.conformal import Rule, band
 from pyquiet.scaling.records import Record
 from pyquiet.scaling.slots import POOLS, barrier_seconds, peak_tokens, service_seconds, slots
 
@@ -262,10 +262,8 @@ def _turn(header: Mapping[str, Any], records: Iterable[Record], seed: int) -> Tu
     rule = Rule(config["takeover_rate"], config.get("tail", "budget"))
     law, mean = np.ones(1), 0.0
     for (n, _), count in sorted(Counter((d.n, d.version) for d in judged).items()):
-        k = min(max(round(rule.promise(n) * (n + 1)), 0), n + 1)
-        law, mean = np.convolve(law, beta_binomial(count, k, n + 1 - k)), mean + count * rule.promise(n)
-    low, high = (int(i) for i in np.searchsorted(law.cumsum(), (0.05, 0.95)))
-    return replace(turn, promised=mean / len(judged), band=(low, high))
+        law, mean = np.convolve(law, rule.takeover_law(n, count)), mean + count * rule.promise(n)
+    return replace(turn, promised=mean / len(judged), band=band(law))
 
 
 def _accuracy(header: Mapping[str, Any], ends: Sequence[Record], run: Sequence[Record], seed: int) -> dict[str, Share]:

@@ -179,6 +179,7 @@ def test_an_interruption_ends_well_and_resumes(tmp_path: Path) -> None:
         ({"select": "best"}, "select must be"),
         ({"on_takeover": "stop"}, "on_takeover must be"),
         ({"chains": -1}, "chains must be at least 1"),
+        ({"chains": 0}, "chains must be at least 1"),
         ({"degrade": "no"}, "degrade must be"),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any, cast
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pyquiet.scaling.backends.base import Backend
+from pyquiet.scaling.backends.huggingface import HFBackend
 from pyquiet.zoo import available, load
 
 Model = Backend | tuple[PreTrainedModel, PreTrainedTokenizerBase] | str | os.PathLike[str]
@@ -26,7 +27,7 @@ def connect(name: str, model: Model) -> Backend:
     if isinstance(model, tuple):
         if len(model) != 2:
             raise ValueError(f"{name} must be (model, tokenizer), got a tuple of {len(model)}")
-        return _in_process(*model)
+        return HFBackend(*model)
     if hasattr(model, "generate") and hasattr(model, "score") and hasattr(model, "ready"):
         return cast(Backend, model)
     if isinstance(model, PreTrainedModel):
@@ -39,14 +40,8 @@ def connect(name: str, model: Model) -> Backend:
 
         address, _, served = text.partition("#")
         return OpenAIBackend(address, served or None)
-    return _in_process(*(load(text) if text in available() else _pretrained(text)))
+    return HFBackend(*(load(text) if text in available() else _pretrained(text)))
 
 
 def _pretrained(path: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-
-
-def _in_process(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Backend:
-    from pyquiet.scaling.backends.huggingface import HFBackend
-
-    return HFBackend(model, tokenizer)
