@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import pyquiet.native
+from pyquiet.environment import processor_name
 
 # g++ flags and register bytes of each ISA that pyquiet's CPU code is compiled for.
 ISA_FLAGS: dict[str, tuple[list[str], int]] = {
@@ -51,16 +52,6 @@ class Machine:
             return f"{where}; peak unknown: {self.ceilings}"
         bf16 = f", {self.bf16_gflops:.0f} bf16" if self.bf16_gflops else ""
         return f"{where}; peak {self.fma_gflops:.0f} GFLOP/s fp32{bf16}, read {self.read_gbs:.0f} GB/s"
-
-
-def processor_name() -> str:
-    """Return the processor's own name, or the platform's word where it has none."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def measure_ceilings(isa: str | None, threads: int) -> tuple[dict[str, float | None], str]:

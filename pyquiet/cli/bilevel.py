@@ -1,8 +1,9 @@
 """`pyquiet bilevel`: optimisation of many small problems inside a large one."""
 
 import argparse
-import json
 from typing import Any
+
+from pyquiet.cli.reports import add_json, check_json, give
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -22,7 +23,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     demo.add_argument("--rows", type=int, default=4000, help="training rows at most; a quarter of them more is clean")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--plot", metavar="FILE", help="figure of curves and weights: .png, .svg or .pdf")
-    demo.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_json(demo)
     demo.add_argument("--quiet", action="store_true", help="no progress bar")
     demo.set_defaults(run=run_demo)
 
@@ -32,6 +33,7 @@ def run_demo(args: argparse.Namespace) -> int:
     from pyquiet.plotting.bilevel import plot_cleaning
     from pyquiet.plotting.difficulty import check_figure
 
+    check_json(args)
     if args.plot:
         check_figure(args.plot)
     rows = read_rows(args.data)
@@ -42,18 +44,19 @@ def run_demo(args: argparse.Namespace) -> int:
     if args.plot:
         plot_cleaning(shown.cleaned, args.plot, wrong=shown.wrong, title=f"{args.data}, BSVRB {args.variant}")
     result = shown.to_dict() | {"data": args.data, "variant": args.variant, "seed": args.seed}
-    if args.json:
-        print(json.dumps(result, indent=2))
-    else:
-        print(_in_words(result))
+    give(args, result, _in_words(result))
     return 0
 
 
 def _in_words(result: dict[str, Any]) -> str:
+    auc = result["auc"]
+    told = "there were not both wrong and right labels to tell apart"
+    if auc is not None:
+        told = f"wrong labels told from right ones with AUC {auc:.3f}"
     return (
         f"{result['rows']} rows, {result['wrong']} with a wrong label, {result['clean']} clean ones; "
         f"{result['steps']} steps in {result['seconds']:.1f} s\n"
-        f"wrong labels told from right ones with AUC {result['auc']:.3f}\n"
+        f"{told}\n"
         f"accuracy on the clean rows held out: {result['accuracy']:.3f} with the weights, "
         f"{result['plain_accuracy']:.3f} without, {result['oracle_accuracy']:.3f} on the right labels"
     )

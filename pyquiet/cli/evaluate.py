@@ -1,10 +1,10 @@
 """`pyquiet evaluate`: what a model's thoughts are worth, by token or question, how it fills in, what it writes."""
 
 import argparse
-import json
 from typing import TYPE_CHECKING, Any
 
 from pyquiet.cli import evaluate_diffusion, evaluate_infilling
+from pyquiet.cli.reports import add_json, check_json, give
 from pyquiet.cli.think import MODEL_HELP, load_thinker, usable_device
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _add_common(parser: argparse.ArgumentParser, batch_size: int) -> None:
     parser.add_argument("--seed", type=int, default=0, help="same seed, same thoughts (default: 0)")
     parser.add_argument("--batch-size", type=int, default=batch_size, metavar="N")
     parser.add_argument("--device", default="cpu", help="where to run, as torch names it (default: cpu)")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_json(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -89,6 +89,7 @@ def run_thoughts(args: argparse.Namespace) -> int:
     for name in ("max_tokens", "html_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(args, name)}")
+    check_json(args)
     if args.plot:
         check_figure(args.plot)
     if args.html:
@@ -104,7 +105,7 @@ def run_thoughts(args: argparse.Namespace) -> int:
     )
     table = gains.table(args.by)
     report = {"model": args.model, "text": args.text, "by": args.by, "seed": args.seed, **table.to_dict()}
-    print(json.dumps(report, indent=2) if args.json else f"base {args.by} and NLL in nats\n{table}")
+    give(args, report, f"base {args.by} and NLL in nats\n{table}", {"model": model})
     title = f"Thoughts on {', '.join(args.text)}"
     if args.plot:
         plot_gain_by_decile(table, args.plot, difficulty=f"base {args.by}", title=title)
@@ -120,6 +121,7 @@ def run_answers(args: argparse.Namespace) -> int:
         raise ValueError(f"--items must be 1 or more, got {args.items}")
     if args.majority_vote and args.task != "gsm8k":
         raise ValueError("--majority-vote counts numbers: use it with --task gsm8k")
+    check_json(args)
     task = TASKS[args.task]
     items = task.read(args.data)
     model, tokenizer = _model(args)
@@ -149,7 +151,7 @@ def run_answers(args: argparse.Namespace) -> int:
         )
         report |= scores.to_dict()
         words = str(scores)
-    print(json.dumps(report, indent=2) if args.json else words)
+    give(args, report, words, {"model": model})
     return 0
 
 

@@ -1,7 +1,6 @@
 """`pyquiet evaluate diffusion`: what masked diffusion writes and what it takes, by sampler, energy and steps."""
 
 import argparse
-import json
 
 from pyquiet.cli.diffuse import (
     DEFAULT_CAUSAL,
@@ -15,6 +14,7 @@ from pyquiet.cli.diffuse import (
     load_energy,
 )
 from pyquiet.cli.infill import memory_in_words
+from pyquiet.cli.reports import add_json, check_json, give
 from pyquiet.cli.think import usable_device
 
 ENERGIES = ("none", "ar", "tiny-energy")  # of the embedded denoiser
@@ -66,15 +66,14 @@ def add_parser(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "costs are compared (default: ngram_nll)",
     )
     parser.add_argument("--plot", metavar="FILE", help="draw that quality to a .png, .svg or .pdf file")
-    parser.add_argument("--output", metavar="FILE", help="write the report as JSON")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_json(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     from pyquiet.evaluation.diffusion import QUALITIES, diffusion_table
-    from pyquiet.files import check_target, read_texts, replacing
+    from pyquiet.files import read_texts
     from pyquiet.plotting import check_figure, plot_diffusion
 
     options, device = law(args), usable_device(args.device)
@@ -85,11 +84,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--match must be one of {', '.join(QUALITIES)}, got {args.match!r}")
     if args.plot:
         check_figure(args.plot)
-    target = check_target(args.output) if args.output else None
+    check_json(args)
     texts = read_texts(args.text)
     denoiser, tokenizer = load_denoiser(args.model, args.tokenizer)
     denoiser.to(device)
     names = args.energy or (ENERGIES if args.model == DEFAULT_MODEL else ["none"])
+    energies = {name: load_energy(name, denoiser, tokenizer) for name in names}
     judge, its_words = load_causal("--judge", args.judge)
     with memory_in_words():
         table = diffusion_table(
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
             tokenizer,
             texts,
             (judge.to(device), its_words),
-            energies={name: load_energy(name, denoiser, tokenizer) for name in names},
+            energies=energies,
             samplers=args.sampler,
             steps=args.steps,
             count=args.items,
@@ -110,12 +110,12 @@ def run(args: argparse.Namespace) -> int:
         )
     matched = table.matched(args.match)
     about = {"model": args.model, "text": args.text, "judge": args.judge, **options}
-    report = json.dumps({**about, **table.to_dict(), "matched": matched.to_dict()}, indent=2)
-    if target:
-        with replacing(target) as file:
-            file.write_text(report + "\n")
     words = f"{args.items} texts of {args.length} tokens; judge {args.judge}; means +- standard errors"
-    print(report if args.json else f"{words}\n{table}\n\n{matched}")
+    models = {
+        f"energy {name}": getattr(energy, "lm", energy) for name, energy in energies.items() if energy is not None
+    }
+    models |= {"model": denoiser, "judge": judge}
+    give(args, {**about, **table.to_dict(), "matched": matched.to_dict()}, f"{words}\n{table}\n\n{matched}", models)
     if args.plot:
         plot_diffusion(table, args.plot, quality=args.match)
     return 0

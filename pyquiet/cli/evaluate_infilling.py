@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 from pyquiet.any_subset.sampling import FIXED_METHODS, METHODS
 from pyquiet.cli.diffuse import load_causal
 from pyquiet.cli.infill import add_law, add_model, cost_in_words, law, load_filler, memory_in_words
+from pyquiet.cli.reports import add_json, check_json, give
 from pyquiet.cli.think import usable_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Found = tuple[dict[str, Any], str, dict[str, Any]]  # a report, the same in words, and the models it is about
 
 
 def add_parser(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -35,7 +38,7 @@ def add_parser(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--items", type=int, metavar="N", help="texts (default: 16), the first N stories or problems")
     parser.add_argument("--batch-size", type=int, metavar="N", help="texts at a time (default: 8; 1 for --table)")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_json(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     table = parser.add_argument_group("the table")
     table.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a text (default: 512)")
@@ -64,25 +67,28 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(args, name)}")
     if not args.table and args.method and len(args.method) > 1:
         raise ValueError("--method: several are compared by --table alone; give one")
+    check_json(args)
     with memory_in_words():
         if args.table:
-            report, words = _table(args, options)
+            report, words, models = _table(args, options)
         else:
             options["method"] = args.method[0] if args.method else "auto"
-            report, words = (_stories if args.stories else _code)(args, options)
+            report, words, models = (_stories if args.stories else _code)(args, options)
     about = {"model": args.model, "seed": args.seed, "temperature": args.temperature}
-    print(json.dumps({**about, **report}, indent=2) if args.json else words)
+    give(args, {**about, **report}, words, models)
     return 0
 
 
-def _table(args: argparse.Namespace, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def _table(args: argparse.Namespace, options: dict[str, Any]) -> Found:
     from pyquiet.evaluation import generative_table
     from pyquiet.files import read_texts
 
     texts = read_texts(args.table)
     judge, words = load_causal("--judge", args.judge)
+    model, tokenizer = _filler(args)
     table = generative_table(
-        *_filler(args),
+        model,
+        tokenizer,
         texts,
         (judge.to(args.device), words),
         methods=args.method or FIXED_METHODS,
@@ -93,19 +99,21 @@ def _table(args: argparse.Namespace, options: dict[str, Any]) -> tuple[dict[str,
     )
     report = {"text": args.table, "judge": args.judge, **table.to_dict()}
     given = f"{table.length - table.tokens} of {table.length} tokens given"
-    return report, f"{report['texts']} texts, {given}; judge {args.judge}; means +- standard errors\n{table}"
+    head = f"{report['texts']} texts, {given}; judge {args.judge}; means +- standard errors"
+    return report, f"{head}\n{table}", {"model": model, "judge": judge}
 
 
-def _stories(args: argparse.Namespace, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def _stories(args: argparse.Namespace, options: dict[str, Any]) -> Found:
     from pyquiet.evaluation import infill_stories, read_stories
 
     stories = read_stories(args.stories)[: args.items]
-    scores = infill_stories(*_filler(args), stories, hidden=args.hidden, trials=args.trials, **options)
+    model, tokenizer = _filler(args)
+    scores = infill_stories(model, tokenizer, stories, hidden=args.hidden, trials=args.trials, **options)
     report = {"stories": args.stories, "hidden": args.hidden, "method": options["method"], **scores.to_dict()}
-    return report, f"{scores}\n{cost_in_words(scores.cost)}"
+    return report, f"{scores}\n{cost_in_words(scores.cost)}", {"model": model}
 
 
-def _code(args: argparse.Namespace, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def _code(args: argparse.Namespace, options: dict[str, Any]) -> Found:
     from pyquiet.evaluation import infill_code, read_code_problems
     from pyquiet.files import check_target, replacing
     from pyquiet.gaps import read_length
@@ -114,14 +122,15 @@ def _code(args: argparse.Namespace, options: dict[str, Any]) -> tuple[dict[str, 
     lengths = read_length(args.gap_tokens) if args.gap_tokens else None
     problems = read_code_problems(args.humaneval)[: args.items]
     options |= {"lengths": lengths, "samples": args.samples, "execute": args.execute, "timeout": args.timeout}
-    scores = infill_code(*_filler(args), problems, **options)
+    model, tokenizer = _filler(args)
+    scores = infill_code(model, tokenizer, problems, **options)
     if target:
         with replacing(target) as file:
             pairs = zip(problems, scores.fillings, strict=True)
             lines = [{"task_id": problem.task_id, "completion": text} for problem, texts in pairs for text in texts]
             file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     report = {"humaneval": args.humaneval, "method": options["method"], **scores.to_dict()}
-    return report, f"{scores}\n{cost_in_words(scores.cost)}"
+    return report, f"{scores}\n{cost_in_words(scores.cost)}", {"model": model}
 
 
 def _filler(args: argparse.Namespace) -> "tuple[Any, PreTrainedTokenizerBase]":

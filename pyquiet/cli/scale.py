@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyquiet.cli import scale_report
+from pyquiet.cli.reports import environment
 
 if TYPE_CHECKING:
     from pyquiet.scaling import ATTS, ATTSResult, Plan
@@ -36,7 +37,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     _add_chains(parser)
     parser.add_argument("--json", action="store_true", help="print answers and report as JSON")
     parser.add_argument("--quiet", action="store_true", help="no live progress")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, command=parser.prog)
 
 
 def _add_promise(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         guaranteed = {turn: {"guaranteed": sure, "why": why} for turn, (sure, why) in result.guaranteed.items()}
         shown = {"answers": result.answers, "guaranteed": guaranteed, "report": result.report.to_dict()}
-        print(json.dumps(shown | {"finished": result.finished}, indent=2))
+        print(json.dumps(shown | {"finished": result.finished, "environment": environment(args)}, indent=2))
     else:
         print(_in_words(result))
     return 0 if result.finished else 130

@@ -3,6 +3,8 @@
 import argparse
 import json
 
+from pyquiet.cli.reports import environment
+
 
 def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     what = "tables of a run from its journal"
@@ -12,7 +14,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--against", metavar="FILE", help="journal of a baseline, for the speed-up")
     parser.add_argument("--plot", metavar="FILE", help="rates by turn and slots over time: .png, .svg or .pdf")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, command=parser.prog)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,7 +29,8 @@ def run(args: argparse.Namespace) -> int:
         plot_run(report, records, args.plot)
     speedup = report.speedup(Report.of(*read_journal(args.against)), args.against) if args.against else None
     if args.json:
-        print(json.dumps(report.to_dict() | ({"speedup": speedup} if speedup else {}), indent=2))
+        more = {"speedup": speedup} if speedup else {}
+        print(json.dumps(report.to_dict() | more | {"environment": environment(args)}, indent=2))
         return 0
     print(report)
     if speedup:

@@ -39,6 +39,7 @@ def test_a_file_is_cleaned(file, tmp_path, capsys):
     assert b"wrong labels" in figure.read_bytes()
     assert main(command) == 0
     again = json.loads(capsys.readouterr().out)
+    assert found.pop("environment")["command"] == again.pop("environment")["command"] == "pyquiet bilevel demo"
     assert {**again, "seconds": 0} == {**found, "seconds": 0}
 
 

@@ -10,6 +10,7 @@ import pyquiet
 from pyquiet.cli import main
 from pyquiet.diffusion import AREnergy, MaskedDenoiser, NCEEnergy, backbone
 from pyquiet.diffusion.sampling import diffuse
+from pyquiet.environment import fingerprint
 from pyquiet.evaluation import diffusion_table
 from pyquiet.gaps import Codec
 
@@ -244,9 +245,13 @@ def test_the_table(folder, models, capsys):
     options = ["--energy", "none", "ar", "DATA/energy", "--steps", "1", "3", "--length", "10", "--items", "2"]
     options += ["--candidates", "3", "--seed", "3", "--level", "character", "--order", "3", "--match", "variation_1"]
     output = folder / "report.json"
-    assert evaluate(folder, *options, "--json", "--output", str(output)) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert json.loads(output.read_text()) == report
+    assert evaluate(folder, *options, "--json", str(output)) == 0
+    report = json.loads(output.read_text())
+    assert capsys.readouterr().out.startswith("2 texts of 10 tokens")
+    described = report["environment"]["models"]
+    assert described["energy ar"]["fingerprint"] == fingerprint(energies["ar"].lm)
+    assert described["model"]["class"] == "MaskedDenoiser"
+    assert set(described) == {"model", "judge", "energy ar", f"energy {folder / 'energy'}"}
     names = {"none": None, "ar": energies["ar"], str(folder / "energy"): energies["trained"]}
     table = diffusion_table(
         denoiser, tokenizer, [(folder / "text.txt").read_text()], pyquiet.load("tiny-causal"), energies=names,
@@ -298,7 +303,7 @@ def test_the_embedded_energies_are_compared_by_default(folder, capsys):
         (["--order", "0"], "--order"),
         (["--steps", "0"], "steps"),
         (["--plot", "table.jpg"], "table.jpg"),
-        (["--output", "/no/folder/x"], "no folder /no/folder"),
+        (["--json", "/no/folder/x"], "no folder /no/folder"),
         (["--energy", "/no/energy"], "--energy /no/energy"),
         (["--model", "/no/model"], "--model /no/model"),
     ],

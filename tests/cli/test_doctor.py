@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pyquiet import cli, native
+from pyquiet import cli, environment, native
 from pyquiet.cli import doctor
 
 
@@ -102,7 +102,7 @@ def test_missing_cuda_kernels_are_said_with_the_remedy(monkeypatch, capsys):
     ],
 )
 def test_what_runs_on_which_gpu(architectures, capability, runs):
-    assert doctor.runs_on(architectures, *capability) is runs
+    assert environment.runs_on(architectures, *capability) is runs
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_what_runs_on_which_gpu(architectures, capability, runs):
     ],
 )
 def test_version_status(version, status):
-    assert doctor.version_status(version, "2.11", "2.15") == status
+    assert environment.version_status(version, "2.11", "2.15") == status
 
 
 def test_versions_outside_the_range_are_marked(monkeypatch, capsys):

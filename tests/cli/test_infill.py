@@ -171,6 +171,7 @@ def test_the_table(folder, filler, capsys):
         for name in set(row) - {"seconds"}:
             assert report["methods"][method][name] == pytest.approx(row[name], rel=1e-5), (method, name)
     assert (report["filled"], report["length"], report["judge"]) == (13, 16, "tiny-causal")
+    assert set(report["environment"]["models"]) == {"model", "judge"}
     assert evaluate(folder, *options) == 0
     first, head, *rows = capsys.readouterr().out.rstrip("\n").split("\n")
     assert first == "2 texts, 3 of 16 tokens given; judge tiny-causal; means +- standard errors"

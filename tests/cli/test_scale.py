@@ -19,12 +19,15 @@ def test_the_embedded_pair_answers_embedded_questions(tmp_path: Path, capsys: py
     assert list(shown["answers"]) == ["questions-000", "questions-001"]
     assert shown["guaranteed"]["0"]["guaranteed"]
     assert shown["finished"]
+    assert shown["environment"]["arguments"]["draft"] == "tiny-draft"
     assert sum(shown["report"]["outcomes"].values()) == 4
     assert main(["scale", *SMALL, "--journal", journal, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["answers"] == shown["answers"]
     figure = tmp_path / "run.svg"
     assert main(["scale", "report", journal, "--against", journal, "--plot", str(figure)]) == 0
     assert "1.00 times the speed" in capsys.readouterr().out
+    assert main(["scale", "report", journal, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["environment"]["command"] == "pyquiet scale report"
     assert "promised" in figure.read_text()
 
 

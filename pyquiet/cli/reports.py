@@ -1,0 +1,51 @@
+"""What a command found: words for a reader, or JSON with the environment that it came from."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from pyquiet.environment import environment_record
+from pyquiet.files import check_target, replacing
+
+_STANDARD_OUTPUT = "-"
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Adds `--json`, alone or with a file, for `check_json` and `give`."""
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const=_STANDARD_OUTPUT,
+        metavar="FILE",
+        help="print the report as JSON, or write it to FILE; the environment stands in it",
+    )
+    parser.set_defaults(command=parser.prog)
+
+
+def check_json(args: argparse.Namespace) -> None:
+    """OSError, before any work is done, if the file of --json cannot be written."""
+    if args.json not in (None, _STANDARD_OUTPUT):
+        check_target(args.json)
+
+
+def give(
+    args: argparse.Namespace, report: Mapping[str, Any], words: str, models: Mapping[str, nn.Module] | None = None
+) -> None:
+    """Prints the words, or the report as JSON where `--json` stands alone; with a file it does both."""
+    if args.json is not None:
+        text = json.dumps({**report, "environment": environment(args, models)}, indent=2)
+        if args.json == _STANDARD_OUTPUT:
+            words = text
+        else:
+            with replacing(args.json) as file:
+                file.write_text(text + "\n", encoding="utf-8")
+    print(words)
+
+
+def environment(args: argparse.Namespace, models: Mapping[str, nn.Module] | None = None) -> dict[str, Any]:
+    """`environment_record` of a command whose parser set `command` to its name."""
+    arguments = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
+    return environment_record(args.command, arguments, models)

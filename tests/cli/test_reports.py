@@ -1,0 +1,60 @@
+"""`--json`, which all commands that measure share: on standard output or in a file, with the environment."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import pyquiet
+from pyquiet.cli import main
+from pyquiet.environment import fingerprint
+
+from .one_line import error_line
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    text = tmp_path / "text.txt"
+    text.write_text("a>c b>a c>f d>b e>d f>e b ?3")
+    return ["evaluate", "thoughts", "--model", "tiny-thinker", "--text", str(text), "--quiet", "--seed", "4"]
+
+
+def test_on_standard_output_there_is_json_alone(command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    record = report["environment"]
+    assert record["command"] == "pyquiet evaluate thoughts"
+    assert record["arguments"]["seed"] == 4
+    assert record["arguments"]["by"] == "entropy"  # a default
+    assert not {"run", "command"} & set(record["arguments"])
+    assert record["models"]["model"]["class"] == "QuietStarForCausalLM"
+    assert report["seed"] == 4
+
+
+def test_in_a_file_it_leaves_the_words(command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "report.json"
+    assert main([*command, "--json", str(file)]) == 0
+    assert capsys.readouterr().out.startswith("base entropy and NLL in nats\n")
+    report = json.loads(file.read_text())
+    thinker = pyquiet.load("tiny-thinker")[0]
+    assert report["environment"]["models"]["model"]["fingerprint"] == fingerprint(thinker)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "text.txt"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["evaluate", "thoughts", "--text", "TEXT"],
+        ["evaluate", "answers", "--task", "gsm8k", "--data", "TEXT"],
+        ["evaluate", "infilling", "--table", "TEXT"],
+        ["evaluate", "diffusion", "--text", "TEXT"],
+        ["bilevel", "demo"],
+    ],
+)
+def test_a_file_that_cannot_be_written_is_named_before_any_work(more, monkeypatch, tmp_path, capsys) -> None:
+    for name in ("pyquiet.load", "pyquiet.zoo.load"):
+        monkeypatch.setattr(name, None)
+    (tmp_path / "text.txt").write_text("words")
+    arguments = [a.replace("TEXT", str(tmp_path / "text.txt")) for a in more]
+    assert main([*arguments, "--json", "/no/folder/report.json"]) == 2
+    assert "there is no folder /no/folder" in error_line(capsys)
