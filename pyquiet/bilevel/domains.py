@@ -5,6 +5,8 @@ well the fitted domains do on held-out data.
 """
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +17,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pyquiet.bilevel.bsvrb import BSVRB
 from pyquiet.bilevel.problem import Problem
+from pyquiet.checks import check_count
+from pyquiet.heads import log_prob
+
+_TEXTS = 8  # a pass of the model, while its thoughts are cached
 
 
 class Rows(NamedTuple):
@@ -153,19 +159,105 @@ def calibrate_temperatures(
     return _fit(_Temperatures((train, held_out), _domains(train)), torch.ones(1), steps, seed, options)
 
 
-def domain_mixing_heads(train: Part, held_out: Part, *, steps: int = 400, seed: int = 0, **options: Any) -> SharedFit:
+def domain_mixing_heads(
+    train: Part, held_out: Part, *, start: Tensor | None = None, steps: int = 400, seed: int = 0, **options: Any
+) -> SharedFit:
     """Log-linear mixing heads for each domain of a thinking model, and the mean that they share; 0 leaves thoughts out.
 
-    A head w takes logits + (w . features) (thought_logits - logits). Arguments as `calibrate_temperatures`.
+    A head w takes logits + (w . features) (thought_logits - logits).
+
+    Args:
+        start: [d], where all heads and their mean start (zeros). For `thought_part` (0, 1) is the model as it is.
+        train, held_out, steps, seed, options: as `calibrate_temperatures`.
 
     Raises:
-        ValueError: thought_logits or features are missing, or a domain has no rows in either part.
+        ValueError: thought_logits or features are missing, start has another shape than a head, or a domain has no rows
+            in either part.
     """
     for name, part in (("train", train), ("held_out", held_out)):
         if part.thought_logits is None or part.features is None:
             raise ValueError(f"{name} needs thought_logits [n, V] and features [n, d], to mix thoughts by")
     problem = _Mixing((train, held_out), _domains(train))
-    return _fit(problem, torch.zeros(problem.dim_y), steps, seed, options)
+    begin = torch.zeros(problem.dim_y) if start is None else start.float()
+    if begin.shape != (problem.dim_y,):
+        raise ValueError(f"start must be [{problem.dim_y}], a weight for each feature, got {list(begin.shape)}")
+    return _fit(problem, begin, steps, seed, options)
+
+
+@torch.no_grad()
+def thought_part(
+    model: Any,
+    input_ids: Tensor,
+    domains: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    positions: Tensor | None = None,
+    seed: int = 0,
+    **thoughts: Any,
+) -> Part:
+    """The rows of `domain_mixing_heads` from a thinking model's own thoughts, with the features (1, w).
+
+    A head (a, b) on them weighs a thought by a + b w where the model itself has w: (0, 1) is the model as it is, and
+    `mixed_by` the model with another head. Each thought before a token that the text has is a row.
+
+    Args:
+        model: a thinking model (`pyquiet.load("tiny-thinker")`, `QuietStarForCausalLM`).
+        input_ids: int64 [B, T]. domains: int64 [B], of each text. attention_mask: [B, T], 0 at padding.
+        positions: int64 [K], the columns to think after; None is all but the last. Two rows of the vocabulary's size
+            are kept for each thought, so take some of a long text.
+        seed, thoughts: as `think_at_every_token`.
+
+    Raises:
+        NotImplementedError: the model's logits are no mix of two logits (a softcap lies behind), so that losses are not
+            convex in a head. ValueError: shapes do not fit; and as `think_at_every_token`.
+    """
+    B, T = input_ids.shape
+    if domains.shape != (B,):
+        raise ValueError(f"domains must be [{B}], one for each text, got {list(domains.shape)}")
+    columns = torch.arange(check_count("the length of input_ids", T, least=2) - 1) if positions is None else positions
+    if columns.ndim != 1:
+        raise ValueError(f"positions must be [K], the same columns of all texts, got {list(columns.shape)}")
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    kept: list[tuple[Tensor, ...]] = []
+    for rows in torch.arange(B).split(_TEXTS):
+        pairs: list[Tensor] = []
+        hook = model.mixing_head.register_forward_pre_hook(lambda _, given, pairs=pairs: pairs.append(given[0]))
+        try:
+            found = model.think_at_every_token(
+                input_ids[rows], mask[rows], positions=columns, seed=seed, sequence_ids=rows, **thoughts
+            )
+        finally:
+            hook.remove()
+        following = (columns + 1).clamp_max(T - 1)
+        ends = (mask[rows][:, columns] * mask[rows][:, following]).bool() & (columns < T - 1)
+        N = found.weight.shape[-1]
+        before, behind = pairs[0][ends].flatten(0, 1).chunk(2, -1)
+        logits, thought = (model.finish(model.raw_logits(hidden)).float() for hidden in (before, behind))
+        labels = input_ids[rows][:, following][ends].repeat_interleave(N)
+        weight = found.weight[ends].flatten()
+        mixed = log_prob(torch.lerp(logits, thought, weight[:, None]), labels)
+        if not torch.allclose(mixed, found.mixed_log_probs[ends].flatten(), rtol=0, atol=1e-3):
+            raise NotImplementedError(
+                f"{type(model.base).__name__} does more to mixed logits than scale them (a softcap?), so mixing is not "
+                "log-linear in a head"
+            )
+        domain = domains[rows][:, None].expand_as(ends)[ends].repeat_interleave(N)
+        kept.append((logits, labels, domain, thought, torch.stack([torch.ones_like(weight), weight], 1)))
+    return Part(*(torch.cat(pieces) for pieces in zip(*kept, strict=True)))
+
+
+@contextmanager
+def mixed_by(model: Any, head: Tensor) -> Iterator[None]:
+    """Inside, the thinking model weighs each thought by head[0] + head[1] w in place of w, in all that it does."""
+    if head.shape != (2,):
+        raise ValueError(
+            f"head must be [2], a row of `domain_mixing_heads` on a `thought_part`, got {list(head.shape)}"
+        )
+    hook = model.mixing_head.register_forward_hook(lambda _, given, w: head[0].to(w) + head[1].to(w) * w)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class DomainReweighting(Problem):
