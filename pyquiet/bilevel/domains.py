@@ -250,9 +250,7 @@ def thought_part(
 def mixed_by(model: Any, head: Tensor) -> Iterator[None]:
     """Inside, the thinking model weighs each thought by head[0] + head[1] w in place of w, in all that it does."""
     if head.shape != (2,):
-        raise ValueError(
-            f"head must be [2], a row of `domain_mixing_heads` on a `thought_part`, got {list(head.shape)}"
-        )
+        raise ValueError(f"head must be [2], a row of a fit to a `thought_part`, got {list(head.shape)}")
     hook = model.mixing_head.register_forward_hook(lambda _, given, w: head[0].to(w) + head[1].to(w) * w)
     try:
         yield

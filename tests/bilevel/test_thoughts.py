@@ -13,7 +13,6 @@ from torch import Tensor
 from pyquiet import load
 from pyquiet.bilevel.domains import Part, domain_mixing_heads, mixed_by, thought_part
 
-
 ANSWERED = torch.tensor([7, 10, 13, 16])  # the columns of the marks, behind which an answer stands
 
 
@@ -120,6 +119,5 @@ def test_what_does_not_fit_is_told(thinker: Any) -> None:
 
 def test_logits_behind_a_softcap_are_refused(thinker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(thinker), "finish", lambda self, raw: 5 * (raw / 5).tanh())
-    monkeypatch.setattr(type(thinker), "mix", lambda self, h, e, mix=type(thinker).mix: mix(self, h, e) + 0.5)
     with pytest.raises(NotImplementedError, match="does more to mixed logits than scale them"):
         thought_part(thinker, chases(2, 0), torch.zeros(2, dtype=torch.int64))
