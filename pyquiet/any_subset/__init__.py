@@ -9,6 +9,7 @@ from pyquiet.any_subset.engine import Cache, Engine, as_engine
 from pyquiet.any_subset.generation import generate
 from pyquiet.any_subset.likelihood import joint_log_prob, marginals
 from pyquiet.any_subset.order import order_from_mask
+from pyquiet.any_subset.rounds import Origin
 from pyquiet.any_subset.sampling import Infilling, infill
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Context",
     "Engine",
     "Infilling",
+    "Origin",
     "any_subset_loss",
     "as_engine",
     "generate",

@@ -64,9 +64,7 @@ def fill_gaps(
     """
     seed, engine = resolve_seed(seed), as_engine(model)
     ids = list(range(len(texts)) if sequence_ids is None else sequence_ids)
-    if (most := max(prod(map(len, text.lengths)) for text in texts)) > MOST_LENGTHS:
-        raise ValueError(f"the gaps have {most} combinations of lengths; give ranges of {MOST_LENGTHS} at most")
-    choices = [list(product(*text.lengths)) for text in texts]
+    choices = [combinations(text) for text in texts]
     _check_memory(model, texts, sum(map(len, choices)), engine.device)
     rows = [(text, lengths) for text, several in zip(texts, choices, strict=True) for lengths in several]
     known = [text.given(lengths) for text, lengths in rows]
@@ -100,6 +98,13 @@ def fill_gaps(
         log_prob = float(out.log_probs[row].sum())
         filled.append(Filled(out.tokens[row, real[row]].tolist(), known[row].tolist(), several[best], log_prob))
     return filled, took
+
+
+def combinations(text: Gapped) -> list[tuple[int, ...]]:
+    """The lengths that the gaps of a text may have together; ValueError for more than 64."""
+    if (most := prod(map(len, text.lengths))) > MOST_LENGTHS:
+        raise ValueError(f"the gaps have {most} combinations of lengths; give ranges of {MOST_LENGTHS} at most")
+    return list(product(*text.lengths))
 
 
 def _total(counts: Tensor) -> int:

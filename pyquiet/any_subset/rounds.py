@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -19,6 +20,16 @@ from pyquiet.any_subset.engine import Engine
 from pyquiet.any_subset.inputs import Inputs
 from pyquiet.kernels import Verification, verify_draft
 from pyquiet.randomness import Drawn, Purpose, Stream, draw
+
+
+class Origin(IntEnum):
+    """How a position came by its token."""
+
+    GIVEN = 0
+    DRAWN = 1  # from its law, without a draft
+    ACCEPTED = 2  # a draft that was kept
+    REPLACED = 3  # drawn in place of a draft that was refused
+    BONUS = 4  # drawn behind drafts that were all kept
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,10 @@ class Round:
     opens: bool = False
 
 
+# What a session keeps of each position, with one column more than there are positions.
+_COLUMNS = ("_tokens", "_log_probs", "_reveal_round", "_origin", "_refused")
+
+
 class Session:
     """Sequences being filled: what is decided of each, its cache, its counters.
 
@@ -72,13 +87,16 @@ class Session:
         # One column more than there are positions takes what idle columns write.
         self._tokens = torch.nn.functional.pad(tokens, (0, 1))
         self._log_probs = torch.zeros(self._tokens.shape, device=tokens.device)
+        self._reveal_round = torch.full_like(self._tokens, -1)
+        self._origin = torch.full_like(self._tokens, Origin.GIVEN)
+        self._refused = torch.full_like(self._tokens, -1)
         self.order, self.total, self.sequences = inputs.order, inputs.total, sequences
         self.known = inputs.prompt.clone()
         self.cache = engine.start(inputs.order, inputs.prompt)
         self.rows = torch.arange(len(tokens))  # of the whole batch
         self.pending: Draft | None = None
         self.number = 0  # of the round
-        self._whole = self._tokens, self._log_probs
+        self._whole = self._parts
         zeros = torch.zeros(len(tokens), dtype=torch.int64)
         self.calls = {"draft": zeros.clone(), "density": zeros.clone()}
         self.drafter_calls, self.rounds = zeros.clone(), zeros.clone()
@@ -102,11 +120,14 @@ class Session:
             self._drop_finished()
         return done
 
-    def results(self) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probs [B, N] of the whole batch."""
+    def results(self) -> dict[str, Tensor]:
+        """Of the whole batch, [B, N] each: what `Infilling` calls by these names."""
         self._write_back()
-        tokens, log_probs = self._whole
-        return tokens[:, :-1], log_probs[:, :-1]
+        return {name.removeprefix("_"): whole[:, :-1] for name, whole in zip(_COLUMNS, self._whole, strict=True)}
+
+    @property
+    def _parts(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, name) for name in _COLUMNS)
 
     # -- rounds
 
@@ -274,14 +295,28 @@ class Session:
         accepted = verdict.accepted.cpu()
         count = torch.minimum(verdict.count.cpu(), self.total - self.known)
         self.cache.commit(self.known + accepted)
-        return self._decide(verdict.tokens, verdict.log_probs, count, (draft.lengths, accepted))
+        return self._decide(verdict.tokens, verdict.log_probs, count, (draft, accepted))
 
-    def _decide(self, tokens: Tensor, log_probs: Tensor, count: Tensor, drafts: tuple[Tensor, Tensor] | None) -> Round:
-        """Write the first `count` [b] of the tokens [b, w] in their places."""
+    def _decide(self, tokens: Tensor, log_probs: Tensor, count: Tensor, verified: tuple[Draft, Tensor] | None) -> Round:
+        """Write the first `count` [b] of the tokens [b, w] in their places, which kept some of a verified draft."""
+        number = torch.arange(tokens.shape[1])
         ranks = self._ranks(self.known, tokens.shape[1])
-        places = self._places(ranks.masked_fill(torch.arange(tokens.shape[1]) >= count[:, None], -1))
+        places = self._places(ranks.masked_fill(number >= count[:, None], -1))
         self._tokens.scatter_(1, places, tokens)
         self._log_probs.scatter_(1, places, log_probs.float())
+        self._reveal_round.scatter_(1, places, self.number)
+        origin, drafts = torch.full_like(ranks, Origin.DRAWN), None
+        if verified is not None:
+            draft, kept = verified
+            drafts = draft.lengths, kept
+            behind = torch.where(number < draft.lengths[:, None], Origin.REPLACED, Origin.BONUS)
+            origin = torch.where(number < kept[:, None], Origin.ACCEPTED, behind)
+            refused = number[: draft.tokens.shape[1]] == kept[:, None]
+            refused = refused & (draft.ranks >= 0)
+            self._refused.scatter_(
+                1, places[:, : refused.shape[1]], draft.tokens.masked_fill(~refused.to(places.device), -1)
+            )
+        self._origin.scatter_(1, places, origin.to(places.device))
         live = self.live
         self.known = self.known + count
         tried, kept_drafts = drafts or (torch.zeros_like(count), torch.zeros_like(count))
@@ -290,7 +325,7 @@ class Session:
     # -- the batch
 
     def _write_back(self) -> None:
-        for whole, part in zip(self._whole, (self._tokens, self._log_probs), strict=True):
+        for whole, part in zip(self._whole, self._parts, strict=True):
             if part is not whole:
                 whole[self.rows.to(whole.device)] = part
 
@@ -298,7 +333,8 @@ class Session:
         self._write_back()
         keep = self.live.nonzero().flatten()
         on_device = keep.to(self._tokens.device)
-        self._tokens, self._log_probs = self._tokens[on_device], self._log_probs[on_device]
+        for name in _COLUMNS:
+            setattr(self, name, getattr(self, name)[on_device])
         self.order, self.total, self.known = self.order[keep], self.total[keep], self.known[keep]
         self.sequences, self.rows = self.sequences[keep], self.rows[keep]
         self.cache.select(keep)

@@ -38,6 +38,9 @@ class Infilling:
             more than the tokens to fill.
         drafter_calls: of another drafter than the network, int64 [B].
         rounds: int64 [B].
+        reveal_round: int64 [B, N], the number of the round that decided each position; -1 where it was given.
+        origin: int64 [B, N], how: a `pyquiet.any_subset.Origin`.
+        refused: int64 [B, N], the draft that was refused there; -1 where none was.
         method, k: that were used; of "auto", the most frequent.
         accepted_by_rank, tried_by_rank: int64 [drafts], of all sequences: how often a round's draft number j was kept,
             and how often its turn came. The first draft of "assd" is exact and always kept.
@@ -49,6 +52,9 @@ class Infilling:
     calls: dict[str, Tensor]
     drafter_calls: Tensor
     rounds: Tensor
+    reveal_round: Tensor
+    origin: Tensor
+    refused: Tensor
     method: str
     k: int
     accepted_by_rank: Tensor
@@ -130,20 +136,18 @@ def infill(
     with torch.inference_mode():  # a tenth faster than no_grad; what is returned was made outside of it
         rounds = _by_time(session, method) if by_time else _fixed(session, method, k)
     seconds = time.perf_counter() - began
-    tokens, log_probs = session.results()
     plan = _most_used(rounds)
     tried, accepted = by_number(*(_together([getattr(done, name) for _, done in rounds]) for name in ("tried", "kept")))
     return Infilling(
-        tokens,
-        log_probs,
-        session.calls,
-        session.drafter_calls,
-        session.rounds,
-        plan.kind,
-        plan.k,
-        accepted,
-        tried,
-        seconds,
+        **session.results(),
+        calls=session.calls,
+        drafter_calls=session.drafter_calls,
+        rounds=session.rounds,
+        method=plan.kind,
+        k=plan.k,
+        accepted_by_rank=accepted,
+        tried_by_rank=tried,
+        seconds=seconds,
     )
 
 
