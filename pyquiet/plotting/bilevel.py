@@ -1,12 +1,16 @@
 """The figure of hyper-cleaning: its curves, and what the rows came to count."""
 
 import os
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from pyquiet.bilevel.logistic import Cleaned
-from pyquiet.files import replacing
-from pyquiet.plotting.difficulty import check_figure
+from pyquiet.plotting.figures import check_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 
 def plot_cleaning(
@@ -22,6 +26,11 @@ def plot_cleaning(
         ImportError: matplotlib is missing (`pip install 'pyquiet[plot]'`).
     """
     check_figure(path)
+    save_figure(draw_cleaning(found, wrong=wrong, title=title), path)
+
+
+def draw_cleaning(found: Cleaned, *, wrong: Tensor | None = None, title: str | None = None) -> "Figure":
+    """The figure of `plot_cleaning`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.5), layout="constrained")
@@ -37,5 +46,4 @@ def plot_cleaning(
     weights.legend()
     if title:
         figure.suptitle(title)
-    with replacing(path) as partial:
-        figure.savefig(partial, format=os.path.splitext(path)[1][1:].lower(), dpi=150)
+    return figure

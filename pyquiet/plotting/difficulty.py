@@ -1,20 +1,13 @@
 """The figure of a `DifficultyTable`: what thoughts gain, from the easiest tokens to the hardest."""
 
-import importlib.util
 import os
+from typing import TYPE_CHECKING
 
 from pyquiet.evaluation.difficulty import DifficultyTable
-from pyquiet.files import check_target, replacing
+from pyquiet.plotting.figures import check_figure, save_figure
 
-FORMATS = (".png", ".svg", ".pdf")
-
-
-def check_figure(path: str | os.PathLike[str]) -> None:
-    """Raises what `plot_gain_by_decile` would for that path, before there is anything to plot."""
-    if check_target(path).suffix.lower() not in FORMATS:
-        raise ValueError(f"figure {os.fspath(path)}: its name must end in one of {', '.join(FORMATS)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("figures need matplotlib: pip install 'pyquiet[plot]'")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def plot_gain_by_decile(
@@ -30,6 +23,13 @@ def plot_gain_by_decile(
         ImportError: matplotlib is missing (`pip install 'pyquiet[plot]'`).
     """
     check_figure(path)
+    save_figure(draw_gain_by_decile(table, difficulty=difficulty, title=title), path)
+
+
+def draw_gain_by_decile(
+    table: DifficultyTable, *, difficulty: str = "base entropy", title: str | None = None
+) -> "Figure":
+    """The figure of `plot_gain_by_decile`."""
     from matplotlib.figure import Figure
 
     place = range(1, len(table.count) + 1)
@@ -48,5 +48,4 @@ def plot_gain_by_decile(
     handles = [*gain.get_legend_handles_labels()[0], *loss.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside lower right", ncols=2)
     figure.suptitle(title or f"{int(table.count.sum())} tokens")
-    with replacing(path) as partial:
-        figure.savefig(partial, format=os.path.splitext(path)[1][1:].lower(), dpi=150)
+    return figure

@@ -4,8 +4,7 @@ import os
 from typing import Any
 
 from pyquiet.evaluation.diffusion import QUALITIES, DiffusionTable
-from pyquiet.files import replacing
-from pyquiet.plotting.difficulty import check_figure
+from pyquiet.plotting.figures import check_figure, save_figure
 
 _AXES = {
     "steps": "steps",
@@ -65,8 +64,7 @@ def plot_diffusion(
     _draw_ess(figure.add_subplot(grid[:, -1]), table)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle(title or f"{len(table.rows[0].values['perplexity'])} texts of {table.length} tokens")
-    with replacing(path) as partial:
-        figure.savefig(partial, format=os.path.splitext(path)[1][1:].lower(), dpi=150)
+    save_figure(figure, path)
 
 
 def _draw_ess(axes: Any, table: DiffusionTable) -> None:

@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from pyquiet.files import replacing
-from pyquiet.plotting.difficulty import check_figure
+from pyquiet.plotting.figures import check_figure, save_figure
 from pyquiet.scaling.records import Record
 from pyquiet.scaling.report import Report
 from pyquiet.scaling.slots import POOLS, slots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def plot_run(report: Report, records: Iterable[Record], path: str | os.PathLike[str]) -> None:
@@ -18,6 +21,11 @@ def plot_run(report: Report, records: Iterable[Record], path: str | os.PathLike[
         ImportError: matplotlib is missing (`pip install 'pyquiet[plot]'`).
     """
     check_figure(path)
+    save_figure(draw_run(report, records), path)
+
+
+def draw_run(report: Report, records: Iterable[Record]) -> "Figure":
+    """The figure of `plot_run`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -44,5 +52,4 @@ def plot_run(report: Report, records: Iterable[Record], path: str | os.PathLike[
         first += 1 + max((row.slot for row in held), default=-1)
     times.set(xlabel="seconds", ylabel="slot")
     times.legend()
-    with replacing(path) as partial:
-        figure.savefig(partial, format=os.path.splitext(path)[1][1:].lower(), dpi=150)
+    return figure
