@@ -1,5 +1,6 @@
 """Hyper-cleaning shown on a data set: labels turned over by us, and found again."""
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,17 @@ from torch.nn.functional import softplus
 
 from pyquiet.bilevel.logistic import Cleaned, clean_labels
 from pyquiet.checks import check_count, check_fraction
+from pyquiet.evaluation.estimates import finite
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What `demonstrate` found: `wrong` are the rows whose labels were turned over, bool [n]; `auc` says how well the
-    weights tell them apart; accuracies are on rows held out, of a regression on the weighed rows, on all alike, and on
-    the right labels."""
+    """What `demonstrate` found.
+
+    `wrong` are the rows whose labels were turned over, bool [n]; `auc` says how well the weights tell them apart, nan
+    where there is nothing to tell; accuracies are on rows held out, of a regression on the weighed rows, on all alike,
+    and on the right labels.
+    """
 
     cleaned: Cleaned
     wrong: Tensor
@@ -29,10 +34,10 @@ class Shown:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """The numbers, as JSON values."""
-        names = ("clean", "auc", "accuracy", "plain_accuracy", "oracle_accuracy", "seconds")
+        """The numbers, as JSON values; `auc` is None where there is nothing to tell."""
+        names = ("auc", "accuracy", "plain_accuracy", "oracle_accuracy", "seconds")
         counts = {"rows": len(self.wrong), "wrong": int(self.wrong.sum()), "steps": self.cleaned.steps[-1]}
-        return counts | {name: getattr(self, name) for name in names}
+        return counts | {"clean": self.clean} | {name: finite(getattr(self, name)) for name in names}
 
 
 def demonstrate(
@@ -114,12 +119,16 @@ def read_rows(source: str) -> tuple[Tensor, Tensor]:
 
 
 def auc(scores: Tensor, positive: Tensor) -> float:
-    """The share of pairs of a positive and another row that the scores order right; bool `positive` [n]."""
+    """The share of pairs of a positive and another row that the scores order right; nan where there is no pair.
+
+    Args:
+        scores: [n]. positive: bool [n].
+    """
     _, group, counts = scores.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     rank = (last - (counts - 1) / 2)[group]  # equal scores share their mean rank
     p, n = int(positive.sum()), int((~positive).sum())
-    return float((rank[positive].sum() - p * (p + 1) / 2) / (p * n))
+    return float((rank[positive].sum() - p * (p + 1) / 2) / (p * n)) if p * n else math.nan
 
 
 def _regression(features: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run_demo(args: argparse.Namespace) -> int:
     from pyquiet.bilevel.demonstration import demonstrate, read_rows
-    from pyquiet.plotting.bilevel import plot_cleaning
     from pyquiet.plotting import check_figure
+    from pyquiet.plotting.bilevel import plot_cleaning
 
     check_json(args)
     if args.plot:

@@ -85,8 +85,55 @@ def test_one_product_gives_what_dense_jacobians_give() -> None:
 def test_conjugate_gradients_solve_every_block() -> None:
     A = torch.diag_embed(torch.tensor([[1.0, 2.0, 50.0], [3.0, 3.0, 3.0]], dtype=torch.float64))
     b = torch.tensor([[1.0, -1.0, 2.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
-    found = conjugate_gradients(lambda v: (A @ v[..., None])[..., 0], b)
+    found, residual = conjugate_gradients(lambda v: (A @ v[..., None])[..., 0], b)
+    assert float(residual.max()) < 1e-14
     torch.testing.assert_close(found, torch.linalg.solve(A, b[..., None])[..., 0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-25])
+def test_conjugate_gradients_end_in_float32(size: float) -> None:
+    """At its own rounding, also where squares vanish."""
+    A = torch.diag_embed(torch.tensor([[1.0, 2.0, 50.0, 7.0]]))
+    b, products = size * torch.tensor([[1.0, -1.0, 2.0, 3.0]]), []
+
+    def product(v: Tensor) -> Tensor:
+        products.append(v)
+        return (A @ v[..., None])[..., 0]
+
+    found, residual = conjugate_gradients(product, b)
+    assert len(products) <= 6
+    assert float(residual.max()) < 1e-5
+    torch.testing.assert_close(found / size, torch.tensor([[1.0, -0.5, 0.04, 3 / 7]]), rtol=1e-5, atol=0)
+
+
+def test_what_conjugate_gradients_leave_is_told() -> None:
+    """By a Hilbert matrix, whose condition number is 1e17, and by steps that ran out."""
+    places = torch.arange(12, dtype=torch.float64)
+    hilbert = 1 / (places[:, None] + places + 1)
+    b = torch.randn(1, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    v, residual = conjugate_gradients(lambda v: v @ hilbert, b, steps=20)
+    torch.testing.assert_close(residual, (b - v @ hilbert).norm(dim=1) / b.norm(), rtol=1e-5, atol=0)
+    assert float(residual.max()) > 1e-4
+    with pytest.raises(RuntimeError, match="H of block 1 is not positive definite"):
+        conjugate_gradients(lambda v: v * torch.tensor([[1.0], [-1.0]]), torch.ones(2, 3))
+
+
+def test_a_hypergradient_behind_an_ill_conditioned_lower_problem_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Quadratics(3, 5, 4)
+    monkeypatch.setitem(conjugate_gradients.__kwdefaults__, "steps", 2)  # of the four that its dimensions take
+    with pytest.raises(RuntimeError, match=r"conjugate gradients leave .* of grad_y f of block \d: its H_i is too ill"):
+        hypergradient(problem, torch.ones(5).double(), torch.zeros(3, 4).double(), exact=False)
+
+
+def test_it_is_there_in_float32() -> None:
+    problem = Quadratics(6, 5, 4)
+    x = torch.randn(5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = problem.gradient(x)
+    for name in ("A", "C", "b", "t"):
+        setattr(problem, name, getattr(problem, name).float())
+    draw = problem.sample
+    problem.sample = lambda *given: {name: z.float() for name, z in draw(*given).items()}  # type: ignore[method-assign]
+    torch.testing.assert_close(hypergradient(problem, x.float()), expected.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_lower_problem_without_a_minimum_is_told() -> None:

@@ -50,6 +50,17 @@ def test_digits_are_there_without_a_file(capsys):
     assert "wrong labels told from right ones with AUC 0." in words
 
 
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_labels_that_are_all_right_or_all_wrong_cannot_be_told_apart(wrong, capsys):
+    command = ["bilevel", "demo", "--epochs", "1", "--rows", "100", "--quiet", "--wrong", str(wrong)]
+    assert main(command) == 0
+    words = capsys.readouterr().out
+    assert words.startswith(f"100 rows, {100 * wrong} with a wrong label")
+    assert "there were not both wrong and right labels to tell apart" in words
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["auc"] is None
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
