@@ -3,7 +3,23 @@
 from pyquiet.files import check_target
 from pyquiet.plotting.difficulty import plot_gain_by_decile
 from pyquiet.plotting.diffusion import plot_diffusion
-from pyquiet.plotting.figures import check_figure
-from pyquiet.plotting.html import write_thoughts_page
+from pyquiet.plotting.figures import as_svg, check_figure
+from pyquiet.plotting.film import film_view
+from pyquiet.plotting.infilling import infilling_view
+from pyquiet.plotting.page import Section, View, write_page
+from pyquiet.plotting.thoughts import thoughts_view, write_thoughts_page
 
-__all__ = ["check_figure", "check_target", "plot_diffusion", "plot_gain_by_decile", "write_thoughts_page"]
+__all__ = [
+    "Section",
+    "View",
+    "as_svg",
+    "check_figure",
+    "check_target",
+    "film_view",
+    "infilling_view",
+    "plot_diffusion",
+    "plot_gain_by_decile",
+    "thoughts_view",
+    "write_page",
+    "write_thoughts_page",
+]

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-
 def plot_cleaning(
     found: Cleaned, path: str | os.PathLike[str], *, wrong: Tensor | None = None, title: str | None = None
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from pyquiet.plotting import write_thoughts_page
-from pyquiet.plotting.html import LEVELS
+from pyquiet.plotting.thoughts import LEVELS
 from pyquiet.plotting.pieces import token_pieces, visible
 
 from .conftest import TEXT
@@ -83,7 +83,7 @@ def test_the_text_can_be_read_back(page, gains):
 def test_every_token_tells_its_probabilities_and_thoughts(page, gains):
     for i, (attributes, _) in enumerate(page().spans.values()):
         assert attributes["id"] == f"t{i}"
-        numbers, *thoughts = attributes["title"].split("\n")
+        numbers, *thoughts = attributes["data-hint"].split("\n")
         base, mixed = (-gains.base_nll[i]).exp(), (-gains.mixed_nll[i]).exp()
         assert numbers == (f"p {base:.3g} to {mixed:.3g}, gain {gains.gain[i]:+.3f}, entropy {gains.entropy[i]:.2f}")
         assert thoughts == [f'w {w:+.3f}: <i> & "' for w in gains.weight[i].tolist()]
@@ -107,7 +107,7 @@ def test_the_table_is_sorted_by_gain(page, gains):
         assert row[0] == spans[f"t{i}"][1]
         base, mixed = (-gains.base_nll[i]).exp(), (-gains.mixed_nll[i]).exp()
         assert row[2:6] == [f"{gains.gain[i]:+.3f}", f"{base:.3g}", f"{mixed:.3g}", f"{gains.entropy[i]:.2f}"]
-        assert row[6] == spans[f"t{i}"][0]["title"].partition("\n")[2]
+        assert row[6] == spans[f"t{i}"][0]["data-hint"].partition("\n")[2]
 
 
 def test_it_needs_no_other_file_and_no_script(page):
@@ -132,7 +132,7 @@ def test_the_limit_is_stated(page, gains):
 
 def test_thoughts_of_no_tokens_are_shown(page, gains):
     empty = replace(gains, thoughts=gains.thoughts[:, :, :0])
-    assert page(empty).spans["t0"][0]["title"].split("\n")[1:] == [f"w {w:+.3f}: " for w in gains.weight[0].tolist()]
+    assert page(empty).spans["t0"][0]["data-hint"].split("\n")[1:] == [f"w {w:+.3f}: " for w in gains.weight[0].tolist()]
 
 
 def test_characters_of_several_tokens_stand_with_the_last(tokenizer):
