@@ -5,6 +5,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,22 +142,31 @@ def test_overhead_of_a_stage(benchmark: BenchmarkFixture) -> None:
 
 
 MEMORY = """
-import asyncio, pyquiet.scaling, torch
+import asyncio, sys, pyquiet.scaling, torch
+from pyquiet.scaling import ATTS
 from bench.memory import resident_kib
 from bench.bench_scaling import *
 before = resident_kib("VmRSS")
 plan = Plan(chains=100, turns=2, pools=Pools(400, 200, 400, 1000))
-asyncio.run(answer(setting(plan, Canned("draft"), Canned("target")), run_async, 1000))
+if sys.argv[1] == "engine":
+    asyncio.run(answer(setting(plan, Canned("draft"), Canned("target")), run_async, 1000))
+else:
+    atts = ATTS(Canned("draft"), Canned("target"), plan=plan, policy=FourInTen(), score=MeanNLL(min_tokens=1))
+    result = atts.run([f"{i}?" for i in range(1000)], journal=sys.argv[2] if sys.argv[1] == "journal" else None)
+    assert result.report.outcomes == {"turns": 100_000}
 print((resident_kib("VmHWM") - before) / 1024)
 """
 
 
-def test_memory_of_many_chains(benchmark: BenchmarkFixture) -> None:
-    """What 1e5 chains of two turns add to the process at most, in a process of their own."""
+@pytest.mark.parametrize("kept", ["engine", "results and report", "journal"])
+def test_memory_of_many_chains(benchmark: BenchmarkFixture, tmp_path: Path, kept: str) -> None:
+    """What 1e5 chains of two turns add to the process at most, in a process of their own: when nothing of them is kept,
+    through `ATTS` with all results and the report, and with a journal besides."""
 
     def run() -> float:
-        done = subprocess.run([sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True)
+        command = [sys.executable, "-c", MEMORY, kept, str(tmp_path / "run.jsonl")]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
         return float(done.stdout)
 
     mib = benchmark.pedantic(run, rounds=1)
-    benchmark.extra_info.update(table="memory of 1e5 chains", method="async", peak_mib=mib)
+    benchmark.extra_info.update(table="memory of 1e5 chains", shape=kept, method="async", peak_mib=mib, goal=300)

@@ -243,6 +243,7 @@ class Rule:
         return math.ceil(product - _ROUNDING) if self.tail == "coverage" else math.floor(product + _ROUNDING)
 
 
+NEAR = 1e-6  # a score this close to a cut may fall to the other side when it is computed anew
 _ROUNDING = 1e-12  # p-values are fractions of n + 1, and rates decimals: 0.3 * 10 must be 3
 
 
@@ -268,6 +269,17 @@ def band(law: Floats) -> tuple[int, int]:
     """The 5 % and 95 % points of a law of counts, P(count) for 0, 1, ..."""
     low, high = (int(count) for count in np.searchsorted(law.cumsum(), (0.05, 0.95)))
     return low, high
+
+
+def total_law(laws: Sequence[tuple[Floats, int]]) -> Floats:
+    """The law of the sum of independent counts: for each law, P(count) for 0, 1, ..., how many have it."""
+    if len(laws) == 1 and laws[0][1] == 1:
+        return laws[0][0]
+    size = 1 + sum(copies * (len(law) - 1) for law, copies in laws)
+    spectrum = np.ones(size // 2 + 1, dtype=np.complex128)
+    for law, copies in laws:
+        spectrum *= np.fft.rfft(law, size) ** copies
+    return np.fft.irfft(spectrum, size).clip(0)
 
 
 def beta_binomial(trials: int, a: int, b: int) -> Floats:

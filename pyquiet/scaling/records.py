@@ -61,6 +61,7 @@ class Decision:
         action: what happens now. p: the p-value that decided, None if none did. n: size of the bank.
         version: of the bank. guaranteed: whether the promised rate holds exactly for this decision, and why.
         reason: one or a few words: "p", "cold", "no score", "rank", "forced", ...
+        near_tie: whether a change of the score by 1e-6 would have made another decision.
     """
 
     action: Action
@@ -70,6 +71,7 @@ class Decision:
     version: str = ""
     guaranteed: bool = False
     why: str = ""
+    near_tie: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,13 @@
 """Slots over the time of a run: who held which, how busy they were, and what barriers kept idle."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyquiet.scaling.records import Key, Record
+from pyquiet.scaling.table import Rows
 
 Floats = NDArray[np.float64]
 POOLS = ("draft", "score", "target")
@@ -33,43 +33,45 @@ def slots(records: Iterable[Record]) -> dict[str, list[Held]]:
     return {pool: sorted(rows, key=lambda row: row.start) for pool, rows in held.items()}
 
 
-def service_seconds(held: Sequence[Held]) -> float:
+def service_seconds(rows: Rows) -> float:
     """Seconds that slots were held, over all of them."""
-    return sum(row.end - row.start for row in held)
+    timed = rows.timed
+    return float((timed["ended"] - timed["started"]).sum())
 
 
-def barrier_seconds(held: Mapping[str, Sequence[Held]], sizes: Mapping[str, int]) -> float:
+def barrier_seconds(rows: Rows, sizes: Mapping[str, int]) -> float:
     """T_s of a run in step: seconds that slots of all pools were idle, over all of them, while a chain that was done
     with a stage waited for another chain of its question to be done with it."""
-    groups: dict[tuple[str, str, int, str, int], list[float]] = defaultdict(list)
-    rows = [row for pool in POOLS for row in held[pool]]
-    for row in rows:
-        key = row.key
-        groups[key.phase, key.question, key.turn, key.stage, key.attempt].append(row.end)
-    windows = [(min(ends), max(ends)) for ends in groups.values()]
-    if not rows:
+    held = rows.timed
+    if not len(held):
         return 0.0
-    times = np.unique([time for row in rows for time in (row.start, row.end)])
-    busy = _covered(times, [(row.start, row.end) for row in rows])
-    blocked = _covered(times, windows) > 0
-    idle = np.maximum(sum(sizes.values()) - busy, 0)
+    start, end = held["started"], held["ended"]
+    first, last = extremes(held.groups("phase", "question", "turn", "stage", "attempt"), end, end)
+    times = np.unique([start, end])
+    idle = np.maximum(sum(sizes.values()) - _covered(times, start, end), 0)
+    blocked = _covered(times, first, last) > 0
     return float((np.diff(times) * idle[:-1] * blocked[:-1]).sum())
 
 
-def peak_tokens(records: Iterable[Record], stage: str) -> int:
-    """The most tokens that requests of a stage held at the same time, what they wrote counted from their start."""
-    changes = []
-    for record in records:
-        if record.key.stage == stage and record.timing is not None:
-            tokens = record.usage.prompt_tokens + record.usage.completion_tokens
-            changes += [(record.timing.started, tokens), (record.timing.ended, -tokens)]
-    return max(np.cumsum([tokens for _, tokens in sorted(changes)]).tolist(), default=0)
+def peak_tokens(rows: Rows) -> int:
+    """The most tokens that requests held at the same time, what they wrote counted from their start."""
+    held = rows.timed
+    tokens = held["prompt_tokens"].astype(np.int64) + held["completion_tokens"]
+    times, changes = np.concatenate([held["started"], held["ended"]]), np.concatenate([tokens, -tokens])
+    return int(changes[np.lexsort((changes, times))].cumsum().max(initial=0))
 
 
-def _covered(times: Floats, spans: Sequence[tuple[float, float]]) -> NDArray[np.int64]:
-    """How many of the spans, whose ends are among the times, cover the time from each to the next."""
-    change = np.zeros(len(times), dtype=np.int64)
-    begins, ends = np.array(spans).T
-    np.add.at(change, np.searchsorted(times, begins), 1)
-    np.add.at(change, np.searchsorted(times, ends), -1)
-    return change.cumsum()
+def extremes(groups: NDArray[np.int64], low: Floats, high: Floats) -> tuple[Floats, Floats]:
+    """The least of `low` and the greatest of `high` in each group, infinite in one without rows."""
+    count = int(groups.max(initial=-1)) + 1
+    least, most = np.full(count, np.inf), np.full(count, -np.inf)
+    np.minimum.at(least, groups, low)
+    np.maximum.at(most, groups, high)
+    return least, most
+
+
+def _covered(times: Floats, begins: Floats, ends: Floats) -> NDArray[np.int64]:
+    """How many spans, whose ends are among the times, cover the time from each to the next."""
+    size = len(times)
+    opened, closed = (np.bincount(np.searchsorted(times, side), minlength=size) for side in (begins, ends))
+    return np.asarray((opened - closed).cumsum())

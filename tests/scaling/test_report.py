@@ -1,15 +1,18 @@
 """Reports, by numbers that were worked out by hand on a few records."""
 
 import json
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
 
 from pyquiet.scaling.backends.base import Usage
-from pyquiet.scaling.conformal import Rule
+from pyquiet.scaling.conformal import Rule, total_law
+from pyquiet.scaling.figures import Share, bootstrap, ks_distance
 from pyquiet.scaling.records import Decision, Key, Record, Timing
-from pyquiet.scaling.report import Report, Share, Tally, bootstrap, ks_distance
+from pyquiet.scaling.report import Report, Tally
 from pyquiet.scaling.slots import barrier_seconds, peak_tokens, service_seconds, slots
+from pyquiet.scaling.table import Rows, Table
 
 HEADER = {
     "version": 1,
@@ -68,6 +71,10 @@ RUN = [
 ]
 
 
+def rows(records: Iterable[Record]) -> Rows:
+    return Table(records).rows()
+
+
 @pytest.fixture(scope="module")
 def report() -> Report:
     return Report.of(HEADER, RUN)
@@ -104,11 +111,37 @@ def test_bands_of_several_banks_are_narrower_than_that_of_one() -> None:
     assert many.band == (28, 43)  # binomial of 100 and 6/17
 
 
+def test_many_banks_with_many_decisions_have_the_law_of_the_sum() -> None:
+    rule, counts = Rule(0.4), (3, 3, 5, 8)
+    run = [
+        stage("a", i, 0, "score", 0, 1, decision=Decision("accept", "p", 0.5, 9, str(bank)))
+        for bank, count in enumerate(counts)
+        for i in range(count)
+    ]
+    law = np.ones(1)
+    for count in counts:
+        law = np.convolve(law, rule.takeover_law(9, count))
+    laws = [(rule.takeover_law(9, 3), 2), (rule.takeover_law(9, 5), 1), (rule.takeover_law(9, 8), 1)]
+    assert total_law(laws) == pytest.approx(law, abs=1e-15)
+    assert Report.of(HEADER, run).takeovers.band == tuple(np.searchsorted(law.cumsum(), (0.05, 0.95)))
+
+
+def test_near_ties_are_counted() -> None:
+    run = [
+        stage("a", i, 0, "score", 0, 1, decision=Decision("accept", "p", 0.5, 9, "v", True, "", i < 2))
+        for i in range(5)
+    ]
+    row = Report.of(HEADER, run).takeovers
+    assert (row.judged, row.near_ties) == (5, 2)
+    assert "2 decisions within 1e-06 of a cut" in str(Report.of(HEADER, run))
+    assert "of a cut" not in str(Report.of(HEADER, run[2:]))
+
+
 def test_distance_of_p_values(report: Report) -> None:
     assert report.takeovers.ks == pytest.approx(0.2667, abs=1e-3)  # at 0.6: one of three below it
     assert report.takeovers.critical == pytest.approx(1.628 / 3**0.5)
-    assert ks_distance([0.5]) == 0.5
-    assert ks_distance([0.1, 0.2]) == pytest.approx(0.8)
+    assert ks_distance(np.array([0.5])) == 0.5
+    assert ks_distance(np.array([0.1, 0.2])) == pytest.approx(0.8)
 
 
 def test_accuracy(report: Report) -> None:
@@ -117,7 +150,14 @@ def test_accuracy(report: Report) -> None:
     assert values == {"pass@1": 0.5, "pass@2": 1.0, "maj@2": 1.0, "weighted@2": 1.0}
 
 
-def test_a_vote_without_a_score_weighs_nothing_and_cancelled_chains_are_no_samples() -> None:
+def test_a_vote_without_a_score_weighs_nothing() -> None:
+    scored = [stage("a", 2, 0, "score", 0, 1, score=4.0)]
+    run = [*scored, end("a", 0, "6"), end("a", 1, "6"), end("a", 2, "5")]
+    values = {name: share.value for name, share in Report.of(HEADER, run).accuracy.items()}
+    assert (values["maj@3"], values["weighted@3"]) == (0.0, 1.0)
+
+
+def test_cancelled_chains_are_no_samples() -> None:
     run = [end("a", 0, "5"), end("a", 1, None, "cancelled"), end("a", 2, None, "failed")]
     values = {name: share.value for name, share in Report.of(HEADER, run).accuracy.items()}
     assert values == {"pass@1": 0.5, "pass@2": 1.0, "maj@3": 1.0, "weighted@3": 1.0}
@@ -210,8 +250,8 @@ def test_slots_tell_who_held_them_when() -> None:
     held = slots(RUN)
     assert [(h.slot, h.start, h.end) for h in held["draft"]] == [(0, 0, 2), (1, 0, 4), (0, 12, 14), (1, 12, 14)]
     assert held["target"][0].key == Key("run", "a", 1, 0, "target")
-    assert service_seconds(held["score"]) == 3
-    assert barrier_seconds(slots([]), {"draft": 2}) == 0
+    assert service_seconds(rows(RUN).stage("score")) == 3
+    assert barrier_seconds(rows([]), {"draft": 2}) == 0
     both = [stage("a", i, 0, "target", i, i + 2, tokens=10 * (i + 1)) for i in range(2)]
-    assert peak_tokens(both, "target") == 110 + 120
-    assert peak_tokens([both[0], stage("a", 1, 0, "target", 2, 3)], "target") == 110
+    assert peak_tokens(rows(both)) == 110 + 120
+    assert peak_tokens(rows([both[0], stage("a", 1, 0, "target", 2, 3)])) == 110
