@@ -86,3 +86,10 @@ def continue_prompts(
     with torch.random.fork_rng():
         torch.manual_seed(Random(f"{seed} {sequence_ids[0]} {ids.shape[1]}").getrandbits(63))
         return model.generate(ids, **options)
+
+
+def until_the_end(model: PreTrainedModel, tokens: Tensor) -> list[list[int]]:
+    """The rows of generated tokens [B, new], each without its end of text and what follows that."""
+    eos = model.generation_config.eos_token_id
+    ends = set(eos if isinstance(eos, list) else [eos])
+    return [row[: next((i for i, t in enumerate(row) if t in ends), None)] for row in tokens.tolist()]

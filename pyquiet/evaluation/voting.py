@@ -13,7 +13,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyquiet.evaluation.estimates import Estimate
-from pyquiet.evaluation.prompts import Think, check_think, continuation_ids, continue_prompts, opening_ids, token_ids
+from pyquiet.evaluation.prompts import (
+    Think,
+    check_think,
+    continuation_ids,
+    continue_prompts,
+    opening_ids,
+    token_ids,
+    until_the_end,
+)
 from pyquiet.evaluation.tasks import AnswerItem
 
 STEPS = " Let's think step by step."
@@ -150,7 +158,7 @@ def majority_vote(
                 max_new_tokens=length,
                 **options,
             )
-            new = _until_the_end(model, output.sequences[:, max(map(len, texts)) :])
+            new = until_the_end(model, output.sequences[:, max(map(len, texts)) :])
             texts = [text + more for text, more in zip(texts, new, strict=True)]
         votes += [first_integer(tokenizer.decode(tokens)) for tokens in new]
     return MajorityVote(chosen, [votes[i : i + samples] for i in range(0, len(votes), samples)], answers)
@@ -167,10 +175,3 @@ def _check_room(model: PreTrainedModel, prompt: int, max_new_tokens: int, theref
             f"follows it needs {needed} of the model's context (max_position_embeddings) of {context}; lower it by "
             f"{needed - context}, or leave long questions out"
         )
-
-
-def _until_the_end(model: PreTrainedModel, tokens: Tensor) -> list[list[int]]:
-    """The rows of generated tokens [B, new], each without its end of text and what follows that."""
-    eos = model.generation_config.eos_token_id
-    ends = set(eos if isinstance(eos, list) else [eos])
-    return [row[: next((i for i, t in enumerate(row) if t in ends), None)] for row in tokens.tolist()]
