@@ -89,8 +89,9 @@ class Caller:
         for tries in itertools.count(1):
             await self.backend.ready()
             slot = await self.pool.acquire(rank)
-            started = loop.time()
             try:
+                await self.backend.ready()  # it may have been lost while this waited for the slot
+                started = loop.time()
                 result = await send()
             except TransientError as error:
                 pause = self._retry.pause(tries, error)
