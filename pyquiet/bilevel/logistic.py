@@ -106,7 +106,7 @@ def clean_labels(
     variant: str = "v2",
     alpha: float = 0.3,
     beta: float = 0.2,
-    tau: float = 0.2,
+    tau: float | None = None,
     eta: float = 0.5,
     seed: int = 0,
     looks: int = 40,
@@ -118,7 +118,7 @@ def clean_labels(
         features, labels, validation_features, validation_labels, l2: as `WeightedLogistic`.
         blocks, temperatures: how many regressions, and the range of their temperatures.
         epochs: passes over the training rows, of blocks_per_step * samples_per_block rows a step.
-        variant, alpha, beta, tau: as `BSVRB`. eta: its step size in units of the n rows, as a row's share of a mean is
+        variant, alpha, beta, tau (for y and v): as `BSVRB`. eta: its step size in units of the n rows, as a row's share of a mean is
             1 / n.
         looks: points of the curves.
 

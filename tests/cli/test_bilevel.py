@@ -10,7 +10,7 @@ from pyquiet.cli import main
 
 from .one_line import error_line
 
-pytestmark = pytest.mark.filterwarnings("ignore:gamma tau:UserWarning")
+pytestmark = pytest.mark.filterwarnings("error:gamma tau:UserWarning")
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,9 @@ def test_a_file_is_cleaned(file, tmp_path, capsys):
     assert {**again, "seconds": 0} == {**found, "seconds": 0}
 
 
-def test_digits_are_there_without_a_file(capsys):
-    assert main(["bilevel", "demo", "--epochs", "2", "--rows", "300", "--quiet"]) == 0
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_digits_are_there_without_a_file(variant, capsys):
+    assert main(["bilevel", "demo", "--epochs", "4", "--rows", "300", "--variant", variant, "--quiet"]) == 0
     words = capsys.readouterr().out
     assert words.startswith("300 rows, ")
     assert "wrong labels told from right ones with AUC 0." in words
