@@ -28,6 +28,7 @@ from pyquiet.scaling.backends.decoding import DecoderRunner
 from pyquiet.scaling.backends.jobs import Job, Runner, Worker, Writing
 from pyquiet.scaling.backends.kv import KVStore
 from pyquiet.scaling.backends.thinking import ThinkingRunner
+from pyquiet.scaling.backends.turns import turns_on
 
 
 class HFBackend:
@@ -39,7 +40,8 @@ class HFBackend:
 
     Args:
         model: put into evaluation mode, and on `device` if one is given. tokenizer: a fast one.
-        max_batch: texts that are written at once. max_wait: seconds that an idle model waits for further requests.
+        max_batch: texts that are written at once.
+        max_wait, max_steps: seconds that an idle model, and tokens that a busy one waits for further requests.
         cache_bytes: of keys and values kept between requests; the least recently used chain's go first.
         deterministic: one request at a time and nothing kept, so that equal requests give equal bits.
 
@@ -56,13 +58,15 @@ class HFBackend:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        max_batch: int = 16,
+        max_batch: int = 64,
         max_wait: float = 0.002,
+        max_steps: int = 4,
         cache_bytes: int = 1 << 30,
         deterministic: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         check_count("max_batch", max_batch, least=1)
+        check_count("max_steps", max_steps, least=0)
         check_count("cache_bytes", cache_bytes, least=0)
         if not max_wait >= 0:
             raise ValueError(f"max_wait must be at least 0 seconds, got {max_wait}")
@@ -78,8 +82,8 @@ class HFBackend:
             ThinkingRunner(self.model, self._writing) if self._thinks
             else DecoderRunner(self.model, self._writing, self._store)
         )  # fmt: skip
-        self._runner, self._batching = runner, (1, 0.0) if deterministic else (max_batch, max_wait)
-        self._worker = Worker(runner, *self._batching)
+        self._runner, self._batching = runner, (1, 0.0, 0) if deterministic else (max_batch, max_wait, max_steps)
+        self._worker = self._new_worker()
         config = self.model.config.get_text_config()
         self._vocabulary = embedding_table(self.model).shape[0]
         self._context = getattr(config, "max_position_embeddings", None)
@@ -108,7 +112,7 @@ class HFBackend:
     async def open(self) -> None:
         """Starts the thread, a new one if it was closed."""
         if self._worker.started and not self._worker.is_alive():
-            self._worker = Worker(self._runner, *self._batching)
+            self._worker = self._new_worker()
         self._start()
 
     async def ready(self) -> None:
@@ -167,6 +171,9 @@ class HFBackend:
         self._worker.close()
         if self._worker.is_alive():
             await asyncio.to_thread(self._worker.join)
+
+    def _new_worker(self) -> Worker:
+        return Worker(self._runner, turns_on(self.model.device), *self._batching)
 
     def _start(self) -> None:
         if not self._worker.started:

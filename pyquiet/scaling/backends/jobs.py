@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from pyquiet.scaling.backends.base import Finish, Generate, Generated, Score, TextCodec, Usage
@@ -11,10 +12,15 @@ from pyquiet.scaling.backends.codec import decode_after
 
 
 class Job:
-    """A request, the ids of its prompt and the future of its answer; `start` is the first token that a score counts."""
+    """A request, the ids of its prompt and the future of its answer.
+
+    Attributes:
+        start: the first token that a score counts. paid: tokens that were read for it and for others just before.
+    """
 
     def __init__(self, request: Generate | Score, ids: tuple[int, ...], start: int = 0) -> None:
         self.request, self.ids, self.start = request, ids, start
+        self.paid = 0
         self.future: Future[Any] = Future()
 
     def settle(self, answer: Any) -> None:
@@ -93,13 +99,22 @@ class Runner(Protocol):
 class Worker(threading.Thread):
     """Feeds a runner: up to `max_batch` jobs at a time, joining between two tokens those that run.
 
-    An idle worker waits `max_wait` seconds from the first job on for others to come along.
+    Reading a few tokens of one prompt takes about as long as reading them of several, so jobs wait for each other: an
+    idle worker takes the first ones `max_wait` seconds after it saw one, a busy one after `max_steps` tokens of the
+    texts that it writes, or when they are half as many as these.
+
+    Args:
+        turns: had while the runner works.
     """
 
-    def __init__(self, runner: Runner, max_batch: int, max_wait: float) -> None:
+    def __init__(
+        self, runner: Runner, turns: AbstractContextManager[None], max_batch: int, max_wait: float, max_steps: int
+    ) -> None:
         super().__init__(name="pyquiet-hf", daemon=True)
-        self._runner, self._max_batch, self._max_wait = runner, max_batch, max_wait
+        self._runner, self._turns = runner, turns
+        self._max_batch, self._max_wait, self._max_steps = max_batch, max_wait, max_steps
         self._waiting: deque[Job] = deque()
+        self._waited = 0  # steps that the first of them has waited
         self._changed = threading.Condition()
         self._closing = False
 
@@ -122,30 +137,39 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         """The thread's work."""
-        while (jobs := self._next()) is not None:
-            try:
-                if jobs:
-                    self._runner.begin(jobs)
-                if self._runner.running():
-                    self._runner.step()
-            except BaseException as error:
-                lost = [*jobs, *self._runner.running()]
-                self._runner.drop()
-                for job in lost:
-                    job.settle(error)
+        while self._wait():
+            with self._turns:
+                jobs = self._due()
+                try:
+                    if jobs:
+                        self._runner.begin(jobs)
+                    if self._runner.running():
+                        self._runner.step()
+                except BaseException as error:
+                    lost = [*jobs, *self._runner.running()]
+                    self._runner.drop()
+                    for job in lost:
+                        job.settle(error)
         for job in [*self._waiting, *self._runner.running()]:
             job.future.cancel()
         self._runner.drop()
 
-    def _next(self) -> list[Job] | None:
-        """Jobs to begin now, perhaps none while others run; None to end."""
+    def _wait(self) -> bool:
+        """Returns when there is something to do: False to end."""
         with self._changed:
-            running = len(self._runner.running())
-            if not running:
+            if not self._runner.running():
                 self._changed.wait_for(lambda: self._waiting or self._closing)
                 self._changed.wait_for(lambda: len(self._waiting) >= self._max_batch or self._closing, self._max_wait)
-            if self._closing:
-                return None
+            return not self._closing
+
+    def _due(self) -> list[Job]:
+        """Jobs to begin now; none while few wait for the next step of those that run."""
+        with self._changed:
+            running = len(self._runner.running())
+            if 2 * len(self._waiting) < running and self._waited < self._max_steps:
+                self._waited += bool(self._waiting)
+                return []
+            self._waited = 0
             return self._admitted(self._max_batch - running)
 
     def _admitted(self, places: int) -> list[Job]:
