@@ -4,18 +4,23 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from pyquiet.cli import prompts
 from pyquiet.cli.infill import in_marks, load_tokenizer, memory_in_words
 from pyquiet.cli.live import shown
 from pyquiet.cli.think import check_answer_options, usable_device
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pyquiet.diffusion import MaskedDenoiser
     from pyquiet.diffusion.sampling import Diffusion
+    from pyquiet.prompts import Prompt
+    from pyquiet.prompts.answers import Cost, Row
 
 DEFAULT_MODEL, DEFAULT_CAUSAL = "tiny-denoiser", "tiny-causal"
 
@@ -47,6 +52,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add_law(parser)
     parser.add_argument("--json", action="store_true", help="print the samples and what they took as JSON")
     parser.add_argument("--no-live", action="store_true", help="print the end result alone on a terminal too")
+    prompts.add_prompts(parser, given, ["prompt", "text"])
     parser.set_defaults(run=run)
 
 
@@ -97,12 +103,13 @@ def run(args: argparse.Namespace) -> int:
     from pyquiet.gaps import Codec
 
     options, device = law(args), usable_device(args.device)
+    options |= {"steps": args.steps, "sampler": args.sampler, "context": args.context}
     check_counts(args, "length", "gap_tokens", "samples", "steps", "context")
-    parts, lengths = _parts(args)
-    denoiser, tokenizer = load_denoiser(args.model, args.tokenizer)
-    denoiser.to(device)
-    name = args.energy or ("ar" if args.model == DEFAULT_MODEL else "none")
-    energy = load_energy(name, denoiser, tokenizer)
+    if args.prompts is not None:
+        return _run_many(args, options, device)
+    field = "prompt" if args.text is None else "text"
+    parts, lengths = _parts(args, field, getattr(args, field) or "")
+    denoiser, tokenizer, energy = _models(args, device)
     codec = Codec(tokenizer)
     gapped = codec.gapped(parts, [range(n, n + 1) for n in lengths], trim=True, close=True)
     ids, given = gapped.tokens(lengths, denoiser.mask_id), gapped.given(lengths)
@@ -114,9 +121,6 @@ def run(args: argparse.Namespace) -> int:
             input_ids=ids[None].to(device),
             mask=~given[None].to(device),
             num_samples=args.samples,
-            steps=args.steps,
-            sampler=args.sampler,
-            context=args.context,
             banned=codec.banned(denoiser.vocab_size),
             on_step=on_step,
             progress=False,
@@ -124,24 +128,103 @@ def run(args: argparse.Namespace) -> int:
         )
     samples = [codec.parts(row, given.tolist()) for row in out.tokens.tolist()]
     if args.json:
-        report = {"model": args.model, "energy": name, "seed": args.seed, "tokens": sum(lengths)}
+        report = {"model": args.model, "energy": _energy(args), "seed": args.seed, "tokens": sum(lengths)}
         print(json.dumps({**report, "samples": _report(samples, out), "seconds": out.seconds}, indent=2))
         return 0
     for sample in samples:
         anything_given = not all(is_filled for _, is_filled in sample)
         print(in_marks(sample) if anything_given else "".join(part for part, _ in sample))
-    print(_cost_in_words(out, args.samples * sum(lengths)))
+    words = f"{_cost_in_words(_cost(out, args.samples * sum(lengths)))}, depth {int(out.depth.max())}"
+    if len(drawn := out.trace.candidates[out.trace.corrected].double()):
+        words += f", mean ESS {float(out.ess.nanmean()):.2f} of {float(drawn.mean()):.3g}"
+    print(f"{words}, {out.seconds:.2f} s")
     return 0
 
 
-def _parts(args: argparse.Namespace) -> tuple[list[str], list[int]]:
-    """The text around the gaps, and how many tokens these have."""
+def _run_many(args: argparse.Namespace, options: dict[str, Any], device: "torch.device") -> int:
+    """Fills the texts of a file. Sample j of text i has the noise of number i * samples + j."""
+    import torch
+
+    from pyquiet.diffusion.inputs import check_context, read_texts
+    from pyquiet.diffusion.sampling import diffuse
+    from pyquiet.evaluation.prompts import padded
+    from pyquiet.gaps import Codec
+
+    many = prompts.read(args)
+    denoiser, tokenizer, energy = _models(args, device)
+    codec, count = Codec(tokenizer), args.samples
+    banned = codec.banned(denoiser.vocab_size)
+
+    def read(prompt: "Prompt") -> tuple[list[int], list[bool]]:
+        parts, lengths = _parts(args, prompt.field, prompt.text)
+        gapped = codec.gapped(parts, [range(n, n + 1) for n in lengths], trim=True, close=True)
+        return gapped.tokens(lengths, denoiser.mask_id).tolist(), gapped.given(lengths).tolist()
+
+    def answers(batch: "Sequence[Prompt]") -> "tuple[list[list[Row]], Cost]":
+        texts = [text for prompt in batch for text in [read(prompt)] * count]
+        ids, real = padded([ids for ids, _ in texts], "right")
+        given, _ = padded([given for _, given in texts], "right")
+        numbers = torch.tensor([prompt.index * count + j for prompt in batch for j in range(count)])
+        with memory_in_words():
+            out = diffuse(
+                denoiser,
+                energy,
+                input_ids=ids.to(device),
+                mask=(given == 0).to(device),
+                attention_mask=real.to(device),
+                sequence_ids=numbers,
+                banned=banned,
+                **options,
+            )
+        rows = zip(out.tokens.tolist(), texts, strict=True)
+        samples = [codec.parts(row[: len(given)], given) for row, (_, given) in rows]
+        answers = [{"sample": i % count, **sample} for i, sample in enumerate(_report(samples, out))]
+        cost = _cost(out, sum(not known for _, given in texts for known in given))
+        return [answers[i : i + count] for i in range(0, len(answers), count)], cost | {"seconds": out.seconds}
+
+    for prompt in many[0]:
+        with prompt.blamed():
+            ids, given = (torch.tensor([x], device=device) for x in read(prompt))
+            read_texts(denoiser, ids, ~given, None, None, 1, None)
+            check_context(denoiser, min(ids.shape[1], args.context or ids.shape[1]))
+    return prompts.answer(
+        args,
+        many,
+        answers,
+        lambda cost: f"{_cost_in_words(cost)}, {cost['seconds']:.2f} s",
+        model=denoiser,
+        tokenizer=tokenizer,
+        energy=_module(energy),
+    )
+
+
+def _models(args: argparse.Namespace, device: "torch.device") -> "tuple[MaskedDenoiser, PreTrainedTokenizerBase, Any]":
+    """The denoiser, its tokenizer and the energy that the options name."""
+    denoiser, tokenizer = load_denoiser(args.model, args.tokenizer)
+    dtype = prompts.precision(args)
+    denoiser.to(device, dtype)
+    energy = load_energy(_energy(args), denoiser, tokenizer)
+    if energy is not None:
+        _module(energy).to(dtype=dtype)
+    return denoiser, tokenizer, energy
+
+
+def _energy(args: argparse.Namespace) -> str:
+    return args.energy or ("ar" if args.model == DEFAULT_MODEL else "none")
+
+
+def _module(energy: Any) -> Any:
+    """The network of an energy."""
+    return getattr(energy, "lm", energy)
+
+
+def _parts(args: argparse.Namespace, field: str, text: str) -> tuple[list[str], list[int]]:
+    """The text around the gaps, and how many tokens these have; a prompt has one behind it."""
     from pyquiet.gaps import parse_gaps
 
-    text = args.text if args.text is not None else args.prompt or ""
     if any("\ud800" <= character <= "\udfff" for character in text):  # how Python hands on bytes it cannot decode
         raise ValueError("the text is not UTF-8 text")
-    if args.text is None:
+    if field == "prompt":
         return [text, ""], [args.length]
     parts, ranges = parse_gaps(text, range(args.gap_tokens, args.gap_tokens + 1))
     if several := [lengths for lengths in ranges if len(lengths) > 1]:
@@ -150,7 +233,7 @@ def _parts(args: argparse.Namespace) -> tuple[list[str], list[int]]:
     return parts, [lengths[0] for lengths in ranges]
 
 
-def _report(samples: "list[list[tuple[str, bool]]]", out: "Diffusion") -> list[dict[str, Any]]:
+def _report(samples: "list[list[tuple[str, bool]]]", out: "Diffusion") -> "list[Row]":
     from pyquiet.evaluation.estimates import finite
 
     names = ("ess", "log_normalizer", "denoiser_calls", "energy_passes", "depth")
@@ -165,12 +248,13 @@ def _report(samples: "list[list[tuple[str, bool]]]", out: "Diffusion") -> list[d
     ]
 
 
-def _cost_in_words(out: "Diffusion", tokens: int) -> str:
-    calls, passes, depth = int(out.denoiser_calls.sum()), int(out.energy_passes.sum()), int(out.depth.max())
-    words = f"{tokens} tokens, {calls} denoiser calls, {passes} energy passes, depth {depth}"
-    if len(drawn := out.trace.candidates[out.trace.corrected].double()):
-        words += f", mean ESS {float(out.ess.nanmean()):.2f} of {float(drawn.mean()):.3g}"
-    return f"{words}, {out.seconds:.2f} s"
+def _cost(out: "Diffusion", tokens: int) -> "Cost":
+    calls, passes = int(out.denoiser_calls.sum()), int(out.energy_passes.sum())
+    return {"tokens": tokens, "denoiser_calls": calls, "energy_passes": passes}
+
+
+def _cost_in_words(cost: "Cost") -> str:
+    return f"{cost['tokens']} tokens, {cost['denoiser_calls']} denoiser calls, {cost['energy_passes']} energy passes"
 
 
 def check_counts(args: argparse.Namespace, *names: str) -> None:

@@ -9,12 +9,17 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pyquiet.any_subset.sampling import METHODS
+from pyquiet.cli import prompts
 from pyquiet.cli.think import check_answer_options, usable_device
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
-    from pyquiet.any_subset.gaps import Cost
+    from pyquiet.any_subset.gaps import Cost, Filled
+    from pyquiet.gaps import Codec, Gapped
+    from pyquiet.prompts import Prompt
+    from pyquiet.prompts.answers import Row
 
 DEFAULT_MODEL = "tiny-any-subset"
 _BOLD, _PLAIN = "\033[1m", "\033[0m"
@@ -28,7 +33,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         r"___, ___3___ for 3 tokens, or ___2-5___: each length is then filled, and one drawn by how probable the text "
         r"makes it. \_ is an underscore, \\ a backslash. Spaces before a gap are the model's to write.",
     )
-    parser.add_argument("--text", help="with gaps (default: standard input)")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--text", help="with gaps (default: standard input)")
     parser.add_argument("--gap-tokens", default="3", metavar="N", help="of ___, a number or a range (default: 3)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="fillings to draw (default: 1)")
     parser.add_argument("--code", action="store_true", help="white space is written as the released code model has it")
@@ -36,6 +42,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add_law(parser)
     parser.add_argument("--method", choices=METHODS, default="auto", help="all give the same law (default: auto)")
     parser.add_argument("--json", action="store_true", help="print the samples as JSON")
+    prompts.add_prompts(parser, given, ["text"])
     parser.set_defaults(run=run)
 
 
@@ -70,36 +77,72 @@ def run(args: argparse.Namespace) -> int:
     from pyquiet.any_subset.gaps import fill_gaps
     from pyquiet.gaps import Codec, parse_gaps, read_length
 
-    options, device = law(args), usable_device(args.device)
+    options, device = law(args) | {"method": args.method}, usable_device(args.device)
     if args.samples < 1:
         raise ValueError(f"--samples must be 1 or more, got {args.samples}")
+    default = read_length(args.gap_tokens)
+    if args.prompts is not None:
+        return _run_many(args, options, default, device)
     text = args.text if args.text is not None else sys.stdin.read().rstrip("\n")
     if any("\ud800" <= character <= "\udfff" for character in text):  # how Python hands on bytes it cannot decode
         raise ValueError("the text is not UTF-8 text")
-    gaps = parse_gaps(text, read_length(args.gap_tokens))
+    gaps = parse_gaps(text, default)
     model, tokenizer = load_filler(args.model, args.tokenizer)
-    model.to(device)
+    model.to(device, prompts.precision(args))
     codec = Codec(tokenizer, args.code)
-    banned = codec.banned(model.config.vocab_size)
     texts = [codec.gapped(*gaps, trim=not args.code)] * args.samples
     with memory_in_words():
-        filled, took = fill_gaps(model, texts, method=args.method, banned=banned, **options)
+        filled, took = fill_gaps(model, texts, banned=codec.banned(model.config.vocab_size), **options)
     if args.json:
-        samples = [
-            {
-                "text": codec.decode(one.ids),
-                "parts": [{"text": part, "filled": is_filled} for part, is_filled in codec.parts(one.ids, one.given)],
-                "lengths": one.lengths,
-                "log_prob": one.log_prob,
-            }
-            for one in filled
-        ]
+        samples = [_sample(codec, one) for one in filled]
         print(json.dumps({"model": args.model, "seed": args.seed, "samples": samples, **took}, indent=2))
         return 0
     for one in filled:
         print(in_marks(codec.parts(one.ids, one.given)))
     print(cost_in_words(took))
     return 0
+
+
+def _run_many(args: argparse.Namespace, options: dict[str, Any], default: range, device: "torch.device") -> int:
+    """Fills the texts of a file. Sample j of text i has the noise of number i * samples + j."""
+    from pyquiet.any_subset import as_engine
+    from pyquiet.any_subset.gaps import combinations, fill_gaps
+    from pyquiet.any_subset.inputs import read_inputs
+    from pyquiet.gaps import Codec, parse_gaps
+
+    given = prompts.read(args)
+    model, tokenizer = load_filler(args.model, args.tokenizer)
+    model.to(device, prompts.precision(args))
+    codec, count = Codec(tokenizer, args.code), args.samples
+    options |= {"banned": codec.banned(model.config.vocab_size)}
+
+    def gapped(prompt: "Prompt") -> "Gapped":
+        return codec.gapped(*parse_gaps(prompt.text, default), trim=not args.code)
+
+    def answers(batch: "Sequence[Prompt]") -> "tuple[list[list[Row]], Cost]":
+        texts = [text for prompt in batch for text in [gapped(prompt)] * count]
+        numbers = [prompt.index * count + j for prompt in batch for j in range(count)]
+        with memory_in_words():
+            filled, took = fill_gaps(model, texts, sequence_ids=numbers, **options)
+        rows = [{"sample": i % count, **_sample(codec, one)} for i, one in enumerate(filled)]
+        return [rows[i : i + count] for i in range(0, len(rows), count)], took
+
+    for prompt in given[0]:
+        with prompt.blamed():
+            text = gapped(prompt)
+            *_, longest = combinations(text)
+            ids, known = text.tokens(longest)[None].to(device), text.given(longest)[None].to(device)
+            read_inputs(as_engine(model), ids, known, None, None)
+    return prompts.answer(args, given, answers, cost_in_words, model=model, tokenizer=tokenizer)
+
+
+def _sample(codec: "Codec", one: "Filled") -> "Row":
+    return {
+        "text": codec.decode(one.ids),
+        "parts": [{"text": part, "filled": is_filled} for part, is_filled in codec.parts(one.ids, one.given)],
+        "lengths": one.lengths,
+        "log_prob": one.log_prob,
+    }
 
 
 def cost_in_words(took: "Cost") -> str:

@@ -101,6 +101,13 @@ def test_errors_are_one_line_that_names_the_cause(folders, capsys, arguments, na
     assert named in error_line(capsys)
 
 
+def test_an_empty_prompt_among_many_is_told_with_its_line(folders, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "w1"}\n{"prompt": ""}\n')
+    given = ["--prompts", str(tmp_path / "p.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    assert main(["think", "--model", folders[1], "--max-new-tokens", "7", *given]) == 2
+    assert "p.jsonl, line 2: input_ids must be [B, T] with at least one token" in error_line(capsys)
+
+
 def test_broken_weights_are_named(folders, tmp_path, capsys):
     shutil.copytree(folders[1], tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"not weights")

@@ -1,0 +1,120 @@
+"""What `think`, `infill` and `diffuse` share where they take a file of prompts."""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyquiet
+
+if TYPE_CHECKING:
+    import torch
+
+    from pyquiet.prompts import Prompt
+    from pyquiet.prompts.answers import Cost, Row
+
+# Options that do not change what becomes of a prompt; of models and their words, digests count and not names.
+_NO_MATTER = {
+    "run",
+    "command",
+    "fields",
+    "prompts",
+    "output",
+    "batch_size",
+    "device",
+    "quiet",
+    "json",
+    "no_live",
+    "prompt",
+    "text",
+}
+_NAMES = {"model", "tokenizer", "energy"}
+
+
+def add_prompts(parser: argparse.ArgumentParser, given: Any, fields: Sequence[str]) -> None:
+    """Adds the options of many prompts, `--prompts` to a group that excludes a single one."""
+    lines = " or ".join(f'{{"{field}": ...}}' for field in fields)
+    given.add_argument("--prompts", metavar="FILE", help=f"many, of JSON lines {lines}, with an id if need be")
+    many = parser.add_argument_group("many prompts")
+    many.add_argument(
+        "--output",
+        metavar="FILE",
+        help="for the answers, JSON lines in the order of the prompts; a run that was stopped goes on when the command "
+        "is given again, and torchrun or accelerate launch spread it over processes",
+    )
+    many.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
+    many.add_argument(
+        "--float64",
+        action="store_true",
+        help="compute in float64: slower, and the file does not hang on the last bits that batches move",
+    )
+    many.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(fields=tuple(fields), command=parser.prog.split()[-1])
+
+
+def precision(args: argparse.Namespace) -> "torch.dtype | None":
+    """What the models are to compute in; None leaves them as they are."""
+    import torch
+
+    return torch.float64 if args.float64 else None
+
+
+def read(args: argparse.Namespace) -> "tuple[list[Prompt], str]":
+    """The prompts of `--prompts` and their digest; ValueError or OSError if there is something wrong with the file."""
+    from pyquiet.checks import check_count
+    from pyquiet.files import check_target
+    from pyquiet.prompts import read_prompts
+
+    check_count("--batch-size", args.batch_size, least=1)
+    if args.output is None:
+        raise ValueError("--prompts needs --output, the file for the answers")
+    check_target(args.output)
+    return read_prompts(args.prompts, args.fields)
+
+
+def answer(
+    args: argparse.Namespace,
+    prompts: "tuple[list[Prompt], str]",
+    answers: "Callable[[Sequence[Prompt]], tuple[list[list[Row]], Cost]]",
+    in_words: "Callable[[Cost], str]",
+    *,
+    model: Any,
+    tokenizer: Any,
+    energy: Any = None,
+) -> int:
+    """Writes what becomes of the prompts to `--output` and prints what that cost, in words or, with --json, as JSON.
+
+    Args:
+        prompts: what `read` returned.
+        answers: the rows of each of some prompts, and sums of what they cost.
+        model, energy: modules, whose weights tell whether a run that goes on is the one that was begun.
+    """
+    from pyquiet.prompts import answer_prompts, tokenizer_digest, weights_digest
+
+    header = {"command": args.command, "pyquiet": pyquiet.__version__, "prompts": prompts[1]}
+    header |= {"model": weights_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
+    header |= {"energy": energy and weights_digest(energy)}
+    header |= {name: value for name, value in vars(args).items() if name not in _NO_MATTER | _NAMES}
+
+    def named(batch: "Sequence[Prompt]") -> "tuple[list[list[Row]], Cost]":
+        rows, cost = answers(batch)
+        rows = _rounded(rows)
+        names = [{"index": prompt.index, "id": prompt.id} for prompt in batch]
+        return [[name | row for row in several] for name, several in zip(names, rows, strict=True)], cost
+
+    many = {"batch_size": args.batch_size, "progress": not args.quiet}
+    cost = answer_prompts(prompts[0], named, args.output, header, **many)
+    if cost is not None:
+        report = {"output": args.output, "prompts": len(prompts[0]), **cost}
+        words = f"{len(prompts[0])} prompts answered in {args.output}: {in_words(cost)} of all processes"
+        print(json.dumps(report, indent=2) if args.json else words)
+    return 0
+
+
+def _rounded(value: Any) -> Any:
+    """The value with its floats, of which batches move the last bits, to four digits."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {name: _rounded(x) for name, x in value.items()}
+    return [_rounded(x) for x in value] if isinstance(value, list | tuple) else value
