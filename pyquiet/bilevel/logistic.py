@@ -118,8 +118,8 @@ def clean_labels(
         features, labels, validation_features, validation_labels, l2: as `WeightedLogistic`.
         blocks, temperatures: how many regressions, and the range of their temperatures.
         epochs: passes over the training rows, of blocks_per_step * samples_per_block rows a step.
-        variant, alpha, beta, tau (for y and v): as `BSVRB`. eta: its step size in units of the n rows, as a row's share of a mean is
-            1 / n.
+        variant, alpha, beta: as `BSVRB`; tau: also its tau_v. eta: its step size in units of the n rows, as a row's
+            share of a mean is 1 / n.
         looks: points of the curves.
 
     Raises:

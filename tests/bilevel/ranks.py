@@ -16,7 +16,9 @@ from pyquiet.bilevel import BSVRB
 
 from .quadratics import Noise, Quadratics
 
-SHARES = {1: [range(7)], 2: [range(5), range(5, 7)], 3: [range(4), range(4, 7), range(0)]}
+SHARES = {1: [range(7)], 2: [range(5), range(5, 7)], 4: [range(3), range(3, 4), range(0), range(4, 7)]}
+
+STEPS = {"run": 20, "resume": 6}
 
 
 class Played(BSVRB):
@@ -35,9 +37,11 @@ def method_of(rank: int, count: int, kind: type[BSVRB] = BSVRB, **options: Any) 
     )  # fmt: skip
 
 
-def states_of(count: int, steps: int) -> list[dict[str, Tensor]]:
-    """The states of all processes after these steps, by one that plays them in turn."""
+def states_of(count: int, steps: int, begin: list[dict[str, Tensor]] | None = None) -> list[dict[str, Tensor]]:
+    """The states of all processes after these steps (from the states of others), by one that plays them in turn."""
     parts = [method_of(rank, count, Played, number=rank) for rank in range(count)]
+    for one in parts if begin else ():
+        one.load_state_dict(*begin)
     for _ in range(steps):
         directions: list[Tensor] = []
         for one in parts:  # first what each would give to the sum
@@ -56,13 +60,11 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, count = dist.get_rank(), dist.get_world_size()
     method = method_of(rank, count, group=dist.group.WORLD)
-    if sys.argv[1] == "run":
-        for _ in range(20):
-            method.step()
-        method.save(sys.argv[2])
-    else:
+    if sys.argv[1] == "resume":
         method.load(sys.argv[2])
-        method.save(sys.argv[3])
+    for _ in range(STEPS[sys.argv[1]]):
+        method.step()
+    method.save(sys.argv[-1])
     dist.destroy_process_group()
 
 
