@@ -1,0 +1,129 @@
+"""What the documentation says works: its examples run, its commands parse, its links lead somewhere, its pages build.
+
+A block of Python whose first line is `# An excerpt: ...` is not run, one with `# needs pyquiet[EXTRA]` only where that
+is installed. Others run as they stand, those of a file one after the other, in a folder with the files that they name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import pyquiet
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BROUGHT = {"eval": "lm_eval", "plot": "matplotlib", "train": "accelerate", "scale": "httpx", "demo": "sklearn"}
+REPOSITORY = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "bench" / "README.md"]
+
+
+def by_name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def is_run(code: str) -> bool:
+    """Whether a block is to be run here."""
+    first = code.split("\n", 1)[0]
+    needed = re.match(r"# needs pyquiet\[(\w+)\]", first)
+    if needed:
+        return importlib.util.find_spec(BROUGHT[needed[1]]) is not None
+    return not first.startswith("# An excerpt: ")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with what the examples read."""
+    monkeypatch.chdir(tmp_path)
+    for part in pyquiet.load("tiny-causal"):
+        part.save_pretrained("path/of/a/causal-lm")
+    for name, numbers in (("calibration", (3, 5, 8)), ("questions", (4, 6))):
+        lines = [f"Ann has {n} apples. Ann buys {n + 1} more. How many apples does Ann have?" for n in numbers]
+        rows = [{"question": line, "answer": str(2 * n + 1)} for line, n in zip(lines, numbers, strict=True)]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text("utf-8"))], ids=by_name)
+def test_examples_run(page: Path, place: Path) -> None:
+    text = page.read_text("utf-8")
+    names: dict[str, object] = {"__name__": "example"}
+    blocks = [(found[1], text.count("\n", 0, found.start(1))) for found in BLOCK.finditer(text)]
+    runnable = [(code, line) for code, line in blocks if is_run(code)]
+    if not runnable:
+        pytest.skip("its examples are excerpts, or need an extra that is not installed")
+    for code, line in runnable:
+        exec(compile("\n" * line + code, str(page), "exec"), names)
+
+
+def hook() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def commands(text: str) -> list[str]:
+    """The command lines of pyquiet in a page: in indented blocks, and with options in the running text."""
+    text = text.replace("\\\n", " ")
+    lines = [part for line in re.findall(r"^ {4,}(.*)$", text, re.MULTILINE) for part in line.split("&&")]
+    inline = [line for line in re.findall(r"`([^`\n]+)`", text) if " --" in line]
+    return [line.strip() for line in lines + inline if line.strip().startswith("pyquiet ")]
+
+
+@pytest.mark.parametrize("page", REPOSITORY, ids=by_name)
+def test_commands_are_those_of_the_command_line(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = hook().command_line()
+    wrong = []
+    for command in commands(page.read_text("utf-8")):
+        try:
+            parser.parse_args(shlex.split(command, comments=True)[1:])
+        except SystemExit as end:  # with 0 from --help
+            wrong += [(command, capsys.readouterr().err)] if end.code else []
+    assert not wrong
+
+
+def test_there_are_examples_and_commands_to_find() -> None:
+    code = [found[1] for page in PAGES for found in BLOCK.finditer(page.read_text("utf-8"))]
+    assert sum(map(is_run, code)) > 6
+    assert not is_run("# An excerpt: x is yours\nx.run()")
+    assert len(commands((ROOT / "README.md").read_text("utf-8"))) > 5
+    assert commands("    pip install . && pyquiet doctor --json  # all\n\n`pyquiet a --b`") == [
+        "pyquiet doctor --json  # all",
+        "pyquiet a --b",
+    ]
+
+
+@pytest.mark.parametrize("page", REPOSITORY, ids=by_name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text("utf-8"))
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.slow
+def test_the_pages_build_and_hold_all_that_is_exported(tmp_path: Path) -> None:
+    for name in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(name)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path), "--quiet"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
+        text = (tmp_path / "api" / f"{page.stem}.html").read_text("utf-8")
+        package = importlib.import_module(f"pyquiet.{page.stem}")
+        documented = [name for name in package.__all__ if hook().home(package, name)]
+        missing = [name for name in documented if f'.{name}" class="doc' not in text]
+        assert documented
+        assert not missing
+    assert "--takeover-rate" in (tmp_path / "commands.html").read_text("utf-8")
