@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -16,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-__all__ = ["available", "load"]
+__all__ = ["available", "held_out", "load"]
 
 _FOLDER = Path(__file__).parent
 
@@ -50,6 +51,20 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model = _kind(folder).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return model.eval(), tokenizer
+
+
+def held_out(kind: Literal["stories", "passages"]) -> list[dict[str, str]]:
+    """Texts that no embedded model was trained on, each with its `text` and its `kind`: of story, or the book's name.
+
+    "stories" are 180 of a small generated world, a third each "letters", "journeys" and "sums", whose conclusions are
+    given at once; "passages" are 240 of some sentences each from the ends of the books.
+
+    Raises ValueError for another kind.
+    """
+    if kind not in ("stories", "passages"):
+        raise ValueError(f'kind={kind!r} must be "stories" or "passages"')
+    lines = (_FOLDER / "texts" / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def _kind(folder: Path) -> Any:

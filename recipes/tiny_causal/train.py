@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,10 +23,14 @@ from evaluate import held_out_scores
 from safetensors import safe_open
 from safetensors.torch import save_file
 from text_codec import BOS, EOS, PAD, TokenStream, encode_sections, load_or_train_tokenizer
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import Module
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "story_world"))
+from texts import story_rows
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Settings:
     seed: int = 0
     intermediate_size: int = 352
     leave_out: tuple[str, ...] = ()  # books that another model is to learn from
+    base: str = ""  # folder of the model to go on from
+    stories: float = 0.0  # share of the rows of `recipes/story_world`
 
 
 # Most steps see short crops; the longer ones teach the positions up to the context of 1024.
@@ -75,11 +82,27 @@ def learning_rate(step: int, settings: Settings) -> float:
     return settings.peak_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def crops(stream: TokenStream, step: int, settings: Settings) -> Tensor:
-    """int64 [B, T]: half of the crops start at a paragraph, behind <bos>; the rest anywhere.
+def batch_of(stream: TokenStream, tokenizer: Tokenizer, step: int, settings: Settings) -> Tensor:
+    """int64 [B, T]: crops of the books and rows of stories.
 
     Drawn from (seed, step) alone, so a resumed run sees what an unbroken one would have seen.
     """
+    ids = crops(stream, step, settings)
+    stories = round(settings.stories * len(ids))
+    if stories:
+        rows = story_rows(
+            settings.seed,
+            step,
+            stories,
+            ids.shape[1],
+            lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        )
+        ids = torch.cat([rows, ids[stories:]])
+    return ids
+
+
+def crops(stream: TokenStream, step: int, settings: Settings) -> Tensor:
+    """int64 [B, T]: half of the crops start at a paragraph, behind <bos>; the rest anywhere."""
     generator = np.random.default_rng((settings.seed, step))
     length = CROP_LENGTHS[step % len(CROP_LENGTHS)]
     rows = settings.tokens_per_step // length
@@ -165,7 +188,11 @@ def train(data: Path, work: Path, settings: Settings, args: argparse.Namespace) 
     tokenizer = load_or_train_tokenizer(work / "tokenizer.json", books)
     stream = encode_sections(tokenizer, [section for book in books for section in book.train])
     torch.manual_seed(settings.seed)
-    model = LlamaForCausalLM(model_config(settings.intermediate_size))
+    model = (
+        LlamaForCausalLM.from_pretrained(settings.base, dtype=torch.float32)
+        if settings.base
+        else LlamaForCausalLM(model_config(settings.intermediate_size))
+    )
     optimizer = make_optimizer(model, settings)
     checkpoint, log = work / "checkpoint.safetensors", work / "log.jsonl"
     first = load_checkpoint(checkpoint, model, optimizer, settings) if checkpoint.exists() else 0
@@ -176,7 +203,7 @@ def train(data: Path, work: Path, settings: Settings, args: argparse.Namespace) 
     begin, losses = time.monotonic(), []
     for step in tqdm(range(first, settings.steps), disable=args.quiet, mininterval=5, unit="step"):
         rate = learning_rate(step, settings)
-        ids = crops(stream, step, settings)
+        ids = batch_of(stream, tokenizer, step, settings)
         losses.append(train_step(step_model, optimizer, ids, rate, not args.no_bf16))
         last = step + 1 == settings.steps
         if (step + 1) % SAVE_EVERY == 0 or last:
@@ -205,6 +232,8 @@ def main() -> None:
     parser.add_argument("--peak-rate", type=float, default=Settings.peak_rate)
     parser.add_argument("--intermediate-size", type=int, default=Settings.intermediate_size)
     parser.add_argument("--leave-out", nargs="*", default=[], metavar="BOOK", help="names of books not to train on")
+    parser.add_argument("--base", default="", metavar="FOLDER", help="model to go on from, of the same tokenizer")
+    parser.add_argument("--stories", type=float, default=0.0, metavar="SHARE", help="of the rows from story_world")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-bf16", action="store_true", help="compute in float32 throughout")
     parser.add_argument("--compile", action="store_true", help="torch.compile; needs a compiler")
@@ -216,6 +245,8 @@ def main() -> None:
         peak_rate=args.peak_rate,
         intermediate_size=args.intermediate_size,
         leave_out=tuple(args.leave_out),
+        base=args.base,
+        stories=args.stories,
     )
     train(args.data, args.work, settings, args)
 

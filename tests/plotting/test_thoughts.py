@@ -11,8 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 from pyquiet.plotting import write_thoughts_page
-from pyquiet.plotting.thoughts import LEVELS
 from pyquiet.plotting.pieces import token_pieces, visible
+from pyquiet.plotting.thoughts import LEVELS
 
 from .conftest import TEXT
 
@@ -132,7 +132,9 @@ def test_the_limit_is_stated(page, gains):
 
 def test_thoughts_of_no_tokens_are_shown(page, gains):
     empty = replace(gains, thoughts=gains.thoughts[:, :, :0])
-    assert page(empty).spans["t0"][0]["data-hint"].split("\n")[1:] == [f"w {w:+.3f}: " for w in gains.weight[0].tolist()]
+    assert page(empty).spans["t0"][0]["data-hint"].split("\n")[1:] == [
+        f"w {w:+.3f}: " for w in gains.weight[0].tolist()
+    ]
 
 
 def test_characters_of_several_tokens_stand_with_the_last(tokenizer):
