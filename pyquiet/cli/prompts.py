@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,20 +15,8 @@ if TYPE_CHECKING:
     from pyquiet.prompts.answers import Cost, Row
 
 # Options that do not change what becomes of a prompt; of models and their words, digests count and not names.
-_NO_MATTER = {
-    "run",
-    "command",
-    "fields",
-    "prompts",
-    "output",
-    "batch_size",
-    "device",
-    "quiet",
-    "json",
-    "no_live",
-    "prompt",
-    "text",
-}
+_NO_MATTER = {"run", "command", "fields", "prompts", "prompt", "text", "output", "batch_size", "device", "quiet"}
+_NO_MATTER |= {"json", "no_live"}
 _NAMES = {"model", "tokenizer", "energy"}
 
 
@@ -91,10 +80,11 @@ def answer(
     """
     from pyquiet.prompts import answer_prompts, tokenizer_digest, weights_digest
 
-    header = {"command": args.command, "pyquiet": pyquiet.__version__, "prompts": prompts[1]}
-    header |= {"model": weights_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
-    header |= {"energy": energy and weights_digest(energy)}
+    header = {"command": args.command, "pyquiet": pyquiet.__version__}
     header |= {name: value for name, value in vars(args).items() if name not in _NO_MATTER | _NAMES}
+    header |= {"prompts": prompts[1], "model": weights_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
+    if energy is not None:
+        header["energy"] = weights_digest(energy)
 
     def named(batch: "Sequence[Prompt]") -> "tuple[list[list[Row]], Cost]":
         rows, cost = answers(batch)
@@ -112,9 +102,9 @@ def answer(
 
 
 def _rounded(value: Any) -> Any:
-    """The value with its floats, of which batches move the last bits, to four digits."""
+    """The value with its floats to four digits, since batches move their last bits; what is infinite or nan is None."""
     if isinstance(value, float):
-        return float(f"{value:.4g}")
+        return float(f"{value:.4g}") + 0.0 if math.isfinite(value) else None  # + 0.0: there is one zero
     if isinstance(value, dict):
         return {name: _rounded(x) for name, x in value.items()}
     return [_rounded(x) for x in value] if isinstance(value, list | tuple) else value

@@ -1,8 +1,7 @@
 """The processes of a run, as torchrun and `accelerate launch` start them."""
 
+import atexit
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -32,17 +31,11 @@ class Ranks:
         """The device of that name; of several processes on a machine each has a "cuda" of its own."""
         return f"cuda:{self.local}" if name == "cuda" and self.size > 1 else name
 
-    @contextmanager
-    def joined(self) -> Iterator[None]:
-        """Opens a group of all processes, unless there is one."""
-        if self.size == 1 or dist.is_initialized():
-            yield
-            return
-        dist.init_process_group("gloo", timeout=_PATIENCE)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
+    def join(self) -> None:
+        """Opens a group of all processes, unless there is one; it ends with the process, for there is no second one."""
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=_PATIENCE)
+            atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
     def wait(self) -> None:
         """Returns when all have called it."""

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -47,28 +48,37 @@ def answer_prompts(
     """
     check_count("batch_size", batch_size, least=1)
     target, ranks = check_target(output), ranks or Ranks.current()
-    with ranks.joined():
-        # One rank looks at the disk, since others may see it later, and before any of them writes.
-        seen = (finished(target, header), answered(target, header)) if ranks.rank == 0 else None
-        views = ranks.everyones((dict(header), seen))
-        for rank, (other, _) in enumerate(views):
-            check_same(other, header, f"rank {rank} was started with", "start all ranks alike")
-        cost, done = views[0][1]
-        if cost is None:
-            batches = _batches(prompts, done, batch_size)[ranks.rank :: ranks.size]
-            bar = tqdm(
-                total=sum(map(len, batches)), disable=not progress or ranks.rank > 0, unit="prompt", desc=_title(ranks)
-            )
-            with Part(target, ranks.rank, header) as part, bar:
-                for batch in batches:
-                    rows, took = answer(batch)
-                    part.append(zip((prompt.index for prompt in batch), rows, strict=True), took)
-                    bar.update(len(batch))
-                ranks.wait()
-                cost = merge(target, header, len(prompts)) if ranks.rank == 0 else None
-        elif ranks.rank == 0:
-            remove_parts(target)  # of a run that was killed before it could
-        return cost if ranks.rank == 0 else None
+    ranks.join()
+    # One rank looks at the disk, since others may see it later, and before any of them writes.
+    views = ranks.everyones((dict(header), _seen(target, header) if ranks.rank == 0 else None))
+    for rank, (other, _) in enumerate(views):
+        check_same(other, header, f"rank {rank} was started with", "start all ranks alike")
+    if isinstance(seen := views[0][1], Exception):
+        raise seen
+    cost, done = seen
+    if cost is None:
+        batches = _batches(prompts, done, batch_size)[ranks.rank :: ranks.size]
+        bar = tqdm(
+            total=sum(map(len, batches)), disable=not progress or ranks.rank > 0, unit="prompt", desc=_title(ranks)
+        )
+        with Part(target, ranks.rank, header) as part, bar:
+            for batch in batches:
+                rows, took = answer(batch)
+                part.append(zip((prompt.index for prompt in batch), rows, strict=True), took)
+                bar.update(len(batch))
+            ranks.wait()
+            cost = merge(target, header, len(prompts)) if ranks.rank == 0 else None
+    elif ranks.rank == 0:
+        remove_parts(target)  # of a run that was killed before it could
+    return cost if ranks.rank == 0 else None
+
+
+def _seen(target: Path, header: Header) -> tuple[Cost | None, set[int]] | Exception:
+    """What a finished run cost and which prompts have answers, or what is wrong with what is there, for all to know."""
+    try:
+        return finished(target, header), answered(target, header)
+    except (ValueError, OSError) as error:
+        return error
 
 
 def _batches(prompts: Sequence[Prompt], done: set[int], size: int) -> list[Sequence[Prompt]]:

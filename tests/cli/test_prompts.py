@@ -239,8 +239,10 @@ def test_other_weights_are_another_run(folder, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", LINES)
-def test_four_processes_write_the_file_of_one(folder, command, tmp_path):
-    in_processes(4, "prompts.runs", "cli", *many(folder, command, tmp_path / "four", "--batch-size", "1"))
-    assert main(many(folder, command, tmp_path / "one", "--batch-size", "1")) == 0
-    assert (tmp_path / "four").read_text() == (tmp_path / "one").read_text()
+def test_four_processes_write_the_files_of_one(folder, tmp_path):
+    commands = [many(folder, name, tmp_path / f"{name}-four", "--batch-size", "1") for name in LINES]
+    (tmp_path / "commands").write_text(json.dumps(commands))
+    in_processes(4, "prompts.runs", "commands", tmp_path / "commands")
+    for name in LINES:
+        assert main(many(folder, name, tmp_path / f"{name}-one", "--batch-size", "1")) == 0
+        assert (tmp_path / f"{name}-four").read_text() == (tmp_path / f"{name}-one").read_text()

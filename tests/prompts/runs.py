@@ -1,10 +1,11 @@
-"""Runs over prompts without a model; as a program, one of them or a command of pyquiet's in each of several processes.
+"""Runs over prompts without a model; as a program, one of them or commands of pyquiet in each of several processes.
 
-python -m tests.prompts.runs fake FOLDER BATCH_SIZE KILLED | cli WORD ...
+python -m tests.prompts.runs fake FOLDER BATCH_SIZE KILLED | commands FILE
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -52,5 +53,7 @@ def fake(folder: Path, batch_size: str, killed: str) -> int:
 
 
 if __name__ == "__main__":
-    what, *words = sys.argv[1:]
-    sys.exit(main(words) if what == "cli" else fake(Path(words[0]), *words[1:]))
+    what, path, *words = sys.argv[1:]
+    if what == "fake":
+        sys.exit(fake(Path(path), *words))
+    sys.exit(max(main(command) for command in json.loads(Path(path).read_text())))
