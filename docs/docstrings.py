@@ -5,14 +5,21 @@ from typing import Any
 
 import griffe
 
+EXAMPLES = re.compile(r"^>>> .*?(?=\n\n|\Z)", re.DOTALL | re.MULTILINE)
+SEVERAL = re.compile(r"^( +)(\w+)((?:, \w+)+): ", re.MULTILINE)
+
 
 class Docstrings(griffe.Extension):
-    """Examples (`>>> ...`) are code, and a field's comment (`weight: Tensor  # [B, T, N]`) is its documentation."""
+    """Examples (`>>> ...`) are code, and a field's comment (`weight: Tensor  # [B, T, N]`) is its documentation.
+
+    Attributes that share a line stand under the first one's name, with all names before their text.
+    """
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
-            examples = re.compile(r"^>>> .*?(?=\n\n|\Z)", re.DOTALL | re.MULTILINE)
-            obj.docstring.value = examples.sub(lambda found: f"```pycon\n{found[0]}\n```", obj.docstring.value)
+            text = EXAMPLES.sub(lambda found: f"```pycon\n{found[0]}\n```", obj.docstring.value)
+            before, title, attributes = text.partition("Attributes:\n")
+            obj.docstring.value = before + title + SEVERAL.sub(r"\1\2: \2\3: ", attributes)
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
         if attr.docstring is None and attr.lineno and attr.lineno == attr.endlineno:
