@@ -3,67 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import pyquiet
 from pyquiet.randomness import Purpose, Stream, draw
-from pyquiet.scaling.backends.base import Choose, ContextOverflowError, Generate, Generated, Prompt, RefusedError, Score
+from pyquiet.scaling.backends.base import Choose, ContextOverflowError, Generated, Prompt, RefusedError, Score
 from pyquiet.scaling.backends.decoding import _DRAWS
 from pyquiet.scaling.backends.huggingface import HFBackend
 
-from .byte_tokens import byte_tokenizer
-
-T = TypeVar("T")
-TOKENIZER = byte_tokenizer()
-SIZES: dict[str, Any] = {
-    "vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3, "eos_token_id": 1,
-}  # fmt: skip
-
-
-def llama() -> Any:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).double().eval()
-
-
-def mistral() -> Any:
-    torch.manual_seed(0)
-    return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=6)).double().eval()
-
-
-def using(model: Any, work: Callable[[HFBackend], Awaitable[T]], **options: Any) -> T:
-    async def run() -> T:
-        backend = HFBackend(model, TOKENIZER, **options)
-        await backend.open()
-        try:
-            return await work(backend)
-        finally:
-            await backend.close()
-
-    return asyncio.run(run())
-
-
-def ids_of(seed: int, length: int) -> tuple[int, ...]:
-    return tuple(torch.randint(2, 258, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
-
-
-def wants(i: int, **changes: Any) -> Generate:
-    fields: dict[str, Any] = {
-        "chain": f"c{i}", "prompt": Prompt(ids_of(i, 3 + 4 * (i % 5))), "max_tokens": 6 + i % 7, "temperature": 0.9,
-        "top_p": 0.95, "seed": 2**62 + 977 * i,
-    }  # fmt: skip
-    return Generate(**(fields | changes))
-
-
-@torch.no_grad()
-def brute_force(model: Any, ids: tuple[int, ...], start: int) -> torch.Tensor:
-    law = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    return law[range(start - 1, len(ids) - 1), list(ids[start:])]
+from .small_models import TOKENIZER, brute_force, ids_of, llama, mistral, using, wants
 
 
 @pytest.mark.parametrize("make", [llama, mistral])

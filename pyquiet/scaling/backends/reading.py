@@ -38,7 +38,7 @@ class Reader:
 
     Attributes:
         layout: where keys and values are; None for a model whose cache is more than keys and values of every token
-            (state spaces, latent attention): there each text has a cache of its own, and nothing is known of any.
+            (state spaces): there each text has a cache of its own, and nothing is known of any.
 
     Raises NotImplementedError for a model that cannot go on from a cache at all.
     """
@@ -93,7 +93,8 @@ class Reader:
             texts = Rows(self.layout)
             texts.add([kv for _, kv in group], ids.shape[1])
         positions = torch.tensor(known)[:, None] + (new_mask.cumsum(1) - 1).clamp_min(0)
-        hidden = self.forward(ids, torch.cat([texts.mask(), new_mask], 1), positions, texts.cache)
+        # What pads on the right comes after all that counts; unmasked, it still has something to look at in a window.
+        hidden = self.forward(ids, texts.mask(ids.shape[1]), positions, texts.cache)
         reads = []
         for row, ((job, _), n) in enumerate(zip(group, known, strict=True)):
             end = len(job.ids) - n
