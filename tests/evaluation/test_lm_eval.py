@@ -20,6 +20,7 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 
 from pyquiet.evaluation.lm_eval import PyquietLM
+from pyquiet.evaluation.lm_eval.requests import Wish
 
 PAIRS = [("The sea ", "is wide"), ("Who sings? ", "a bird"), ("The sea ", "was calm"), ("", "alone"), ("x", "y")]
 PROMPTS = ["The sea is", "Who", "A bird sang in the tall tree", "1 + 1 ="]
@@ -153,6 +154,32 @@ def test_samples_of_a_repeated_request_differ_and_stay(harnessed, reader, by_cha
     number = number_of(ids(by_character, "The sea"), 1)
     law = {"do_sample": True, "temperature": 2.0, "top_k": 0, "top_p": 1.0}
     assert written_alone(reader, by_character, "The sea", "always", 12, number, **law) == first[2]
+
+
+GREEDY = {"do_sample": False}
+WHOLE = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "until", "new_tokens", "options"),
+    [
+        ({}, (), 9, GREEDY),
+        ({"until": "x", "max_tokens": "4"}, ("x",), 4, GREEDY),
+        ({"until": ["x", "y"], "max_gen_toks": 3, "max_new_tokens": 8}, ("x", "y"), 3, GREEDY),
+        ({"do_sample": False, "temperature": 0.7, "top_p": 0.9}, (), 9, GREEDY),
+        ({"do_sample": None, "temperature": 0.0, "top_k": None}, (), 9, GREEDY),
+        ({"do_sample": True}, (), 9, WHOLE),
+        ({"temperature": 0.7, "top_k": 5}, (), 9, {**WHOLE, "temperature": 0.7, "top_k": 5}),
+        ({"repetition_penalty": 1.2}, (), 9, {**GREEDY, "repetition_penalty": 1.2}),
+    ],
+)
+def test_what_a_task_says_of_generation(kwargs, until, new_tokens, options):
+    wish = Wish.of(kwargs, 9)
+    assert (wish.until, wish.new_tokens, wish.options) == (until, new_tokens, options)
+
+
+def test_greedy_where_sampling_is_asked_for_at_temperature_0():
+    assert not Wish.of({"do_sample": True, "temperature": 0}, 9).options["do_sample"]
 
 
 def test_a_prompt_leaves_room_for_what_is_written(harnessed, by_character):

@@ -14,6 +14,7 @@ T = TypeVar("T")
 
 _NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # what tasks call their number
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+_WHOLE_LAW = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # what sampling is from, if not told otherwise
 
 
 def batches(
@@ -46,19 +47,15 @@ class Wish:
         options = dict(kwargs)
         until = options.pop("until", None) or ()
         given = [options.pop(name) for name in _NEW_TOKENS if name in options]
-        sampling = {name: options.pop(name) for name in _SAMPLING if options.get(name) is not None}
-        sample = options.pop("do_sample", bool(sampling.get("temperature")))
-        if sample and sampling.get("temperature") != 0:
-            options |= {
-                "top_k": 0,
-                "top_p": 1.0,
-                "temperature": 1.0,
-                **sampling,
-            }  # the whole law, if not told otherwise
+        sampling = {name: value for name in _SAMPLING if (value := options.pop(name, None)) is not None}
+        sample, law = options.pop("do_sample", None), _WHOLE_LAW | sampling
+        if sample is None:
+            sample = "temperature" in sampling
+        drawn = bool(sample and law["temperature"])
         return cls(
             (until,) if isinstance(until, str) else tuple(until),
             int(given[0]) if given else new_tokens,
-            options | {"do_sample": "temperature" in options},
+            options | (law if drawn else {}) | {"do_sample": drawn},
         )
 
 
