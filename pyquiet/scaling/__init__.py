@@ -10,9 +10,8 @@ from pyquiet.scaling.calibration import (
     PerQuestion,
     PerTurn,
     Pooled,
-    load_calibrator,
-    save_calibrator,
 )
+from pyquiet.scaling.calibration_files import load_calibrator, save_calibrator
 from pyquiet.scaling.calls import Retry
 from pyquiet.scaling.conformal import Bank, Budget, Rule
 from pyquiet.scaling.drift import DriftMonitor

@@ -17,22 +17,15 @@ from pyquiet.checks import check_count
 from pyquiet.scaling import answers
 from pyquiet.scaling.answers import Vote
 from pyquiet.scaling.backends.connect import Model, connect
-from pyquiet.scaling.calibration import (
-    Calibrator,
-    Cell,
-    Kind,
-    PerQuestion,
-    fit,
-    load_calibrator,
-    save_calibrator,
-)
+from pyquiet.scaling.calibration import BUCKETS, Calibrator, Cell, Kind, PerQuestion, PerTurn, fit
+from pyquiet.scaling.calibration_files import load_calibrator, save_calibrator
 from pyquiet.scaling.calls import Retry
 from pyquiet.scaling.conformal import Rule, Tail
 from pyquiet.scaling.engine import run_async, run_sync
 from pyquiet.scaling.journal import Journal
 from pyquiet.scaling.limits import TakeoverLimit
 from pyquiet.scaling.panel import Panel
-from pyquiet.scaling.plan import OnTakeover, Plan, check_on_takeover
+from pyquiet.scaling.plan import OnScoreFailure, OnTakeover, Plan, check_on_score_failure, check_on_takeover
 from pyquiet.scaling.policy import AcceptAll, ConformalPolicy, Policy
 from pyquiet.scaling.questions import Asked, as_questions
 from pyquiet.scaling.records import Question, Record
@@ -63,9 +56,14 @@ class ATTS:
         takeover_rate: rho, in (0, 1); the paper's alpha is 1 - rho, and a budget of B takeovers of m chains is B / m.
         chains, turns: m and T; None: those of `plan`.
         calibration: a calibrator, or the folder of one that was saved. None: for every question as many chunks as it
-            has chains are drafted and scored first, which is exact for its first turn alone.
-        tail, on_takeover: which promise, and what a takeover is: the target continues behind the draft's chunk, it
-            replaces the chunk, or the draft tries again (at most twice) and the best of its chunks stays.
+            has chains are drafted and scored first, which is exact for its first turn alone; later turns are ranked
+            among these first chunks, and may be taken over seldom or always.
+        tail: which promise; None is "budget". on_takeover: what a takeover is: the target continues behind the draft's
+            chunk, it replaces the chunk, or the draft tries again (at most twice) and the best of its chunks stays.
+        on_score_failure: what becomes of a chunk that could not be scored: "takeover", "accept", or "fail", which ends
+            its chain.
+        preset: "paper" makes the released settings the defaults: `tail="coverage"`, answers from rejected chunks, and
+            `calibrate` fills a pooled bank of first chunks. (`OfficialPolicy` is the released rule to the letter.)
         policy: decides in place of all these. score: larger is worse; None is the mean negative log-likelihood of the
             chunk under the target.
         plan: sampling, limits, pools, seed. template, system: how a question is shown, see `Views`.
@@ -89,8 +87,10 @@ class ATTS:
         chains: int | None = None,
         turns: int | None = None,
         calibration: Calibrator | str | os.PathLike[str] | None = None,
-        tail: Tail = "budget",
+        tail: Tail | None = None,
         on_takeover: OnTakeover = "continue",
+        on_score_failure: OnScoreFailure = "takeover",
+        preset: Literal["paper"] | None = None,
         policy: Policy | None = None,
         score: ScoreFn | None = None,
         plan: Plan | None = None,
@@ -104,14 +104,22 @@ class ATTS:
     ) -> None:
         if select not in ("majority", "weighted", "first"):
             raise ValueError(f'select must be "majority", "weighted" or "first", got {select!r}')
+        if select == "weighted" and not getattr(policy, "scored", True):
+            raise ValueError('select="weighted" weighs votes by scores: use AcceptAll(scored=True)')
         check_on_takeover(on_takeover)
+        check_on_score_failure(on_score_failure)
+        if preset not in (None, "paper"):
+            raise ValueError(f'preset must be "paper" or None, got {preset!r}')
         if degrade not in ("stop", "draft_only"):
             raise ValueError(f'degrade must be "stop" or "draft_only", got {degrade!r}')
         plan = plan or Plan()
         chains, turns = plan.chains if chains is None else chains, plan.turns if turns is None else turns
         self.plan = replace(plan, chains=chains, turns=turns)
-        self.rule, self.on_takeover = Rule(takeover_rate, tail), on_takeover
-        self.policy = policy
+        self.preset: Literal["paper"] | None = preset
+        if preset == "paper":
+            self.plan, tail = replace(self.plan, answer_from_rejected=True), tail or "coverage"
+        self.rule, self.on_takeover = Rule(takeover_rate, tail or "budget"), on_takeover
+        self.policy, self._on_score_failure = policy, on_score_failure
         self._saved = calibration if isinstance(calibration, str | os.PathLike) else None
         self.calibrator = None if isinstance(calibration, str | os.PathLike) else calibration
         self.score, self.extract, self.select = score or MeanNLL(), extract, select
@@ -190,8 +198,9 @@ class ATTS:
         self,
         questions: Iterable[Asked],
         *,
-        kind: Kind = "per_turn",
+        kind: Kind | None = None,
         chains: int = 4,
+        turns: int | None = None,
         journal: str | os.PathLike[str] | None = None,
         on_record: OnRecord | None = None,
     ) -> Calibrator:
@@ -202,25 +211,36 @@ class ATTS:
 
         Args:
             kind: "pooled" and "hierarchical" rank first chunks, the latter so that it holds for new questions;
-                "per_turn" makes a hierarchical bank for each turn. chains: of each question, for each turn.
+                "per_turn" (the default) makes hierarchical banks for turns. chains: of each question, for each turn.
+            turns: with "per_turn", so many turns get a bank each and with it a promise, from one T-th of the questions;
+                later ones are ranked in the last bank without a promise. None: banks for turns 0, 1, 2-3, 4-7 and 8-,
+                larger ones, of which those that turns share promise none of them its own rate.
 
         Raises:
             ValueError: bad questions, or none of their chunks could be scored.
         """
-        return blocking(self.acalibrate(questions, kind=kind, chains=chains, journal=journal, on_record=on_record))
+        work = self.acalibrate(questions, kind=kind, chains=chains, turns=turns, journal=journal, on_record=on_record)
+        return blocking(work)
 
     async def acalibrate(
         self,
         questions: Iterable[Asked],
         *,
-        kind: Kind = "per_turn",
+        kind: Kind | None = None,
         chains: int = 4,
+        turns: int | None = None,
         journal: str | os.PathLike[str] | None = None,
         on_record: OnRecord | None = None,
     ) -> Calibrator:
         """`calibrate` in a running event loop."""
         asked = as_questions(questions)
+        kind = kind or ("pooled" if self.preset == "paper" else "per_turn")
         check_count("chains", chains, least=1)
+        if turns is not None and kind != "per_turn":
+            raise ValueError(f'turns goes with kind="per_turn", got turns={turns} with {kind!r}')
+        calibrated = check_count("turns", self.plan.turns if turns is None else turns, least=1)
+        calibrated = min(calibrated, self.plan.turns) if kind == "per_turn" else 1
+        buckets = BUCKETS if turns is None else range(turns + 1)
         collected: list[tuple[float, Cell]] = []
         groups = {question.id: question.group for question in asked}
 
@@ -232,10 +252,11 @@ class ATTS:
                 on_record(record)
 
         async with self._open():
-            header = self.header(asked, None, "async") | {"calibration": {"kind": kind, "chains": chains}}
+            made = {"kind": kind, "chains": chains} | ({} if turns is None else {"turns": turns})
+            header = self.header(asked, None, "async") | {"calibration": made}
             with journalled(journal, header) as (file, records):
                 calibrator: Calibrator | None = None
-                for turn in range(self.plan.turns if kind == "per_turn" else 1):
+                for turn in range(calibrated):
                     before = len(collected)
                     for record in records:
                         if record.key.turn == turn:
@@ -243,28 +264,35 @@ class ATTS:
                     policy = AcceptAll() if calibrator is None else self._policy(calibrator)
                     session = self._session(policy, file, records, [collect], None)
                     numbers = range(turn * chains, (turn + 1) * chains)
-                    mine = asked[turn :: self.plan.turns] if kind == "per_turn" else asked
+                    mine = asked[turn::calibrated]
                     panels = (Panel(q, i, numbers, phase="calibrate", last_score=turn) for i, q in enumerate(mine))
                     await run_async(session, panels)
                     if len(collected) > before:
-                        calibrator = fit(kind, collected)
+                        calibrator = fit(kind, collected, buckets=buckets)
         if calibrator is None:
             raise ValueError("questions: none of the drafts could be scored (too short?), so there is no bank")
         self.calibrator = calibrator
         return calibrator
 
     def save_calibration(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the bank to a folder, from which `calibration=` takes it.
+        """Writes the bank to a folder, from which `calibration=` takes it, where what its scores depend on is the same:
+        models, sampling, score and template, and for later turns the rule and what ends chains.
 
-        Raises ValueError without one, TypeError for one that is made during a run.
+        Raises ValueError without one, TypeError for a calibrator of a foreign kind.
         """
         if self.calibrator is None:
             raise ValueError("there is no calibration to save: call calibrate first")
-        save_calibrator(self.calibrator, folder, self._taxonomy())
+        taxonomy = self._taxonomy()
+        if not isinstance(self.calibrator, PerTurn):  # first chunks, whatever becomes of them
+            taxonomy = {name: value for name, value in taxonomy.items() if name not in ("rule", "chains")}
+        save_calibrator(self.calibrator, folder, taxonomy)
 
     def header(self, questions: Sequence[Question], policy: Policy | None, engine: Engine) -> dict[str, Any]:
         """What a journal begins with: everything that must be the same for a run to go on. JSON values."""
-        rule = {"takeover_rate": self.rule.takeover_rate, "tail": self.rule.tail, "on_takeover": self.on_takeover}
+        rule = {
+            "takeover_rate": self.rule.takeover_rate, "tail": self.rule.tail, "on_takeover": self.on_takeover,
+            "on_score_failure": self._on_score_failure,
+        }  # fmt: skip
         decides: dict[str, Any] = {"policy": "calibration" if policy is None else type(policy).__name__}
         decides |= rule if self.policy is None else {}
         return {
@@ -279,7 +307,8 @@ class ATTS:
         }
 
     def _policy(self, calibrator: Calibrator) -> ConformalPolicy:
-        return ConformalPolicy(calibrator, self.rule, self.on_takeover)
+        failed = self._on_score_failure
+        return ConformalPolicy(calibrator, self.rule, self.on_takeover, on_score_failure=failed)
 
     def _panel(self, index: int, question: Question) -> Panel:
         return Panel(question, index, range(self.plan.chains), self.plan.early_majority)
@@ -309,6 +338,7 @@ class ATTS:
             self.extract,
             retry=self._retry,
             presample=self.plan.chains if presampled is not None else 0,
+            presampled=() if presampled is None else presampled.banks,
             take_presampled=None if presampled is None else lambda q, scores: presampled.set(q.id, scores),
             limit=self._limit,
             degrade=self._degrade,
@@ -328,12 +358,18 @@ class ATTS:
         return QuestionResult(panel.question, select(votes), chains)
 
     def _taxonomy(self) -> dict[str, str]:
-        names = {"draft": self.draft.identity, "target": self.target.identity, "plan": self.plan.to_dict()}
-        plan = {k: names["plan"][k] for k in ("draft", "stop")}
+        """What scores depend on; those of later turns also on the rule at earlier ones, and on which chains go on."""
+        plan = self.plan.to_dict()
+        ends = ("target", "chain_tokens", "answer_from_rejected", "closing_cue")
         return {
-            "draft": _digest(dict(names["draft"])), "target": _digest(dict(names["target"])), "sampling": _digest(plan),
-            "score": self.score.name, "template": self._template_hash(),
-        }  # fmt: skip
+            "draft": _digest(dict(self.draft.identity)),
+            "target": _digest(dict(self.target.identity)),
+            "sampling": _digest({name: plan[name] for name in ("draft", "stop")}),
+            "score": self.score.name,
+            "template": self._template_hash(),
+            "rule": f"{self.rule.tail} {self.rule.takeover_rate:g} {self.on_takeover}",
+            "chains": _digest({name: plan[name] for name in ends}),
+        }
 
     def _template_hash(self) -> str:
         template = self.template if isinstance(self.template, str) else getattr(self.template, "__qualname__", None)

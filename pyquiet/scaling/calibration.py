@@ -3,21 +3,15 @@
 import bisect
 import hashlib
 import itertools
-import json
-import os
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import torch
-from safetensors.torch import load_file, save_file
 
 from pyquiet.checks import check_count
-from pyquiet.files import replacing
-from pyquiet.scaling.conformal import Bank, ClusteredBank, PValue, rank
+from pyquiet.scaling.conformal import Bank, ClusteredBank, PValue, p_values, rank
 
 Base = Literal["pooled", "hierarchical"]
 Kind = Literal["pooled", "hierarchical", "per_turn"]
@@ -138,7 +132,7 @@ class PerQuestion(_Still):
 
     @property
     def version(self) -> str:
-        return _hash(sorted((name, bank.version) for name, bank in self.banks.items()))
+        return hashed(sorted((name, bank.version) for name, bank in self.banks.items()))
 
     def set(self, question: str, scores: Sequence[float]) -> None:
         """Gives a question its bank."""
@@ -161,8 +155,10 @@ class PerTurn(_Still):
     Exact, for a chain of a new question that has got so far, at turns that have a hierarchical bucket of their own, if
     the questions that calibrate a turn calibrate no other and were judged by the banks of the turns before it
     (`ATTS.calibrate` sees to that). The rate is then that of questions, each counting alike; where more chains of some
-    questions get so far than of others, the rate of all decisions may differ. A bucket with too few scores backs off to
-    the one before it, without a promise.
+    questions get so far than of others, the rate of all decisions may differ. In a bucket of several turns the rate
+    holds roughly, and for all of them together: their scores differ, and chains that calibrate a later one were judged
+    before its own scores were in the bank. A bucket with too few scores backs off to the one before it, without a
+    promise.
 
     Args:
         banks: by the first turn of each bucket. base: how scores of one bank count. n_min: fewer scores (pooled) or
@@ -183,7 +179,7 @@ class PerTurn(_Still):
 
     @property
     def version(self) -> str:
-        return _hash([self.base, *sorted((turn, bank.version) for turn, bank in self.banks.items())])
+        return hashed([self.base, *sorted((turn, bank.version) for turn, bank in self.banks.items())])
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -206,12 +202,17 @@ class PerTurn(_Still):
         elif self.base == "pooled":
             why = "scores of one question in the bank are alike, so its size is less than it looks"
         else:
-            why = f"ranked among scores of turn {mine}" if alone else f"turns from {mine} on share a bank"
+            why = f"ranked among scores of turn {mine}" if alone else self._shared(place)
         sure = used == mine and alone and self.base == "hierarchical"
         options: dict[str, Any] = {"guaranteed": sure, "why": why}
         if self.base == "hierarchical":
             return self._clustered[used].rank(score, uniform, **options)
         return rank(self.banks[used], score, uniform, **options)
+
+    def _shared(self, place: int) -> str:
+        first, *later = self.buckets[place : place + 2]
+        turns = f"turns {first} to {later[0] - 1}" if later else f"turns from {first} on"
+        return f"{turns} share a bank: what holds there is no turn's own rate"
 
     def _size(self, bucket: int) -> int:
         if bucket not in self.banks:
@@ -244,11 +245,20 @@ class Online:
             check_count("window", window, least=1)
         self.update, self.window, self.n_min = update, window, check_count("n_min", n_min, least=1)
         self.batch = check_count("batch", batch, least=1) if update == "epoch" else None
-        self._sorted = [] if bank is None else bank.scores.tolist()
         self._first = "" if bank is None else bank.version
-        self._recent = deque(self._sorted)
         self._pending: list[float] = []
         self._changes = 0
+        self._hold([] if bank is None else bank.scores.tolist())
+
+    def state(self) -> tuple[dict[str, Any], list[float]]:
+        """What it has learned: JSON values, and its scores, for "window" in the order of their arrival."""
+        learned = {"first": self._first, "changes": self._changes, "pending": list(self._pending)}
+        return learned, list(self._recent) if self.window is not None else list(self._sorted)
+
+    def restore(self, learned: Mapping[str, Any], scores: Sequence[float]) -> None:
+        """Takes on what another one of the same settings has learned, as `state` tells it."""
+        self._first, self._changes, self._pending = learned["first"], learned["changes"], list(learned["pending"])
+        self._hold(scores)
 
     @property
     def bank(self) -> Bank:
@@ -265,9 +275,7 @@ class Online:
             return None
         below, upto = bisect.bisect_left(self._sorted, score), bisect.bisect_right(self._sorted, score)
         why = "exact only if first chunks come one by one, in an order that does not depend on their scores"
-        low, high = (1 + n - below) / (n + 1), (1 + upto) / (n + 1)
-        smoothed = (n - upto + uniform * (1 + upto - below)) / (n + 1)
-        return PValue(low, high, smoothed, n, self.version, False, why)
+        return PValue(*p_values(below, upto, n, uniform), n, self.version, False, why)
 
     def observe(self, score: float, cell: Cell, took_over: bool) -> None:
         if cell.turn:
@@ -284,6 +292,9 @@ class Online:
 
     def rate(self, takeover_rate: float) -> float:
         return takeover_rate
+
+    def _hold(self, scores: Sequence[float]) -> None:
+        self._sorted, self._recent = sorted(scores), deque(scores)
 
     def _take(self, score: float) -> None:
         bisect.insort(self._sorted, score)
@@ -306,12 +317,11 @@ class Adaptive:
         if not 0 < step < 1:
             raise ValueError(f"step must lie between 0 and 1, got {step}")
         self.base, self.step = base, step
-        self._moved = 0.0
-        self._taken = self._seen = 0
+        self.taken = self.seen = 0  # decisions so far
 
     @property
     def version(self) -> str:
-        return f"{self.base.version}-{self._seen}-{self._taken}"
+        return f"{self.base.version}-{self.seen}-{self.taken}"
 
     def p_value(self, score: float, cell: Cell, uniform: float) -> PValue | None:
         p = self.base.p_value(score, cell, uniform)
@@ -322,13 +332,13 @@ class Adaptive:
 
     def observe(self, score: float, cell: Cell, took_over: bool) -> None:
         self.base.observe(score, cell, took_over)
-        self._seen, self._taken = self._seen + 1, self._taken + took_over
+        self.seen, self.taken = self.seen + 1, self.taken + took_over
 
     def advance(self) -> None:
         self.base.advance()
 
     def rate(self, takeover_rate: float) -> float:
-        return takeover_rate + self.step * (self._seen * takeover_rate - self._taken)
+        return takeover_rate + self.step * (self.seen * takeover_rate - self.taken)
 
 
 def fit(
@@ -356,66 +366,6 @@ def check_buckets(buckets: Sequence[int]) -> Sequence[int]:
     return buckets
 
 
-def save_calibrator(calibrator: Calibrator, folder: str | os.PathLike[str], taxonomy: Mapping[str, str]) -> None:
-    """Writes a fitted calibrator: scores as safetensors, the rest as JSON with the bank's hash.
-
-    Args:
-        taxonomy: what the scores depend on (models, template, ...); it must be the same where they are used.
-
-    Raises TypeError for a calibrator that is no bank of scores on its own (adaptive, online, per question).
-    """
-    if not isinstance(calibrator, Pooled | Hierarchical | PerTurn):
-        raise TypeError(f"calibrator: {type(calibrator).__name__} is made during a run and is not saved; save its bank")
-    banks = calibrator.banks if isinstance(calibrator, PerTurn) else {0: calibrator.bank}
-    about: dict[str, Any] = {
-        "format": 1, "kind": _KINDS[type(calibrator)], "version": calibrator.version, "n_min": calibrator.n_min,
-        "taxonomy": dict(taxonomy), "groups": {str(turn): list(bank.groups) for turn, bank in banks.items()},
-    }  # fmt: skip
-    if isinstance(calibrator, PerTurn):
-        about |= {"base": calibrator.base, "buckets": list(calibrator.buckets)}
-    about["seal"] = _hash(json.dumps(about, sort_keys=True))
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    with replacing(path / "scores.safetensors") as partial:
-        save_file({str(turn): torch.from_numpy(bank.scores.copy()) for turn, bank in banks.items()}, partial)
-    with replacing(path / "calibration.json") as partial:
-        partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-
-
-def load_calibrator(
-    folder: str | os.PathLike[str], taxonomy: Mapping[str, str] | None = None
-) -> Pooled | Hierarchical | PerTurn:
-    """The calibrator that `save_calibrator` wrote.
-
-    Raises ValueError if the scores are not those that were saved, or were gained with other models than `taxonomy`
-    says; OSError for files that are missing.
-    """
-    path = Path(folder)
-    about = json.loads((path / "calibration.json").read_text(encoding="utf-8"))
-    if about.pop("seal", None) != _hash(json.dumps(about, sort_keys=True)):
-        raise ValueError(f"{path}/calibration.json was changed after it was saved; calibrate again")
-    for name, value in (taxonomy or {}).items():
-        if about["taxonomy"].get(name) != value:
-            raise ValueError(
-                f"{path}: calibrated with {name}={about['taxonomy'].get(name)!r}, and this is {value!r}; scores of "
-                "different settings are never ranked together: calibrate again"
-            )
-    scores = load_file(path / "scores.safetensors")
-    banks = {int(turn): Bank(scores[turn].numpy(), tuple(groups)) for turn, groups in about["groups"].items()}
-    n_min = about["n_min"]
-    made: Pooled | Hierarchical | PerTurn
-    if about["kind"] == "per_turn":
-        made = PerTurn(banks, base=about["base"], buckets=about["buckets"], n_min=n_min)
-    else:
-        made = (Pooled if about["kind"] == "pooled" else Hierarchical)(banks[0], n_min=n_min)
-    if made.version != about["version"]:
-        raise ValueError(f"{path}: these scores hash to {made.version}, not to {about['version']}: they were changed")
-    return made
-
-
-_KINDS: dict[type, str] = {Pooled: "pooled", Hierarchical: "hierarchical", PerTurn: "per_turn"}
-
-
 def _bank(scores: Iterable[tuple[float, Cell]]) -> Bank:
     pairs = list(scores)
     if not pairs:
@@ -423,5 +373,6 @@ def _bank(scores: Iterable[tuple[float, Cell]]) -> Bank:
     return Bank(np.asarray([score for score, _ in pairs]), tuple(cell.question for _, cell in pairs))
 
 
-def _hash(words: Any) -> str:
+def hashed(words: Any) -> str:
+    """A hash of plain values."""
     return hashlib.blake2b(repr(words).encode(), digest_size=8).hexdigest()

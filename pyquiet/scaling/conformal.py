@@ -8,7 +8,8 @@ import hashlib
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -21,14 +22,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """Scores [n] of one kind, and of which question each is: what new scores are ranked in.
+    """Scores [n] of one kind, in order, and of which question each is: what new scores are ranked in.
 
     Raises ValueError for scores that are not finite, or for other than one group a score.
     """
 
     scores: Floats
     groups: tuple[str, ...] = ()
-    version: str = field(init=False)
 
     def __post_init__(self) -> None:
         scores = np.asarray(self.scores, dtype=np.float64)
@@ -37,12 +37,19 @@ class Bank:
             raise ValueError(f"scores must be finite numbers [n], got {scores}")
         if len(groups) != len(scores):
             raise ValueError(f"groups must name one question a score, got {len(groups)} for {len(scores)} scores")
-        order = np.lexsort((np.asarray(groups), scores))
+        order = np.argsort(scores, kind="stable")
         set_ = object.__setattr__
         set_(self, "scores", scores[order])
         set_(self, "groups", tuple(groups[i] for i in order))
-        content = repr((scores[order].tolist(), self.groups)).encode()
-        set_(self, "version", hashlib.blake2b(content, digest_size=8).hexdigest())
+
+    @cached_property
+    def version(self) -> str:
+        """A hash of the scores and their groups, whatever order they came in."""
+        ordered = [group for _, group in sorted(zip(self.scores.tolist(), self.groups, strict=True))]
+        digest = hashlib.blake2b((self.scores + 0.0).tobytes(), digest_size=8)  # + 0.0: no negative zero
+        digest.update(np.array([len(name) for name in ordered], dtype=np.int64).tobytes())
+        digest.update("".join(ordered).encode())
+        return digest.hexdigest()
 
     @property
     def size(self) -> int:
@@ -56,29 +63,34 @@ class Bank:
 
     def counts(self, score: float) -> tuple[int, int]:
         """How many scores are below this one, and how many equal it."""
-        low, high = (
-            np.searchsorted(self.scores, (score,), "left")[0],
-            np.searchsorted(self.scores, (score,), "right")[0],
-        )
-        return int(low), int(high - low)
+        low = int(self.scores.searchsorted(score))
+        return low, int(self.scores.searchsorted(score, "right")) - low
+
+
+def p_values(under: float, upto: float, n: int, uniform: float) -> tuple[float, float, float]:
+    """Low, high and smoothed p-value of a score that `under` of n lie below, and `upto` below or at."""
+    low, high, above = 1 + n - under, 1 + upto, n - upto
+    return low / (n + 1), high / (n + 1), (above + uniform * (low - above)) / (n + 1)
 
 
 def p_low(bank: Bank, score: float) -> float:
     """(1 + #{U_i >= u}) / (n + 1): small where a score is unusually bad; P(p <= a) <= a for exchangeable scores."""
-    below, _ = bank.counts(score)
-    return (1 + bank.size - below) / (bank.size + 1)
+    return _rank(bank, score, 0.0)[0]
 
 
 def p_high(bank: Bank, score: float) -> float:
     """(1 + #{U_i <= u}) / (n + 1): large where a score is bad; the paper's p-value."""
-    below, equal = bank.counts(score)
-    return (1 + below + equal) / (bank.size + 1)
+    return _rank(bank, score, 0.0)[1]
 
 
 def p_smoothed(bank: Bank, score: float, uniform: float) -> float:
     """(#{U_i > u} + v (1 + #{U_i = u})) / (n + 1) with v uniform: uniform for exchangeable scores, ties or not."""
+    return _rank(bank, score, uniform)[2]
+
+
+def _rank(bank: Bank, score: float, uniform: float) -> tuple[float, float, float]:
     below, equal = bank.counts(score)
-    return (bank.size - below - equal + uniform * (1 + equal)) / (bank.size + 1)
+    return p_values(below, below + equal, bank.size, uniform)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +115,7 @@ class PValue:
 
 def rank(bank: Bank, score: float, uniform: float, *, guaranteed: bool, why: str) -> PValue:
     """The p-values of a score in a bank whose scores all count alike."""
-    smoothed = p_smoothed(bank, score, uniform)
-    return PValue(p_low(bank, score), p_high(bank, score), smoothed, bank.size, bank.version, guaranteed, why)
+    return PValue(*_rank(bank, score, uniform), bank.size, bank.version, guaranteed, why)
 
 
 class ClusteredBank:
@@ -112,8 +123,7 @@ class ClusteredBank:
 
     p_low = (1 + sum over questions of the share of their scores that are >= u) / (Q + 1), which is valid for a new
     question although scores of one question are alike; p_high likewise. The smoothed one is uniform only where every
-    question has one score. The resolution is that of
-    Q, the number of questions. O(log n) a p-value.
+    question has one score. The resolution is that of Q, the number of questions. O(log n) a p-value.
     """
 
     def __init__(self, bank: Bank) -> None:
@@ -127,10 +137,9 @@ class ClusteredBank:
         """The p-values of a score."""
         below, equal = self.bank.counts(score)
         under, upto = float(self._below[below]), float(self._below[below + equal])
-        total, n = float(self.questions), self.questions
-        smoothed = (total - upto + uniform * (1 + upto - under)) / (n + 1)
-        low, high = (1 + total - under) / (n + 1), (1 + upto) / (n + 1)
-        return PValue(low, high, smoothed, n, self.bank.version, guaranteed, why, uniform=n == self.bank.size)
+        n = self.questions
+        ps = p_values(under, upto, n, uniform)
+        return PValue(*ps, n, self.bank.version, guaranteed, why, uniform=n == self.bank.size)
 
 
 @dataclass(frozen=True)

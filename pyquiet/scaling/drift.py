@@ -1,5 +1,6 @@
-"""A watch on p-values: are they still uniform, as they must be where the promise holds?"""
+"""A watch on p-values: are they still what they must be where the promise holds?"""
 
+import bisect
 import math
 import warnings
 from collections.abc import Callable
@@ -10,45 +11,71 @@ _BETS = (0.2, 0.4, 0.6, 0.8)  # exponents of the power martingales: small p-valu
 
 @dataclass
 class DriftMonitor:
-    """A conformal martingale of smoothed p-values (Vovk, Gammerman and Shafer, 2005).
+    """A conformal martingale for each turn (Vovk, Gammerman and Shafer, 2005).
 
-    It bets on p-values being too small and on their being too large, in equal parts and at several strengths. Where
-    the p-values are independent and uniform its capital is a fair game's that begins at 1, so that it ever reaches
-    1 / level with probability at most `level`: then it warns, once, and calls `on_drift`. P-values in one bank of n
-    scores are independent only as long as there are far fewer of them than n; false alarms grow when it watches longer.
+    It bets on p-values being too small and on their being too large, in equal parts and at several strengths. Its
+    capital is a fair game's that begins at 1, so that it ever reaches 1 / level with probability at most `level`; of
+    several turns the i-th to be seen must reach i (i + 1) / level. Then it warns, once, and calls `on_drift`.
+
+    P-values in one bank are alike, since they share the bank, and would bankrupt a fair game once there are as many of
+    them as scores in the bank. So what is bet on is each one's rank among the bank and the p-values before it, which is
+    uniform and independent of all earlier ones however many there are. That law is exact for smoothed p-values of
+    scores that are exchangeable with the bank's, no two of a question, in an order that does not depend on them. Where
+    questions have several scores in the bank (`Hierarchical`), p-values lie nearer the middle than uniform ones; where
+    chunks are judged as they are ready (async engine), slow ones come late.
 
     Attributes:
-        level: probability of a false alarm where p-values are independent.
+        level: probability of a false alarm.
     """
 
     level: float = 0.01
     on_drift: Callable[[], None] | None = None
     alarmed: bool = field(default=False, init=False)
     seen: int = field(default=0, init=False)
-    _logs: list[float] = field(default_factory=lambda: [0.0] * (2 * len(_BETS)), init=False, repr=False)
+    _games: dict[int, list[float]] = field(default_factory=dict, init=False, repr=False)
+    _before: dict[str, list[float]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.level < 1:
             raise ValueError(f"level must lie between 0 and 1, got {self.level}")
 
-    @property
-    def log_capital(self) -> float:
-        """Natural logarithm of the capital."""
-        top = max(self._logs)
-        return top + math.log(sum(math.exp(log - top) for log in self._logs) / len(self._logs))
+    def log_capital(self, turn: int = 0) -> float:
+        """Natural logarithm of a turn's capital."""
+        logs = self._games.get(turn, [0.0])
+        top = max(logs)
+        return top + math.log(sum(math.exp(log - top) for log in logs) / len(logs))
 
-    def see(self, p: float) -> None:
-        """Takes in the next p-value, in (0, 1)."""
+    def see(self, p: float, *, n: int = 0, bank: str = "", turn: int = 0) -> None:
+        """Takes in the next p-value, in (0, 1), of a score of this turn in a bank of n scores and that name.
+
+        n = 0 is for p-values that are independent of each other as they are, such as those of a bank that grows.
+        """
         self.seen += 1
+        p = self._rank(p, n, bank) if n else p
+        logs = self._games.setdefault(turn, [0.0] * (2 * len(_BETS)))
         for i, bet in enumerate(_BETS):  # density bet * p^(bet - 1) integrates to 1
-            self._logs[2 * i] += math.log(bet) + (bet - 1) * math.log(p)
-            self._logs[2 * i + 1] += math.log(bet) + (bet - 1) * math.log1p(-p)
-        if not self.alarmed and self.log_capital >= -math.log(self.level):
+            logs[2 * i] += math.log(bet) + (bet - 1) * math.log(p)
+            logs[2 * i + 1] += math.log(bet) + (bet - 1) * math.log1p(-p)
+        place = 1 + list(self._games).index(turn)
+        if not self.alarmed and self.log_capital(turn) >= math.log(place * (place + 1) / self.level):
             self.alarmed = True
             warnings.warn(
-                f"after {self.seen} decisions the p-values are not uniform any more (level {self.level}): the scores "
-                "have drifted away from the bank, and the takeover rate is not what was promised; calibrate again",
+                f"after {self.seen} decisions the p-values of turn {turn} are not uniform (level {self.level}); "
+                "scores have drifted away from the bank, so takeovers are not as frequent as promised: calibrate again",
                 stacklevel=2,
             )
             if self.on_drift is not None:
                 self.on_drift()
+
+    def _rank(self, p: float, n: int, bank: str) -> float:
+        """Where p lies among the ends of the bank's n + 1 ranks and earlier p-values, all made evenly spaced."""
+        before = self._before.setdefault(bank, [])
+        gap = min(int(p * (n + 1)), n)
+        place = bisect.bisect_left(before, p)
+        left, right = gap / (n + 1), (gap + 1) / (n + 1)
+        left = max(left, before[place - 1]) if place else left
+        right = min(right, before[place]) if place < len(before) else right
+        inside = min(max((p - left) / (right - left), 2.0**-53), 1 - 2.0**-53) if right > left else 0.5
+        rank = (gap + place + inside) / (n + len(before) + 1)
+        before.insert(place, p)
+        return rank

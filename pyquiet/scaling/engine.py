@@ -91,15 +91,15 @@ async def _judge_together(session: Session, panel: Panel, group: list[tuple[Chai
     """Scores all chunks, then decides on them at once; those decided before an interruption count with the rest."""
     filed = {chain: record for chain, step in group if (record := session.on_file(chain, step)) is not None}
     rest = [(chain, step) for chain, step in group if chain not in filed]
-    grades = await asyncio.gather(*(session.grade(chain, session.rank(panel, chain)) for chain, _ in rest))
+    found = await asyncio.gather(*(session.grade(chain, session.rank(panel, chain)) for chain, _ in rest))
+    graded = [(chain, step, grade) for (chain, step), grade in zip(rest, found, strict=True) if grade is not None]
     records = [record for record in filed.values() if record.key.stage == "score"]
-    records += [session.undecided(step, grade) for (_, step), grade in zip(rest, grades, strict=True)]
+    records += [session.undecided(step, grade) for _, step, grade in graded]
     uniforms = [record.key.uniform(session.plan.seed) for record in records]
     decisions = session.setting.policy.decide_all([chunk_of(r, panel.question) for r in records], uniforms)
     for chain, record in filed.items():
         chain.apply(record)
-    new = zip(rest, grades, decisions[len(decisions) - len(rest) :], strict=True)
-    for (chain, step), grade, decision in new:
+    for (chain, step, grade), decision in zip(graded, decisions[len(decisions) - len(graded) :], strict=True):
         record = session.judged(chain, step, grade, decision)
         session.commit(record, panel.question)
         chain.apply(record)

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 from pyquiet.checks import check_count
 
 OnTakeover = Literal["continue", "replace", "resample"]
+OnScoreFailure = Literal["takeover", "accept", "fail"]
 Order = Literal["fifo", "oldest", "deepest"]
 
 
@@ -13,6 +14,12 @@ def check_on_takeover(value: str) -> None:
     """Raises ValueError unless the value is an `OnTakeover`."""
     if value not in get_args(OnTakeover):
         raise ValueError(f'on_takeover must be "continue", "replace" or "resample", got {value!r}')
+
+
+def check_on_score_failure(value: str) -> None:
+    """Raises ValueError unless the value is an `OnScoreFailure`."""
+    if value not in get_args(OnScoreFailure):
+        raise ValueError(f'on_score_failure must be "takeover", "accept" or "fail", got {value!r}')
 
 
 @dataclass(frozen=True)

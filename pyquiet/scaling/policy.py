@@ -6,9 +6,9 @@ from typing import Literal, Protocol
 
 from pyquiet.checks import check_count, check_fraction
 from pyquiet.scaling.calibration import Calibrator, Cell
-from pyquiet.scaling.conformal import Bank, Rule
+from pyquiet.scaling.conformal import NEAR, Bank, Label, PValue, Rule
 from pyquiet.scaling.drift import DriftMonitor
-from pyquiet.scaling.plan import OnTakeover, check_on_takeover
+from pyquiet.scaling.plan import OnScoreFailure, OnTakeover, check_on_score_failure, check_on_takeover
 from pyquiet.scaling.records import TAKEOVERS, Action, Decision, Key
 
 Takeover = Literal["continue", "replace"]
@@ -16,7 +16,7 @@ Takeover = Literal["continue", "replace"]
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A chunk that waits for its decision: its score, or None and the reason: "short", "empty" or "failed"."""
+    """A chunk that waits for its decision: its score, or None and why: "short", "empty", "failed" or "unscored"."""
 
     key: Key
     cell: Cell
@@ -29,6 +29,9 @@ class Policy(Protocol):
 
     Attributes:
         together: whether it needs all chunks of a question's turn at once; only the sync engine can then use it.
+
+    If it has an attribute `scored` that is False, no chunk is scored for it (the reason is then "unscored"). If it has
+    one `fail_unscored` that is True, a chain whose scoring failed for good ends there.
     """
 
     together: bool
@@ -59,7 +62,10 @@ class _Alone:
 
 
 class AcceptAll(_Alone):
-    """Keeps every draft: the draft model alone."""
+    """Keeps every draft: the draft model alone. The target is asked for scores only if they are wanted for votes."""
+
+    def __init__(self, *, scored: bool = False) -> None:
+        self.scored = scored
 
     def decide(self, chunk: Chunk, uniform: float) -> Decision:
         return Decision("accept", "all")
@@ -73,9 +79,10 @@ class ConformalPolicy(_Alone):
             times and the chunk of the lowest score stays. A chunk that the rule discards is drafted again in any case;
             when the tries are used up the target continues or replaces it.
         on_cold: what to do with a score that there is no bank for. on_score_failure: with a chunk whose scoring failed
-            for good. on_short: with one too short to be scored. None of these decisions has a p-value.
-        drift: watches the p-values of guaranteed decisions, warns when they stop being uniform, and may freeze the
-            calibrator.
+            for good ("fail" ends its chain). on_short: with one too short to be scored. None of these decisions has a
+            p-value.
+        drift: watches the p-values of guaranteed decisions on each question's first chain, warns when they stop being
+            uniform, and may freeze the calibrator.
     """
 
     def __init__(
@@ -86,15 +93,17 @@ class ConformalPolicy(_Alone):
         *,
         resamples: int = 2,
         on_cold: Literal["takeover", "accept"] = "takeover",
-        on_score_failure: Literal["takeover", "accept"] = "takeover",
+        on_score_failure: OnScoreFailure = "takeover",
         on_short: Literal["takeover", "accept"] = "accept",
         drift: DriftMonitor | None = None,
     ) -> None:
         check_on_takeover(on_takeover)
-        for name, value in (("on_cold", on_cold), ("on_score_failure", on_score_failure), ("on_short", on_short)):
+        check_on_score_failure(on_score_failure)
+        for name, value in (("on_cold", on_cold), ("on_short", on_short)):
             if value not in ("takeover", "accept"):
                 raise ValueError(f'{name} must be "takeover" or "accept", got {value!r}')
         self.calibrator, self.rule, self.on_takeover = calibrator, rule, on_takeover
+        self.fail_unscored = on_score_failure == "fail"
         self.resamples, self.drift = check_count("resamples", resamples, least=0), drift
         for n in getattr(calibrator, "sizes", ()):
             rule.warn_if_idle(n)
@@ -106,7 +115,7 @@ class ConformalPolicy(_Alone):
         p = self.calibrator.p_value(chunk.score, chunk.cell, uniform)
         if p is None:
             return self._blind("cold")
-        label = self.rule.label(p, self.calibrator.rate(self.rule.takeover_rate))
+        label = self._label(p)
         action, reason = self._action(label, chunk.key.attempt)
         sure, why = p.guaranteed, p.why
         if chunk.key.attempt:
@@ -115,13 +124,18 @@ class ConformalPolicy(_Alone):
             sure, why = False, "smoothed p-values are exact only where a question has one score in the bank"
         # One chain of a question, since those of one question are alike.
         if self.drift is not None and p.guaranteed and not chunk.key.attempt and not chunk.key.chain:
-            self.drift.see(p.smoothed)
-        return Decision(action, reason, self.rule.p(p), p.n, p.version, sure, why)
+            self.drift.see(p.smoothed, n=p.n, bank=p.version, turn=chunk.cell.turn)
+        around = (self.calibrator.p_value(chunk.score + step, chunk.cell, uniform) for step in (-NEAR, NEAR))
+        near = any(other is None or self._label(other) != label for other in around)
+        return Decision(action, reason, self.rule.p(p), p.n, p.version, sure, why, near)
 
     def observe(self, chunk: Chunk, decision: Decision) -> None:
         """Shows the calibrator the score of a first draft that was decided on, or met no bank yet."""
         if chunk.score is not None and not chunk.key.attempt and decision.reason in ("p", "cold"):
             self.calibrator.observe(chunk.score, chunk.cell, decision.action in (*TAKEOVERS, "resample"))
+
+    def _label(self, p: PValue) -> Label:
+        return self.rule.label(p, self.calibrator.rate(self.rule.takeover_rate))
 
     def _action(self, label: str, attempt: int) -> tuple[Action, str]:
         if label == "accept":

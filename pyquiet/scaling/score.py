@@ -163,7 +163,8 @@ class JudgeGrade:
     """The grade that the target gives when it is asked for one behind the chunk; the score is its negative.
 
     The grade is the expected index in `grades` under the target's probabilities of these continuations, so that the
-    best of ten is 9. One forward; the history may come from the cache.
+    best of ten is 9. One forward; the history may come from the cache. The prompt's tokens are counted as read where
+    they are known here.
 
     Args:
         prompt: stands behind the chunk and asks for the grade. grades: from worst to best, each one a continuation.
@@ -198,7 +199,8 @@ class JudgeGrade:
         if not math.isfinite(top):
             raise RefusedError(f"the target gives none of the grades {self.grades} any probability")
         weights = [math.exp(x - top) for x in log_probs]
-        return Graded(-math.fsum(i * w for i, w in enumerate(weights)) / math.fsum(weights))
+        grade = math.fsum(i * w for i, w in enumerate(weights)) / math.fsum(weights)
+        return Graded(-grade, "", Usage(len(ids or ())))
 
 
 class Reward:

@@ -2,9 +2,9 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pyquiet.scaling.backends.base import Backend, ContextOverflowError, Generate, GoneError, Prompt, TransientError
 from pyquiet.scaling.calibration import Cell
@@ -19,6 +19,8 @@ from pyquiet.scaling.records import TAKEOVERS, Decision, Question, Record, Timin
 from pyquiet.scaling.score import ChunkView, Graded, ScoreFn
 from pyquiet.scaling.views import Views
 
+T = TypeVar("T")
+
 
 class Stopped(Exception):  # noqa: N818  no error: the run was asked to end
     """No new stage is begun."""
@@ -30,9 +32,9 @@ class Setting:
 
     Attributes:
         views: makes a question's text as draft and target are to see it. extract, final: find the answer, see `Chain`.
-        fail_unscored: whether a chain ends where scoring fails for good; else the policy decides.
         presample: chunks that are drafted and scored for each question before its first decision, 0 for none.
-        take_presampled: gets their scores. limit: a cap on takeovers.
+        presampled: ids of questions that need none any more. take_presampled: gets their scores.
+        limit: a cap on takeovers.
         degrade: what happens when the target stays away: the run stops and can be resumed, or all further drafts are
             accepted.
         on_record: is told every record that is committed. on_panel: every question that is done.
@@ -46,9 +48,9 @@ class Setting:
     views: Callable[[Question], Views]
     extract: Extract
     final: Extract | None = None
-    fail_unscored: bool = False
     retry: Retry = field(default_factory=Retry)
     presample: int = 0
+    presampled: Container[str] = ()
     take_presampled: Callable[[Question, Sequence[float]], None] | None = None
     limit: TakeoverLimit | None = None
     degrade: Literal["stop", "draft_only"] = "stop"
@@ -104,7 +106,7 @@ class Session:
 
     async def prepare(self, question: Question) -> None:
         """Drafts and scores what the question's own bank is made of: once, whoever asks first."""
-        if not self.setting.presample:
+        if not self.setting.presample or question.id in self.setting.presampled:
             return
         task = self._prepared.get(question.id)
         if task is None:
@@ -122,17 +124,15 @@ class Session:
         assert step is not None
         record = self.on_file(chain, step)
         if record is None:
-            try:
-                if step.request is None:
-                    record = self.judged(chain, step, await self.grade(chain, rank))
-                else:
-                    record = await self._write(step, step.request, rank)
-            except ContextOverflowError:
-                return chain.end("context")
-            except TransientError:
-                return chain.end("failed")
+            if step.request is None:
+                grade = await self.grade(chain, rank)
+                record = None if grade is None else self.judged(chain, step, grade)
+            else:
+                record = await self._or_ends(chain, self._write(step, step.request, rank))
+            if record is None:
+                return
             self.commit(record, chain.question)
-        return chain.apply(record)
+        chain.apply(record)
 
     def on_file(self, chain: Chain, step: Step) -> Record | None:
         """The record of a step, or of the chain's end in its stead, if an interrupted run left one.
@@ -144,23 +144,39 @@ class Session:
             raise Stopped
         return record
 
-    async def grade(self, chain: Chain, rank: Rank) -> Grade:
-        """The score of the chain's chunk; where scoring fails for good there is none, and the reason is "failed"."""
+    async def grade(self, chain: Chain, rank: Rank) -> Grade | None:
+        """The score of the chain's chunk, without a value and with a reason where there is none; None where that ended
+        the chain."""
         prompt, start = chain.chunk_prompt()
+        if not (getattr(self.setting.policy, "scored", True) or chain.calibrates):
+            return Grade(Graded(None, "unscored"), _hash(prompt), None)
         view = ChunkView(chain.name, chain.question, prompt, start, chain.chunk.text)
-        reason = "failed"
+        return await self._or_ends(chain, self._grade(view, _hash(prompt), rank))
+
+    async def _grade(self, view: ChunkView, prompt: str, rank: Rank) -> Grade:
+        reason = "gone"
         try:
             if not self._target_gone:
                 graded, timing = await self._score.call(lambda: self.setting.score(view, self.setting.target), rank)
-                return Grade(graded, _hash(prompt), timing)
-            reason = "gone"
+                return Grade(graded, prompt, timing)
         except TransientError:
-            if self.setting.fail_unscored:
+            if getattr(self.setting.policy, "fail_unscored", False):
                 raise
+            reason = "failed"
         except GoneError:
             self._do_without_target()
-            reason = "gone"
-        return Grade(Graded(None, reason), _hash(prompt), None)
+        return Grade(Graded(None, reason), prompt, None)
+
+    @staticmethod
+    async def _or_ends(chain: Chain, work: Awaitable[T]) -> T | None:
+        """What the work brings; None if it failed for good, or did not fit into the context, and so ended the chain."""
+        try:
+            return await work
+        except ContextOverflowError:
+            chain.end("context")
+        except TransientError:
+            chain.end("failed")
+        return None
 
     def judged(self, chain: Chain, step: Step, grade: Grade, decision: Decision | None = None) -> Record:
         """The record of a score and its decision, which is the policy's if none is given."""

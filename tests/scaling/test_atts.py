@@ -8,28 +8,34 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pyquiet.scaling import (
     ATTS,
     AcceptAll,
+    Bank,
     Hierarchical,
     MeanNLL,
+    PerQuestion,
     PerTurn,
     Plan,
     Pooled,
     Pools,
     Question,
     RankPolicy,
+    Retry,
     Sampling,
     read_journal,
     read_questions,
 )
+from pyquiet.scaling.backends.base import TransientError
 from pyquiet.scaling.records import Record
 
 from .fake_models import HashModel
 
 PLAN = Plan(chains=4, turns=3, draft=Sampling(40), target=Sampling(40), pools=Pools(8, 8, 8, 16))
+CAPPED = replace(PLAN, chain_tokens=60)
 BANK = [Question(f"b{i}", f"Bank {i}?") for i in range(30)]
 ASKED = [Question(f"q{i}", f"Asked {i}?", answer="2") for i in range(6)]
 
@@ -68,6 +74,14 @@ def test_calibration_is_saved_and_serves_another(kind: Any, tmp_path: Path) -> N
     assert got.guaranteed[1][0] == (kind == "per_turn")
     with pytest.raises(ValueError, match=r"target=.*calibrate again"):
         atts(calibration=tmp_path / "bank", models=[HashModel("draft"), HashModel("other")]).run(ASKED)
+    others: list[dict[str, Any]] = [{"takeover_rate": 0.3}, {"on_takeover": "replace"}, {"plan": CAPPED}]
+    for options in others:  # first chunks are the same for all rules, later ones are not
+        other = atts(calibration=tmp_path / "bank", **options)
+        if kind == "per_turn":
+            with pytest.raises(ValueError, match=r"(rule|chains)=.*calibrate again"):
+                other.run(ASKED)
+        else:
+            assert other.run(ASKED).guaranteed[0] == got.guaranteed[0]
 
 
 def test_calibration_chains_of_a_turn_calibrate_no_other(tmp_path: Path) -> None:
@@ -88,6 +102,68 @@ def test_calibration_chains_of_a_turn_calibrate_no_other(tmp_path: Path) -> None
     again.calibrate(BANK, chains=2, journal=journal)
     assert again.calibrator is not None
     assert again.calibrator.version == made.version
+
+
+def test_turns_may_have_banks_of_their_own(tmp_path: Path) -> None:
+    plan = replace(PLAN, turns=5)
+    runner = atts(plan, models=[HashModel(name, answers=0.05) for name in ("draft", "target")])
+    made = runner.calibrate(BANK, chains=1, turns=3, journal=tmp_path / "calibration.jsonl")
+    assert isinstance(made, PerTurn)
+    assert (made.buckets, sorted(made.banks)) == ((0, 1, 2, 3), [0, 1, 2])
+    assert made.banks[0].size == 10
+    guaranteed = runner.run(ASKED).guaranteed
+    assert [sure for sure, _ in guaranteed.values()] == [True, True, True, False, False]
+    assert guaranteed[4][1] == "too few scores of this turn: ranked among those of turn 2"
+    with pytest.raises(ValueError, match='turns goes with kind="per_turn"'):
+        runner.calibrate(BANK, kind="pooled", turns=3)
+    with pytest.raises(ValueError, match="turns must be at least 1"):
+        runner.calibrate(BANK, turns=0)
+
+
+def test_the_released_settings_are_a_preset() -> None:
+    runner = atts(preset="paper")
+    assert (runner.rule.tail, runner.rule.alpha, runner.plan.answer_from_rejected) == ("coverage", 0.6, True)
+    assert isinstance(runner.calibrate(BANK, chains=1), Pooled)
+    assert isinstance(runner.calibrate(BANK, kind="hierarchical", chains=1), Hierarchical)
+    assert atts(preset="paper", tail="budget").rule.tail == "budget"
+    assert atts().rule.tail == "budget"
+    with pytest.raises(ValueError, match='preset must be "paper"'):
+        atts(preset="ours")
+
+
+def test_banks_of_questions_that_are_known_are_not_filled_again(tmp_path: Path) -> None:
+    first = atts(calibration=PerQuestion())
+    wanted = first.run(ASKED)
+    first.save_calibration(tmp_path / "bank")
+    models, journal = [HashModel(name) for name in ("draft", "target")], tmp_path / "run.jsonl"
+    again = atts(models=models, calibration=tmp_path / "bank").run([*ASKED, "another one?"], journal=journal)
+    assert again.questions[: len(ASKED)] == wanted.questions
+    presampled = {r.key.question for r in read_journal(journal)[1] if r.key.phase == "presample"}
+    assert presampled == {"6"}
+
+
+@pytest.mark.parametrize(
+    ("what", "outcomes", "stages"),
+    [
+        ("takeover", {"answer", "eos", "turns"}, {"draft", "score", "target"}),
+        ("accept", {"answer", "eos", "turns"}, {"draft", "score"}),
+        ("fail", {"failed"}, {"draft"}),
+    ],
+)
+def test_what_becomes_of_chunks_that_cannot_be_scored(
+    what: Any, outcomes: set[str], stages: set[str], tmp_path: Path
+) -> None:
+    class Blind(HashModel):
+        async def score(self, request: Any) -> Any:
+            raise TransientError("no log-probabilities today")
+
+    models = [HashModel("draft"), Blind("target")]
+    runner = atts(models=models, on_score_failure=what, calibration=Pooled(Bank(np.arange(9.0))), retry=Retry(1))
+    result = runner.run(ASKED, journal=tmp_path / "run.jsonl")
+    assert {chain.outcome for question in result.questions for chain in question.chains} <= outcomes
+    assert {r.key.stage for r in read_journal(tmp_path / "run.jsonl")[1]} == {*stages, "end"}
+    with pytest.raises(ValueError, match="on_score_failure must be"):
+        atts(on_score_failure="wait")
 
 
 def test_the_promised_rate_is_kept_at_every_calibrated_turn() -> None:
@@ -145,8 +221,16 @@ def test_other_policies_and_selections(tmp_path: Path) -> None:
         atts(policy=RankPolicy(1)).run(ASKED)
     ranked = atts(policy=RankPolicy(1)).run(ASKED, engine="sync")
     assert not ranked.guaranteed[0][0]
-    alone = atts(policy=AcceptAll(), select="first").run(ASKED, journal=tmp_path / "run.jsonl")
+    target = HashModel("target")
+    draft_alone = atts(models=[HashModel("draft"), target], policy=AcceptAll(), select="first")
+    alone = draft_alone.run(ASKED, journal=tmp_path / "run.jsonl")
     assert {r.key.stage for r in read_journal(tmp_path / "run.jsonl")[1]} == {"draft", "score", "end"}
+    assert not target.requests
+    assert alone.report.cost["score"].requests == 0
+    atts(models=[HashModel("draft"), target], policy=AcceptAll(scored=True), select="weighted").run(ASKED)
+    assert set(target.requests) == {"score"}
+    with pytest.raises(ValueError, match=r"AcceptAll\(scored=True\)"):
+        atts(policy=AcceptAll(), select="weighted")
     assert alone.answers["q0"] in {chain.answer for chain in alone.questions[0].chains}
 
 

@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +16,6 @@ from pyquiet.scaling.calibration import (
     PerTurn,
     Pooled,
     fit,
-    load_calibrator,
-    save_calibrator,
 )
 from pyquiet.scaling.conformal import (
     Bank,
@@ -33,7 +29,6 @@ from pyquiet.scaling.conformal import (
     p_smoothed,
     rank,
 )
-from pyquiet.scaling.drift import DriftMonitor
 from pyquiet.scaling.policy import Chunk, ConformalPolicy, OfficialPolicy, RankPolicy, RSDPolicy, SpecReasonPolicy
 from pyquiet.scaling.records import Key
 
@@ -69,8 +64,8 @@ def test_rates_are_exact_and_bounded_as_promised(n: int, rho: float) -> None:
     assert budget == pytest.approx(math.floor(rho * (n + 1) + 1e-9) / (n + 1))
     assert budget == pytest.approx(Rule(rho).promise(n))
     assert rho - 1e-9 <= coverage <= rho + 1 / (n + 1) + 1e-9
-    grid = (np.arange(2000) + 0.5) / 2000
-    smooth = np.mean([exact_rate(n, lambda s, u, v=v: fires(Rule(rho, "smoothed"), s, u, v)) for v in grid[::20]])
+    grid = (np.arange(100 if n < 16 else 5) + 0.5) / (100 if n < 16 else 5)
+    smooth = np.mean([exact_rate(n, lambda s, u, v=v: fires(Rule(rho, "smoothed"), s, u, v)) for v in grid])
     assert smooth == pytest.approx(rho, abs=0.01)
 
 
@@ -91,6 +86,7 @@ def test_ties_as_the_specification_measured_them() -> None:
             shares[tail] += fires(Rule(0.4, tail), held, u, v) / draws  # type: ignore[arg-type]
         chunk = Chunk(Key("run", "q", 0, 0, "score"), Cell("q", "", 0), u)
         shares["official"] += (OfficialPolicy(bank(held)).decide(chunk, v).action != "accept") / draws
+    assert shares["budget"] < 0.4 < shares["coverage"]  # T3: the bounds hold with ties, however far they are off
     for name, expected in {"budget": 0.220, "coverage": 0.619, "smoothed": 0.400, "official": 0.264}.items():
         assert abs(shares[name] - expected) < 4 * (expected * (1 - expected) / draws) ** 0.5
 
@@ -113,10 +109,9 @@ def test_t1_fresh_banks_are_super_uniform() -> None:
     rng = np.random.default_rng(1)
     counts = {"budget": 0, "smoothed": 0}
     for _ in range(20_000):
-        held, u, v = np.sort(rng.normal(size=16)), rng.normal(), rng.random()
-        above = 16 - np.searchsorted(held, u)
-        counts["budget"] += (1 + above) / 17 <= 0.4
-        counts["smoothed"] += Rule(0.4, "smoothed").label(rank(bank(held), u, v, guaranteed=True, why="")) != "accept"
+        p = rank(Bank(rng.normal(size=16)), rng.normal(), rng.random(), guaranteed=True, why="")
+        for tail in ("budget", "smoothed"):
+            counts[tail] += Rule(0.4, tail).label(p) != "accept"  # type: ignore[arg-type]
     assert 6837 <= counts["budget"] <= 7282
     assert 7772 <= counts["smoothed"] <= 8228
 
@@ -156,15 +151,16 @@ def clustered(rng: Any, questions: int, chains: int) -> tuple[Any, list[str]]:
 
 
 def test_t4_pooled_scores_of_few_questions_promise_too_much_and_hierarchical_ones_do_not() -> None:
-    rng, draws = np.random.default_rng(4), 4000
+    rng, draws = np.random.default_rng(4), 7_000
     pooled = hierarchical = 0
     for _ in range(draws):
         scores, groups = clustered(rng, 5, 16)
         held, u = Bank(scores, tuple(groups)), float(clustered(rng, 1, 1)[0][0])
         pooled += p_low(held, u) <= 0.1
         hierarchical += ClusteredBank(held).rank(u, 0.5, guaranteed=True, why="").low <= 0.1
-    assert pooled / draws > 0.12 - 0.005
+    assert pooled / draws > 0.12  # 0.130 in the specification
     assert hierarchical / draws <= 0.1
+    draws = 4000
     rates = []
     for _ in range(draws):
         scores, groups = clustered(rng, 20, 16)
@@ -225,15 +221,17 @@ def test_t6_smoothed_p_values_of_a_growing_bank_are_independent_and_uniform() ->
     assert stats.binomtest(int((np.asarray(ps) <= 0.2).sum()), len(ps), 0.2).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["worse and worse", "always worst", "always best", "alternating"])
+@pytest.mark.parametrize("kind", ["worse and worse", "always worst", "always best", "alternating", "against it"])
 def test_t7_the_adaptive_rate_is_kept_for_any_sequence(kind: str) -> None:
     step, rho, n = 0.05, 0.3, 2000
     calibrator = Adaptive(Pooled(bank(np.arange(50.0))), step=step)
     policy, taken = ConformalPolicy(calibrator, Rule(rho, "budget", 0.2), resamples=0), 0
-    scores = {"worse and worse": range(n), "always worst": [1e9] * n, "always best": [-1.0] * n}.get(
-        kind, [-1.0, 99.0] * (n // 2)
+    scores = {"worse and worse": range(n), "always worst": [1e9] * n, "alternating": [-1.0, 99.0] * (n // 2)}.get(
+        kind, [-1.0] * n
     )
     for i, u in enumerate(scores):
+        if kind == "against it":  # best while it takes over too seldom, worst while too often
+            u = 1e9 if taken > rho * i else -1.0
         chunk = Chunk(Key("run", str(i), 0, 0, "score"), Cell(str(i), "", 0), float(u))
         decision = policy.decide(chunk, 0.5)
         policy.observe(chunk, decision)
@@ -259,34 +257,50 @@ def test_online_banks_warm_up_by_first_chunks_alone_and_epochs_wait() -> None:
     assert window.bank.scores.tolist() == [2.0, 3.0]
 
 
+def test_shared_banks_say_what_they_promise() -> None:
+    banks = {turn: Bank(np.arange(9.0), tuple("abcdefghi")) for turn in (0, 1, 2, 8)}
+    turns = PerTurn(banks)
+    told = {turn: turns.p_value(1.5, Cell("q", "", turn), 0.5) for turn in (0, 1, 2, 3, 5, 8, 20)}
+    assert [turn for turn, p in told.items() if p is not None and p.guaranteed] == [0, 1]
+    whys = {turn: p.why for turn, p in told.items() if p is not None}
+    assert whys[3].startswith("turns 2 to 3 share a bank")
+    assert whys[5] == "too few scores of this turn: ranked among those of turn 2"
+    assert whys[20].startswith("turns from 8 on share a bank")
+
+
+def test_banks_are_known_by_their_content_and_hashed_when_asked() -> None:
+    one = Bank(np.array([2.0, 1.0, 1.0, 0.0]), ("a", "c", "b", "d"))
+    assert "version" not in vars(one)
+    assert one.version == Bank(np.array([-0.0, 1.0, 1.0, 2.0]), ("d", "b", "c", "a")).version
+    others = [
+        Bank(np.array([2.0, 1.0, 1.0, 0.0]), ("a", "b", "b", "d")),
+        Bank(np.array([2.0, 1.0, 1.0, 1e-300]), ("a", "b", "c", "d")),
+        Bank(np.array([2.0, 1.0, 1.0, 0.0])),
+        one.add([1.0], ["b"]),
+        Bank(np.array([1.0, 2.0]), ("ab", "c")),
+        Bank(np.array([1.0, 2.0]), ("a", "bc")),
+    ]
+    assert len({bank.version for bank in (one, *others)}) == 7
+
+
+@pytest.mark.parametrize("tail", ["budget", "coverage", "smoothed"])
+def test_decisions_that_hang_by_a_hair_are_marked(tail: Any) -> None:
+    policy = ConformalPolicy(Pooled(bank(np.arange(9.0))), Rule(0.4, tail))
+
+    def near(u: float) -> bool:
+        return policy.decide(Chunk(Key("run", "q", 0, 0, "score"), Cell("q", "", 0), u), 0.5).near_tie
+
+    cut = 5.0 if tail == "budget" else {"coverage": 5.0, "smoothed": 5.0}[tail]
+    assert [near(cut + step) for step in (-2e-6, -5e-7, 5e-7, 2e-6)] == [False, True, True, False]
+    assert not near(3.0)
+
+
 def test_backing_off_makes_no_promise() -> None:
     turns = PerTurn({0: bank([1.0, 2.0]), 1: bank([5.0])}, base="pooled", n_min=2)
     p = turns.p_value(1.5, Cell("q", "", 1), 0.5)
     assert p is not None
     assert (p.n, p.guaranteed) == (2, False)
     assert "turn 0" in p.why
-
-
-@pytest.mark.parametrize("kind", ["pooled", "hierarchical", "per_turn"])
-def test_saved_banks_are_what_they_were_or_refused(kind: Any, tmp_path: Path) -> None:
-    scores = [(float(i), Cell(f"q{i % 3}", "", i % 2)) for i in range(12)]
-    made = fit(kind, scores)
-    save_calibrator(made, tmp_path, {"draft": "a"})
-    back = load_calibrator(tmp_path, {"draft": "a"})
-    assert type(back) is type(made)
-    for u, turn in itertools.product((0.5, 3.0, 20.0), (0, 1)):
-        assert back.p_value(u, Cell("q", "", turn), 0.3) == made.p_value(u, Cell("q", "", turn), 0.3)
-    with pytest.raises(ValueError, match="draft='a'"):
-        load_calibrator(tmp_path, {"draft": "b"})
-    about = tmp_path / "calibration.json"
-    about.write_text(about.read_text().replace('"a"', '"b"'))
-    with pytest.raises(ValueError, match="was changed"):
-        load_calibrator(tmp_path, {"draft": "b"})
-    save_calibrator(fit(kind, scores[:6]), tmp_path / "other", {})
-    save_calibrator(made, tmp_path, {})
-    (tmp_path / "scores.safetensors").write_bytes((tmp_path / "other" / "scores.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="scores"):
-        load_calibrator(tmp_path)
 
 
 def test_a_rate_below_the_resolution_is_warned_of() -> None:
@@ -318,20 +332,3 @@ def test_policies_do_what_their_papers_say() -> None:
     assert again.decide(chunk(None), 0.5).reason == "short"
     with pytest.raises(ValueError, match="bank must hold"):
         OfficialPolicy(bank([]))
-
-
-def test_drift_is_noticed_and_uniform_p_values_hardly_ever_are() -> None:
-    rng = np.random.default_rng(8)
-    alarms = 0
-    for _ in range(200):
-        monitor = DriftMonitor(0.05)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for p in rng.random(300):
-                monitor.see(float(p))
-        alarms += monitor.alarmed
-    assert alarms <= 20
-    skewed, monitor = [float(p) for p in rng.random(300) ** 3], DriftMonitor(0.05)
-    with pytest.warns(UserWarning, match="have drifted"):
-        list(map(monitor.see, skewed))
-    assert monitor.alarmed

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pyquiet.scaling.answers import extract
-from pyquiet.scaling.backends.base import Backend, GoneError, RefusedError
+from pyquiet.scaling.backends.base import Backend, ContextOverflowError, GoneError, RefusedError
 from pyquiet.scaling.calls import Retry
 from pyquiet.scaling.engine import run_async, run_sync
 from pyquiet.scaling.limits import TakeoverLimit
@@ -103,13 +103,13 @@ def reference(policy: Any = None, plan: Plan = PLAN) -> list[Record]:
 @pytest.mark.parametrize("action", ["continue", "replace", "resample"])
 @pytest.mark.parametrize("slots", [1, 4, 16, 1000])
 def test_async_equals_sync_at_any_concurrency(action: str, slots: int) -> None:
-    """Spec 16, T8: 20 seeds of latencies in all, 5 % of the requests fail and are sent again."""
+    """Spec 16, T8: 20 seeds of latencies, 5 % of the requests fail and are sent again."""
     plan = replace(PLAN, pools=Pools(slots, slots, slots, slots))
     wanted = reference(Threshold(action))
     assert len({record.key.stage for record in wanted}) == (3 if action == "resample" else 4)
-    for rng in range(5):
+    for rng in range(20):
         paper = Paper()
-        draft, target = (HashModel(n, faults=0.05, latency=1e-3, rng=rng) for n in ("draft", "target"))
+        draft, target = (HashModel(n, faults=0.05, latency=1e-4, rng=rng) for n in ("draft", "target"))
         asyncio.run(run(setting(draft, target, Threshold(action), plan), paper=paper))
         assert transcript(paper.records) == wanted
         assert draft.peak <= slots
@@ -202,13 +202,22 @@ def test_requests_that_never_go_well_end_their_chain_alone() -> None:
 class Failing(HashModel):
     def __init__(self, error: Exception, after: int) -> None:
         super().__init__("target")
-        self.error, self.after = error, after
+        self.error, self.after, self.asked = error, after, 0
 
     async def score(self, request: Any) -> Any:
-        self.after -= 1
+        self.after, self.asked = self.after - 1, self.asked + 1
         if self.after < 0:
             raise self.error
         return await super().score(request)
+
+
+@pytest.mark.parametrize("policy", [None, RankPolicy(1)])
+def test_a_text_that_outgrows_the_targets_context_ends_its_chain_alone(policy: Any) -> None:
+    target = Failing(ContextOverflowError("too long"), 5)
+    panels = asyncio.run(run(setting(HashModel("draft"), target, policy), run_sync))
+    outcomes = [result.outcome for panel in panels for result in panel.results]
+    assert len(outcomes) == PLAN.chains * len(QUESTIONS)
+    assert outcomes.count("context") == target.asked - 5 > 0
 
 
 @pytest.mark.parametrize("error", [RefusedError("no log-probabilities"), GoneError("away")])

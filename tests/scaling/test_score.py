@@ -107,10 +107,11 @@ def test_a_judge_is_asked_behind_the_chunk() -> None:
     target = Told([math.log(p) for p in (0.05, 0.15, 0.3)])
     graded = grade(JudgeGrade("?", grades="abc"), view(), target)
     assert graded.score == pytest.approx(-(0.15 + 2 * 0.3) / 0.5)
+    assert graded.usage == Usage(9)
     (request,) = target.asked
     assert request.options == ("a", "b", "c")
     assert request.prompt == Prompt(target.codec.encode("2+2?é+2?").ids, "2+2?é+2?")
-    grade(JudgeGrade("?", grades="abc"), view(ids=False), target)
+    assert grade(JudgeGrade("?", grades="abc"), view(ids=False), target).usage == Usage()
     assert target.asked[-1].prompt == Prompt(None, "2+2?é+2?")
 
 
