@@ -19,6 +19,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="measure what thoughts are worth, how gaps are filled, or what diffusion writes",
         description="Measure what a model's thoughts are worth, how well it fills gaps, or what it writes by "
         "diffusion, and what that takes.",
+        epilog="Tasks of lm-evaluation-harness: python -m pyquiet.evaluation.lm_eval --model pyquiet ...",
     )
     measures = parser.add_subparsers(title="measures", metavar="MEASURE", required=True)
     _add_thoughts(measures)
