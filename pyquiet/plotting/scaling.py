@@ -10,7 +10,12 @@ from pyquiet.scaling.report import Report
 from pyquiet.scaling.slots import POOLS, slots
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_OBSERVED = "observed, 95 % of questions drawn anew"
+_PROMISED = "promised, 5 to 95 %"
+_AIMED_AT = "aimed at, no promise"
 
 
 def plot_run(report: Report, records: Iterable[Record], path: str | os.PathLike[str]) -> None:
@@ -30,26 +35,40 @@ def draw_run(report: Report, records: Iterable[Record]) -> "Figure":
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     rates, times = figure.subplots(1, 2)
+    _draw_rates(rates, report)
+    _draw_slots(times, records)
+    return figure
+
+
+def _draw_rates(axes: "Axes", report: Report) -> None:
     for turn, row in report.turns.items():
         value, low, high = row.rate.value, row.rate.low, row.rate.high
         if value is not None and low is not None and high is not None:
-            label = "observed, 95 % of bootstrapped questions" if turn == min(report.turns) else None
             error = [[max(0.0, value - low)], [max(0.0, high - value)]]
-            rates.errorbar(turn, value, error, fmt="o", color="tab:blue", label=label)
+            axes.errorbar(turn, value, error, fmt="o", color="tab:blue", label=_OBSERVED)
         if row.band is not None and row.judged:
             band = row.band[0] / row.judged, row.band[1] / row.judged
-            label = "promised, 5 to 95 %" if turn == min(report.turns) else None
-            rates.fill_between([turn - 0.3, turn + 0.3], *band, color="tab:green", alpha=0.3, label=label)
-    rates.set(xlabel="turn", ylabel="share of drafts taken over", ylim=(0, 1))
-    rates.legend()
+            promised = row.guaranteed == row.judged
+            colour, label = ("tab:green", _PROMISED) if promised else ("tab:gray", _AIMED_AT)
+            axes.fill_between([turn - 0.3, turn + 0.3], *band, color=colour, alpha=0.3, label=label)
+    axes.set(xlabel="turn", ylabel="share of drafts taken over", ylim=(0, 1))
+    _legend(axes)
+
+
+def _draw_slots(axes: "Axes", records: Iterable[Record]) -> None:
     first = 0
     for pool, held in slots(records).items():
         bars = [(row.start, row.end - row.start, first + row.slot) for row in held]
         for slot in {y for _, _, y in bars}:
             spans = [(start, length) for start, length, y in bars if y == slot]
-            times.broken_barh(spans, (slot - 0.4, 0.8), color=f"C{POOLS.index(pool)}")
-        times.plot([], color=f"C{POOLS.index(pool)}", label=pool, linewidth=6)
+            axes.broken_barh(spans, (slot - 0.4, 0.8), color=f"C{POOLS.index(pool)}", label=pool)
         first += 1 + max((row.slot for row in held), default=-1)
-    times.set(xlabel="seconds", ylabel="slot")
-    times.legend()
-    return figure
+    axes.set(xlabel="seconds", ylabel="slot")
+    _legend(axes)
+
+
+def _legend(axes: "Axes") -> None:
+    """Each label once, above the axes, where it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    axes.legend(list(once.values()), list(once), loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize="small")
