@@ -32,8 +32,8 @@ class _Lane:
 class DecoderRunner:
     """The `Runner` of a plain causal LM.
 
-    Rows join and leave between tokens. A model whose cache is not plain keys and values of every token (state spaces,
-    latent attention) writes each text in a cache of its own and keeps nothing between requests.
+    Rows join and leave between tokens. A model whose cache is more than keys and values of every token (state spaces)
+    writes each text in a cache of its own and keeps nothing between requests.
     """
 
     def __init__(self, model: PreTrainedModel, writing: Callable[[Job, int], Writing], store: KVStore) -> None:

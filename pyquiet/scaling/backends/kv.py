@@ -92,7 +92,7 @@ class Rows:
         """Takes a text out; the last one takes its place."""
         last = len(self.lengths) - 1
         for kind in self._data if row != last else ():
-            kind[:, row, :, : self._end] = kind[:, last, :, : self._end]
+            kind[:, row, :, self._begin : self._end] = kind[:, last, :, self._begin : self._end]
         self.lengths[row] = self.lengths[last]
         self.lengths.pop()
         self._narrow()
