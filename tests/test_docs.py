@@ -6,6 +6,7 @@ is installed. Others run as they stand, those of a file one after the other, in 
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import importlib.util
 import json
@@ -25,6 +26,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BROUGHT = {"eval": "lm_eval", "plot": "matplotlib", "train": "accelerate", "scale": "httpx", "demo": "sklearn"}
 REPOSITORY = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "bench" / "README.md"]
+EXAMPLES = [
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for file in sorted((ROOT / "pyquiet").rglob("*.py"))
+    if "\n    >>> " in file.read_text("utf-8")
+]
 
 
 def by_name(path: Path) -> str:
@@ -63,6 +69,12 @@ def test_examples_run(page: Path, place: Path) -> None:
         pytest.skip("its examples are excerpts, or need an extra that is not installed")
     for code, line in runnable:
         exec(compile("\n" * line + code, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("module", EXAMPLES)
+def test_examples_of_docstrings_run(module: str) -> None:
+    found = doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert found.failed == 0
 
 
 def hook() -> ModuleType:

@@ -23,7 +23,13 @@ def generate(*, known: Tensor, attention_mask: Tensor | None = None, **options: 
         attention_mask: [B, N], 0 at padding.
         options: those of `infill`, but for `mask`.
 
-    >>> filled = model.generate(input_ids, custom_generate=generate(known=known, seed=0), max_new_tokens=1)
+    >>> from pyquiet import load
+    >>> model, tokenizer = load("tiny-any-subset")
+    >>> ids = tokenizer("The king said nothing.", return_tensors="pt").input_ids
+    >>> known = torch.arange(ids.shape[1])[None] < 3
+    >>> filled = model.generate(ids, custom_generate=generate(known=known, seed=0), max_new_tokens=1)
+    >>> bool((filled == ids)[known].all())
+    True
 
     Raises (from `model.generate`):
         ValueError: besides what `infill` raises, logits processors, which do not apply, or an attention mask with

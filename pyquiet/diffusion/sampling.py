@@ -153,9 +153,11 @@ def diffuse(
         on_step: called after each step with its number, the time at which it began and the tokens [B, T] so far.
         progress: show a progress bar.
 
-    >>> filled = pyquiet.diffuse(denoiser, pyquiet.AREnergy(lm, bos_id=0), length=128, num_samples=4, steps=32)
+    >>> from pyquiet import AREnergy, load
+    >>> energy = AREnergy(load("tiny-causal")[0])
+    >>> filled = diffuse(load("tiny-denoiser")[0], energy, length=12, num_samples=2, steps=4)
     >>> filled.tokens.shape
-    torch.Size([4, 128])
+    torch.Size([2, 12])
 
     Raises:
         ValueError, TypeError: what is wrong with an argument, by its name and before anything is computed; logits or
