@@ -12,11 +12,21 @@ from pyquiet.environment import fingerprint
 from .one_line import error_line
 
 
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory) -> Path:
+    """A folder with a thinking model."""
+    folder = tmp_path_factory.mktemp("reports") / "thinker"
+    base, tokenizer = pyquiet.load("tiny-causal")
+    for part in (pyquiet.QuietStarForCausalLM.from_base(base, tokenizer=tokenizer, thought_tokens=1), tokenizer):
+        part.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def command(tmp_path: Path) -> list[str]:
+def command(thinker: Path, tmp_path: Path) -> list[str]:
     text = tmp_path / "text.txt"
-    text.write_text("a>c b>a c>f d>b e>d f>e b ?3")
-    return ["evaluate", "thoughts", "--model", "tiny-thinker", "--text", str(text), "--quiet", "--seed", "4"]
+    text.write_text("Once upon a time there was a king.")
+    return ["evaluate", "thoughts", "--model", str(thinker), "--text", str(text), "--quiet", "--seed", "4"]
 
 
 def test_on_standard_output_there_is_json_alone(command, capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,12 +41,14 @@ def test_on_standard_output_there_is_json_alone(command, capsys: pytest.CaptureF
     assert report["seed"] == 4
 
 
-def test_in_a_file_it_leaves_the_words(command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_in_a_file_it_leaves_the_words(
+    command, thinker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "report.json"
     assert main([*command, "--json", str(file)]) == 0
     assert capsys.readouterr().out.startswith("base entropy and NLL in nats\n")
     report = json.loads(file.read_text())
-    thinker = pyquiet.load("tiny-thinker")[0]
+    thinker = pyquiet.load("tiny-puzzler")[0]
     assert report["environment"]["models"]["model"]["fingerprint"] == fingerprint(thinker)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "text.txt"]
 
