@@ -35,7 +35,8 @@ def add_prompts(parser: argparse.ArgumentParser, given: Any, fields: Sequence[st
     many.add_argument(
         "--float64",
         action="store_true",
-        help="compute in float64: slower, and the file does not hang on the last bits that batches move",
+        help="compute in float64: slower, and the same file for any batch size, which moves last bits and with them "
+        "draws",
     )
     many.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(fields=tuple(fields), command=parser.prog.split()[-1])
