@@ -67,8 +67,14 @@ def mamba() -> Any:
 
 
 def using(model: Any, work: Callable[[HFBackend], Awaitable[T]], **options: Any) -> T:
+    """What work brings with a backend of the model."""
+    return using_backend(HFBackend(model, TOKENIZER, **options), work)
+
+
+def using_backend(backend: HFBackend, work: Callable[[HFBackend], Awaitable[T]]) -> T:
+    """What work brings with a backend that is open."""
+
     async def run() -> T:
-        backend = HFBackend(model, TOKENIZER, **options)
         await backend.open()
         try:
             return await work(backend)
