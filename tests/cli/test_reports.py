@@ -48,8 +48,8 @@ def test_in_a_file_it_leaves_the_words(
     assert main([*command, "--json", str(file)]) == 0
     assert capsys.readouterr().out.startswith("base entropy and NLL in nats\n")
     report = json.loads(file.read_text())
-    thinker = pyquiet.load("tiny-puzzler")[0]
-    assert report["environment"]["models"]["model"]["fingerprint"] == fingerprint(thinker)
+    model = pyquiet.QuietStarForCausalLM.from_pretrained(thinker)
+    assert report["environment"]["models"]["model"]["fingerprint"] == fingerprint(model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "text.txt"]
 
 
