@@ -33,6 +33,7 @@ def in_words(report: dict[str, Any]) -> list[str]:
         lines.append(_line(name, entry["version"] + remark))
     return [
         *lines,
+        _line("machine", f"{report['processor']}, {report['platform']}"),
         _line("native code", _native_words(report["native"])),
         _line("threads", _thread_words(report["threads"])),
         _line("CUDA kernels", _cuda_words(report["cuda"])),

@@ -1,6 +1,7 @@
 """`pyquiet doctor`, and what every command shares: errors in one line, a quick start."""
 
 import json
+import platform
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -28,6 +29,7 @@ def test_json_says_what_is_there(capsys):
 def test_words_name_the_instruction_set_and_the_threads(capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
+    assert f"{environment.processor_name()}, {platform.platform()}" in out
     assert f"uses {native.isa()} " in out
     assert f"OpenMP {native.cpu.openmp_threads()}" in out
 

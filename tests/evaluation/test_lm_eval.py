@@ -113,17 +113,17 @@ def written_alone(reader, tokenizer, prompt, think, tokens, number, **options):
 @pytest.mark.parametrize("think", ["always", "never"])
 def test_what_is_written_is_what_generate_writes(harnessed, reader, by_character, think):
     expected = [
-        written_alone(reader, by_character, p, think, 12, number_of(ids(by_character, p), 0), do_sample=False)
+        written_alone(reader, by_character, p, think, 8, number_of(ids(by_character, p), 0), do_sample=False)
         for p in PROMPTS
     ]
     assert len(set(expected)) == 4
     stop = expected[2][3:5]
     for size in (1, 3):
         model = harnessed(think=think, batch_size=size)
-        tasks = [(prompt, {"max_gen_toks": 12}) for prompt in PROMPTS]
+        tasks = [(prompt, {"max_gen_toks": 8}) for prompt in PROMPTS]
         assert model.generate_until(requests(*tasks), disable_tqdm=True) == expected
         tasks[0] = (PROMPTS[0], {"max_new_tokens": 5})
-        tasks[2] = (PROMPTS[2], {"until": ["", stop], "max_gen_toks": 12, "do_sample": False, "temperature": 0.7})
+        tasks[2] = (PROMPTS[2], {"until": ["", stop], "max_gen_toks": 8, "do_sample": False, "temperature": 0.7})
         cut = model.generate_until(requests(*tasks), disable_tqdm=True)
         assert cut == [expected[0][:5], expected[1], expected[2].split(stop)[0], expected[3]]
         assert len(cut[2]) < len(expected[2])
