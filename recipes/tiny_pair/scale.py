@@ -1,5 +1,7 @@
 """The figures of docs/scaling.md: the pair together by both engines, and each model alone, on the shipped questions.
 
+All have 64 slots of every kind, as many as there are chains under way: a model in this process batches what it gets.
+
 python recipes/tiny_pair/scale.py [--questions N] [--calibration N]
 """
 
@@ -7,25 +9,27 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyquiet
-from pyquiet.scaling import ATTS, AcceptAll, Backend, Plan, Sampling, read_questions
+from pyquiet.scaling import ATTS, AcceptAll, Plan, Pools, Sampling, read_questions
 from pyquiet.scaling.backends.huggingface import HFBackend
-from pyquiet.scaling.score import ChunkView, Graded
 from pyquiet.zoo import __file__ as zoo
 
 FILES = Path(zoo).parent / "tiny-target"
-PLAN = Plan(chains=8, turns=10, draft=Sampling(48), target=Sampling(48), stop=("\n",))
+PLAN = Plan(chains=8, turns=10, draft=Sampling(48), target=Sampling(48), stop=("\n",), pools=Pools(64, 64, 64, 64))
 
 
-class Unscored:
-    """Asks nobody for a score, so that a model is alone."""
-
-    name = "none"
-
-    async def __call__(self, view: ChunkView, target: Backend) -> Graded:
-        return Graded(None, "short")
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Prints how long it took by the clock, and of the processor's time."""
+    began, used = time.perf_counter(), time.process_time()
+    yield
+    print(
+        f"{what}: {time.perf_counter() - began:.1f} s, {time.process_time() - used:.1f} s of processors\n", flush=True
+    )
 
 
 def main() -> None:
@@ -35,15 +39,15 @@ def main() -> None:
     args = parser.parse_args()
     questions = read_questions(FILES / "questions.jsonl")[: args.questions]
     pair = ATTS("tiny-draft", "tiny-target", plan=PLAN, on_takeover="replace")
-    began = time.perf_counter()
-    pair.calibrate(read_questions(FILES / "calibration.jsonl")[: args.calibration])
-    print(f"calibrated in {time.perf_counter() - began:.1f} s")
+    with timed("calibration"):
+        pair.calibrate(read_questions(FILES / "calibration.jsonl")[: args.calibration])
     for engine in ("async", "sync"):
-        print(f"\npair, {engine}\n{pair.run(questions, engine=engine).report}", flush=True)
+        with timed(f"pair, {engine}"):
+            print(pair.run(questions, engine=engine).report)
     for name in ("tiny-target", "tiny-draft"):
         alone = HFBackend(*pyquiet.load(name))
-        run = ATTS(alone, alone, plan=PLAN, policy=AcceptAll(), score=Unscored()).run(questions)
-        print(f"\n{name} alone\n{run.report}", flush=True)
+        with timed(f"{name} alone"):
+            print(ATTS(alone, alone, plan=PLAN, policy=AcceptAll()).run(questions).report)
 
 
 if __name__ == "__main__":
