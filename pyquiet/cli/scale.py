@@ -2,17 +2,15 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyquiet.cli import scale_report
 from pyquiet.cli.reports import environment
+from pyquiet.cli.scale_models import EMBEDDED, embedded_file, model, settle_bank
 
 if TYPE_CHECKING:
     from pyquiet.scaling import ATTS, ATTSResult, Plan
     from pyquiet.scaling.plan import OnTakeover
-
-EMBEDDED = ("tiny-draft", "tiny-target")
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -25,9 +23,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION")
     scale_report.add_parser(actions)
-    where = "an embedded model, a folder, or a server's address (http://host:port/v1#model)"
-    parser.add_argument("--draft", default=EMBEDDED[0], metavar="MODEL", help=f"{where} (default: {EMBEDDED[0]})")
-    parser.add_argument("--target", default=EMBEDDED[1], metavar="MODEL", help=f"{where} (default: {EMBEDDED[1]})")
+    where = "an embedded model, a folder, or addresses of servers of one model (http://host:port/v1,http://...#model)"
+    for role, name in zip(("draft", "target"), EMBEDDED, strict=True):
+        parser.add_argument(f"--{role}", default=name, metavar="MODEL", help=f"{where} (default: {name})")
+        parser.add_argument(
+            f"--{role}-tokenizer",
+            metavar="NAME",
+            help="of a model on servers: its name, folder, or an embedded model's name; chains then go as token ids",
+        )
     parser.add_argument(
         "--questions", metavar="FILE", help="JSONL with question, and answer and id where there are any"
     )
@@ -56,16 +59,22 @@ def _add_promise(parser: argparse.ArgumentParser) -> None:
         choices=("continue", "replace", "resample"),
         help="behind the draft, in its place, or draft anew (default: continue; replace for the embedded pair)",
     )
-    promise.add_argument("--calibration", metavar="DIR", help="bank that --calibrate saved")
+    promise.add_argument("--calibration", metavar="DIR", help="bank that --save-calibration wrote")
     promise.add_argument("--calibrate", metavar="FILE", help="questions to calibrate on first, as --questions")
     promise.add_argument(
         "--calibrator",
-        default="per_turn",
-        choices=("pooled", "hierarchical", "per_turn"),
-        help="of --calibrate (default: per_turn)",
+        choices=("pooled", "hierarchical", "per_turn", "per_question"),
+        help="of --calibrate (default: per_turn), or per_question: first chunks drafted for each question beforehand "
+        "(default without --calibrate; the embedded pair brings a bank)",
     )
     promise.add_argument(
         "--calibration-chains", type=int, default=4, metavar="N", help="of a question, for each turn (default: 4)"
+    )
+    promise.add_argument(
+        "--calibration-turns",
+        type=int,
+        metavar="N",
+        help="turns that get a bank and a promise each (default: banks for turns 0, 1, 2-3, 4-7, 8-)",
     )
     promise.add_argument("--save-calibration", metavar="DIR", help="where the bank goes")
 
@@ -117,41 +126,32 @@ def run(args: argparse.Namespace) -> int:
     from pyquiet.scaling.questions import read_questions
 
     embedded = (args.draft, args.target) == EMBEDDED
-    questions = read_questions(args.questions or _embedded("questions.jsonl"))[: args.limit]
+    questions = read_questions(args.questions or embedded_file("questions.jsonl"))[: args.limit]
     atts = _build(args, embedded)
     answers = {question.id: question.answer for question in questions if question.answer is not None}
     quiet = args.quiet or args.json
-    if args.calibrate:
-        bank, each = read_questions(args.calibrate), args.calibration_chains
-        turns = atts.plan.turns if args.calibrator == "per_turn" else 1
-        with watching("calibrating", len(bank) * each * turns, args.takeover_rate, {}, quiet=quiet) as on_record:
-            atts.calibrate(bank, kind=args.calibrator, chains=each, on_record=on_record)
-        if args.save_calibration:
-            atts.save_calibration(args.save_calibration)
-    chains = len(questions) * atts.plan.chains
-    with watching("answering", chains, args.takeover_rate, answers, quiet=quiet) as on_record:
+    rate = args.takeover_rate
+    bank = settle_bank(atts, args, lambda title, chains: watching(title, chains, rate, {}, quiet=quiet))
+    with watching("answering", len(questions) * atts.plan.chains, rate, answers, quiet=quiet) as on_record:
         result = atts.run(questions, journal=args.journal, engine=args.engine, on_record=on_record)
     if args.json:
         guaranteed = {turn: {"guaranteed": sure, "why": why} for turn, (sure, why) in result.guaranteed.items()}
-        shown = {"answers": result.answers, "guaranteed": guaranteed, "report": result.report.to_dict()}
+        shown = {"answers": result.answers, "bank": bank, "guaranteed": guaranteed, "report": result.report.to_dict()}
         print(json.dumps(shown | {"finished": result.finished, "environment": environment(args)}, indent=2))
     else:
-        print(_in_words(result))
+        print(_in_words(result, bank))
     return 0 if result.finished else 130
-
-
-def _embedded(name: str) -> Path:
-    import pyquiet.zoo
-
-    return Path(pyquiet.zoo.__file__).parent / "tiny-target" / name
 
 
 def _build(args: argparse.Namespace, embedded: bool) -> "ATTS":
     from pyquiet.scaling import ATTS
 
     on_takeover: OnTakeover = args.on_takeover or ("replace" if embedded else "continue")
+    draft, target = (
+        model(role, getattr(args, role), getattr(args, f"{role}_tokenizer")) for role in ("draft", "target")
+    )
     return ATTS(
-        args.draft, args.target, takeover_rate=args.takeover_rate, tail=args.tail, on_takeover=on_takeover,
+        draft, target, takeover_rate=args.takeover_rate, tail=args.tail, on_takeover=on_takeover,
         calibration=args.calibration, plan=_plan(args, embedded), template=args.template, system=args.system,
         select=args.select,
     )  # fmt: skip
@@ -178,9 +178,9 @@ def _plan(args: argparse.Namespace, embedded: bool) -> "Plan":
     )
 
 
-def _in_words(result: "ATTSResult") -> str:
+def _in_words(result: "ATTSResult", bank: str) -> str:
     lines = [f"{q.question.id}: {q.answer if q.answer is not None else '(no answer)'}" for q in result.questions]
-    lines += ["", str(result.report), ""]
+    lines += ["", str(result.report), f"bank: {bank}", ""]
     for turn, (sure, why) in result.guaranteed.items():
         lines.append(f"turn {turn}: {'the rate is guaranteed' if sure else 'no guarantee'}: {why}")
     return "\n".join(lines)

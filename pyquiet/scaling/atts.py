@@ -4,14 +4,12 @@ Asynchronous test-time scaling (arXiv 2509.15148): every chain decides about its
 a bank of earlier scores, a conformal p-value, so that no chain waits for another.
 """
 
-import hashlib
 import itertools
-import json
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 from pyquiet.checks import check_count
 from pyquiet.scaling import answers
@@ -22,6 +20,7 @@ from pyquiet.scaling.calibration_files import load_calibrator, save_calibrator
 from pyquiet.scaling.calls import Retry
 from pyquiet.scaling.conformal import Rule, Tail
 from pyquiet.scaling.engine import run_async, run_sync
+from pyquiet.scaling.identity import LATER, header, taxonomy
 from pyquiet.scaling.journal import Journal
 from pyquiet.scaling.limits import TakeoverLimit
 from pyquiet.scaling.panel import Panel
@@ -73,9 +72,12 @@ class ATTS:
     Raises:
         ValueError, TypeError: an argument that makes no sense, by name, before any model is asked.
 
-    >>> atts = ATTS("tiny-draft", "tiny-target", chains=4, plan=Plan(stop=("\\n",)), on_takeover="replace")
-    >>> result = atts.run(["Ann has 3 apples and buys 4 more. How many apples does she have?"])
-    >>> print(result.answers, result.report)
+    >>> from pyquiet.scaling.plan import Sampling
+    >>> plan = Plan(chains=4, turns=8, draft=Sampling(48), target=Sampling(48), stop=("\\n",))
+    >>> atts = ATTS("tiny-draft", "tiny-target", on_takeover="replace", plan=plan)
+    >>> result = atts.run(["Ann has 3 apples. Ann buys 4 more. How many apples does Ann have?"])
+    >>> list(result.answers), result.finished
+    (['0'], True)
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class ATTS:
         if preset == "paper":
             self.plan, tail = replace(self.plan, answer_from_rejected=True), tail or "coverage"
         self.rule, self.on_takeover = Rule(takeover_rate, tail or "budget"), on_takeover
-        self.policy, self._on_score_failure = policy, on_score_failure
+        self.policy, self.on_score_failure = policy, on_score_failure
         self._saved = calibration if isinstance(calibration, str | os.PathLike) else None
         self.calibrator = None if isinstance(calibration, str | os.PathLike) else calibration
         self.score, self.extract, self.select = score or MeanNLL(), extract, select
@@ -179,9 +181,9 @@ class ATTS:
         async with self._open():
             calibrator = self.calibrator if self.calibrator is not None else PerQuestion()
             policy = self.policy or self._policy(calibrator)
-            header = self.header(asked, policy, engine)
-            with journalled(journal, header) as (file, records):
-                tally = Tally(header)
+            begin = header(self, asked, policy, engine)
+            with journalled(journal, begin) as (file, records):
+                tally = Tally(begin)
                 listeners = [tally.add, promises.add, *([on_record] if on_record else [])]
                 for record, listen in itertools.product(records, listeners):
                     listen(record)
@@ -253,8 +255,8 @@ class ATTS:
 
         async with self._open():
             made = {"kind": kind, "chains": chains} | ({} if turns is None else {"turns": turns})
-            header = self.header(asked, None, "async") | {"calibration": made}
-            with journalled(journal, header) as (file, records):
+            begin = header(self, asked, None, "async") | {"calibration": made}
+            with journalled(journal, begin) as (file, records):
                 calibrator: Calibrator | None = None
                 for turn in range(calibrated):
                     before = len(collected)
@@ -282,32 +284,17 @@ class ATTS:
         """
         if self.calibrator is None:
             raise ValueError("there is no calibration to save: call calibrate first")
-        taxonomy = self._taxonomy()
+        taxonomy = self.taxonomy()
         if not isinstance(self.calibrator, PerTurn):  # first chunks, whatever becomes of them
-            taxonomy = {name: value for name, value in taxonomy.items() if name not in ("rule", "chains")}
+            taxonomy = {name: value for name, value in taxonomy.items() if name not in LATER}
         save_calibrator(self.calibrator, folder, taxonomy)
 
-    def header(self, questions: Sequence[Question], policy: Policy | None, engine: Engine) -> dict[str, Any]:
-        """What a journal begins with: everything that must be the same for a run to go on. JSON values."""
-        rule = {
-            "takeover_rate": self.rule.takeover_rate, "tail": self.rule.tail, "on_takeover": self.on_takeover,
-            "on_score_failure": self._on_score_failure,
-        }  # fmt: skip
-        decides: dict[str, Any] = {"policy": "calibration" if policy is None else type(policy).__name__}
-        decides |= rule if self.policy is None else {}
-        return {
-            "version": 1,
-            "engine": engine,
-            "config": self.plan.to_dict() | decides | {"score": self.score.name, "select": self.select},
-            "draft": dict(self.draft.identity),
-            "target": dict(self.target.identity),
-            "template": self._template_hash(),
-            "bank": "" if self.calibrator is None else self.calibrator.version,
-            "questions": [{"id": q.id, "answer": q.answer, "group": q.group, "text": q.text} for q in questions],
-        }
+    def taxonomy(self) -> dict[str, str]:
+        """What scores depend on, and with it a bank, for `save_calibrator`; servers tell their part once opened."""
+        return taxonomy(self)
 
     def _policy(self, calibrator: Calibrator) -> ConformalPolicy:
-        failed = self._on_score_failure
+        failed = self.on_score_failure
         return ConformalPolicy(calibrator, self.rule, self.on_takeover, on_score_failure=failed)
 
     def _panel(self, index: int, question: Question) -> Panel:
@@ -357,24 +344,6 @@ class ATTS:
         select = {"majority": answers.majority, "weighted": answers.weighted, "first": answers.first}[self.select]
         return QuestionResult(panel.question, select(votes), chains)
 
-    def _taxonomy(self) -> dict[str, str]:
-        """What scores depend on; those of later turns also on the rule at earlier ones, and on which chains go on."""
-        plan = self.plan.to_dict()
-        ends = ("target", "chain_tokens", "answer_from_rejected", "closing_cue")
-        return {
-            "draft": _digest(dict(self.draft.identity)),
-            "target": _digest(dict(self.target.identity)),
-            "sampling": _digest({name: plan[name] for name in ("draft", "stop")}),
-            "score": self.score.name,
-            "template": self._template_hash(),
-            "rule": f"{self.rule.tail} {self.rule.takeover_rate:g} {self.on_takeover}",
-            "chains": _digest({name: plan[name] for name in ends}),
-        }
-
-    def _template_hash(self) -> str:
-        template = self.template if isinstance(self.template, str) else getattr(self.template, "__qualname__", None)
-        return _digest([template, self.system])
-
     @asynccontextmanager
     async def _open(self) -> AsyncIterator[None]:
         backends = [self.draft] if self.draft is self.target else [self.draft, self.target]
@@ -383,7 +352,7 @@ class ATTS:
                 stack.push_async_callback(backend.close)
                 await backend.open()
             if self._saved is not None and self.calibrator is None:
-                self.calibrator = load_calibrator(self._saved, self._taxonomy())
+                self.calibrator = load_calibrator(self._saved, self.taxonomy())
             yield
 
 
@@ -392,11 +361,6 @@ def _batches(asked: Sequence[Question], calibrator: Calibrator) -> Iterator[list
     size = getattr(calibrator, "batch", None) or len(asked)
     for start in range(0, len(asked), size):
         yield list(enumerate(asked))[start : start + size]
-
-
-def _digest(value: Any) -> str:
-    content = json.dumps(value, sort_keys=True)
-    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 _ENGINES = {"async": run_async, "sync": run_sync}

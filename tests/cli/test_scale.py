@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pyquiet.cli import main
+from pyquiet.cli import main, scale_models
 
 from .one_line import error_line
 
@@ -17,7 +17,10 @@ def test_the_embedded_pair_answers_embedded_questions(tmp_path: Path, capsys: py
     assert main(["scale", *SMALL, "--journal", journal, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert list(shown["answers"]) == ["questions-000", "questions-001"]
-    assert shown["guaranteed"]["0"]["guaranteed"]
+    assert shown["bank"].startswith("the one that came with the pair")
+    guaranteed = {int(turn): told["guaranteed"] for turn, told in shown["guaranteed"].items()}
+    assert len(guaranteed) >= 3
+    assert all(sure == (turn < 7) for turn, sure in guaranteed.items())
     assert shown["finished"]
     assert shown["environment"]["arguments"]["draft"] == "tiny-draft"
     assert sum(shown["report"]["outcomes"].values()) == 4
@@ -42,8 +45,26 @@ def test_a_bank_is_calibrated_saved_and_used(tmp_path: Path, capsys: pytest.Capt
     assert main(["scale", *SMALL, *calibrate, "--save-calibration", folder]) == 0
     text = capsys.readouterr().out
     assert "turn 0: the rate is guaranteed" in text
+    assert "bank: hierarchical, made now of 3 questions of questions.jsonl with 1 chains each" in text
     assert main(["scale", *SMALL, "--calibration", folder]) == 0
     assert text.splitlines()[:2] == capsys.readouterr().out.splitlines()[:2]
+
+
+def test_without_the_shipped_bank_one_is_made_or_each_question_makes_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["scale", *SMALL, "--calibrator", "per_question"]) == 0
+    text = capsys.readouterr().out
+    assert "bank: first chunks drafted for each question beforehand" in text
+    assert "turn 1: no guarantee" in text
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(scale_models.embedded_file("calibration.jsonl").read_text().splitlines(True)[:6]))
+    embedded = scale_models.embedded_file
+    monkeypatch.setattr(scale_models, "embedded_file", lambda name: few if "jsonl" in name else embedded(name))
+    assert main(["scale", *SMALL, "--takeover-rate", "0.5", "--calibration-chains", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "bank: per_turn, made now of 6 questions of few.jsonl with 1 chains each" in text
+    assert "turn 1: the rate is guaranteed: ranked among scores of turn 1" in text
 
 
 @pytest.mark.parametrize(
@@ -52,6 +73,8 @@ def test_a_bank_is_calibrated_saved_and_used(tmp_path: Path, capsys: pytest.Capt
         (["--slots", "1,2"], "--slots must be three numbers"),
         (["--takeover-rate", "2"], "takeover_rate must lie between 0 and 1"),
         (["--questions", "missing.jsonl"], "missing.jsonl"),
+        (["--draft-tokenizer", "tiny-draft"], "--draft-tokenizer is for servers; tiny-draft brings its own"),
+        (["--draft", "tiny-target", "--calibrator", "pooled"], "--calibrator pooled needs questions"),
     ],
 )
 def test_bad_input_is_one_line(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 from functools import cached_property
 from typing import Any
 
@@ -93,7 +94,9 @@ class HFBackend:
     @cached_property
     def identity(self) -> dict[str, str]:
         """Name, dtype, and hashes of configuration, weights and tokenizer; the weights are read once."""
-        digest = hashlib.blake2b(self.model.config.to_json_string().encode(), digest_size=16)
+        config = json.loads(self.model.config.to_json_string())
+        config.pop("transformers_version", None)  # says who wrote it, not what the model is
+        digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

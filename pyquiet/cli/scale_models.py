@@ -1,0 +1,85 @@
+"""The two models of `pyquiet scale`, and the bank by which the target takes over."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyquiet.scaling import ATTS, Backend
+    from pyquiet.scaling.calibration import Kind
+
+EMBEDDED = ("tiny-draft", "tiny-target")
+TURNS = 7  # that get a bank each: a problem of the embedded pair has six steps and an answer at most
+Watch = Callable[[str, int], Any]
+
+
+def embedded_file(name: str) -> Path:
+    """A file that came with the embedded target."""
+    return _folder(EMBEDDED[1]) / name
+
+
+def model(role: str, name: str, tokenizer: str | None) -> "str | Backend":
+    """The model that a user calls so: servers, the tokenizer given for them at hand, or what `ATTS` makes of a name.
+
+    Raises ValueError for a tokenizer that is given for something else than servers.
+    """
+    if not name.startswith(("http://", "https://")):
+        if tokenizer is not None:
+            raise ValueError(f"--{role}-tokenizer is for servers; {name} brings its own, leave it out")
+        return name
+    from pyquiet.scaling.backends.openai import OpenAIBackend
+    from pyquiet.zoo import available
+
+    addresses, _, served = name.partition("#")
+    known = str(_folder(tokenizer)) if tokenizer in available() else tokenizer
+    return OpenAIBackend([address.strip() for address in addresses.split(",")], served or None, tokenizer=known)
+
+
+def settle_bank(atts: "ATTS", args: argparse.Namespace, watch: Watch) -> str:
+    """Sees to the bank that was asked for; without a wish to the embedded pair's. Says in words which it is.
+
+    Raises ValueError for a calibrator without questions to calibrate on.
+    """
+    embedded = (args.draft, args.target) == EMBEDDED
+    if args.calibration is not None:
+        return f"from {args.calibration}"
+    if args.calibrator == "per_question" or not (args.calibrate or args.calibrator or embedded):
+        return "first chunks drafted for each question beforehand; the rate is promised for first turns alone"
+    if not (args.calibrate or embedded):
+        raise ValueError(f"--calibrator {args.calibrator} needs questions: name them by --calibrate FILE")
+    own = args.calibrate or args.calibrator or args.calibration_turns or args.save_calibration
+    if not own and _shipped(atts):
+        return "the one that came with the pair; the rate is promised for problems like those of its questions.jsonl"
+    return _calibrated(atts, args, watch)
+
+
+def _calibrated(atts: "ATTS", args: argparse.Namespace, watch: Watch) -> str:
+    from pyquiet.scaling.questions import read_questions
+
+    source = Path(args.calibrate or embedded_file("calibration.jsonl"))
+    kind: Kind = args.calibrator or "per_turn"
+    turns = args.calibration_turns or (TURNS if kind == "per_turn" and not args.calibrate else None)
+    questions, each = read_questions(source), args.calibration_chains
+    with watch("calibrating", len(questions) * each) as on_record:
+        atts.calibrate(questions, kind=kind, chains=each, turns=turns, on_record=on_record)
+    if args.save_calibration:
+        atts.save_calibration(args.save_calibration)
+    return f"{kind}, made now of {len(questions)} questions of {source.name} with {each} chains each"
+
+
+def _shipped(atts: "ATTS") -> bool:
+    """Takes the bank that came with the embedded pair, if it was made with the same settings."""
+    from pyquiet.scaling.calibration_files import load_calibrator
+
+    try:
+        atts.calibrator = load_calibrator(embedded_file("calibration.json").parent, atts.taxonomy())
+    except (ValueError, FileNotFoundError):
+        return False
+    return True
+
+
+def _folder(name: str | None) -> Path:
+    import pyquiet.zoo
+
+    return Path(pyquiet.zoo.__file__).parent / str(name)
