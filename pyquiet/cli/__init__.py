@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from pyquiet import __version__
-from pyquiet.cli import bilevel, diffuse, doctor, evaluate, infill, scale, think, train
+from pyquiet.cli import bilevel, demo, diffuse, doctor, evaluate, infill, scale, think, train
 
-COMMANDS = (think, infill, diffuse, scale, bilevel, train, evaluate, doctor)
+COMMANDS = (demo, think, infill, diffuse, scale, bilevel, train, evaluate, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

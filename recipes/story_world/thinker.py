@@ -28,7 +28,7 @@ from text_codec import TokenStream, encode_sections
 THOUGHT_TOKENS, THOUGHTS = 4, 2  # m, N
 ROWS, BOOK_ROWS, LENGTH = 8, 2, 112  # of a step, how many of them are crops of books, tokens
 AT_ONCE = Wishes(shallow=0.25, written=0.0)
-RATES = {"base": 3e-4, "head": 1e-3, "meta": 3e-5}
+RATES = {"base": 2e-4, "head": 1e-3, "meta": 3e-5}
 WARM_UP = 20
 
 
@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("base", type=Path)
     parser.add_argument("model", type=Path, help="folder to write")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plain", action="store_true", help="without thoughts")
     parser.add_argument("--books", type=Path, metavar="FOLDER")

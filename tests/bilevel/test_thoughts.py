@@ -16,7 +16,7 @@ from pyquiet.bilevel.domains import Part, domain_mixing_heads, mixed_by, thought
 ANSWERED = torch.tensor([7, 10, 13, 16])  # the columns of the marks, behind which an answer stands
 
 
-MODEL, TOKENIZER = load("tiny-thinker")
+MODEL, TOKENIZER = load("tiny-puzzler")
 
 
 @pytest.fixture

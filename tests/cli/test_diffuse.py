@@ -216,7 +216,7 @@ def test_the_embedded_models_are_the_default(capsys):
         (["--model", "DATA/bare", "--tokenizer", "tiny-causal"], "no mask token"),
         (["--tokenizer", "/no/such/folder"], "/no/such/folder has no tokenizer"),
         (["--energy", "/no/such/folder"], "--energy /no/such/folder"),
-        (["--energy", "tiny-thinker"], "tokenizers differ"),
+        (["--energy", "tiny-puzzler"], "tokenizers differ"),
         (["--energy", "DATA/other"], "its mask has the id 7"),
         (["--text", "no gap"], "no gap"),
         (["--text", "a ___2-3___"], "___2-3___"),

@@ -219,7 +219,7 @@ def test_autocast_stays_outside():
 
 
 def test_a_thinking_model_answers_at_once():
-    thinker, _ = pyquiet.load("tiny-thinker")
+    thinker, _ = pyquiet.load("tiny-puzzler")
     size = thinker.get_input_embeddings().weight.shape[0]
     ids = torch.randint(3, size, (1, 2, 6), generator=torch.Generator().manual_seed(0))
     time, log_mu = torch.ones(1), torch.zeros(1, 2)
@@ -308,6 +308,6 @@ def test_tokenizers_must_be_the_same_but_for_the_mask():
     mine.add_tokens(["quietly-added"])
     with pytest.raises(ValueError, match=r"'quietly-added' has the id \d+ for the denoiser and does not exist"):
         check_tokenizers(mine, lm)
-    _, other = pyquiet.load("tiny-thinker")
+    _, other = pyquiet.load("tiny-puzzler")
     with pytest.raises(ValueError, match="tokenizers differ"):
         check_tokenizers(other, lm)

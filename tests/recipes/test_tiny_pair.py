@@ -4,6 +4,7 @@ import importlib
 import json
 import random
 import re
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -214,8 +215,14 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     whole, stopped = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "stopped"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), stopped.parameters(), strict=True))
 
-    recipe.export.export(tmp_path / "whole", tmp_path / "model")
-    recipe.export.write_questions(tmp_path / "model")
+    written = subprocess.run(
+        [sys.executable, RECIPE.parent / "export.py", tmp_path / "whole", tmp_path / "model"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert written.returncode == 0, written.stderr
+    recipe.questions.write_questions(tmp_path / "model")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert exported.dtype == torch.float16
     assert exported.config.use_cache

@@ -1,6 +1,6 @@
-"""The embedded thinking model follows three arrows when it thinks, and guesses when it does not."""
+"""The embedded thinking model finds by thinking what it cannot say at once, and is as good as its card says."""
 
-import random
+import re
 from pathlib import Path
 
 import pytest
@@ -10,69 +10,60 @@ import pyquiet
 from pyquiet import zoo
 from pyquiet.cli import main
 
-SYMBOLS = "abcdef"
-
-
-def chase(generator):
-    """A text that asks where three arrows lead, the way there and the answer."""
-    arrows = dict(zip(SYMBOLS, generator.sample(SYMBOLS, 6), strict=True))
-    start = generator.choice(SYMBOLS)
-    way = [arrows[start], arrows[arrows[start]]]
-    pairs = [f"{a}>{b}" for a, b in arrows.items()]
-    generator.shuffle(pairs)
-    return f"{' '.join(pairs)} {start} ?3", " ".join(way), arrows[way[1]]
+FOLDER = Path(zoo.__file__).parent / "tiny-thinker"
+RING = "There were four friends. Anne wrote to Tom. Joe wrote to Emma. Tom wrote to Joe. Emma wrote to Anne."
 
 
 @pytest.fixture(scope="module")
-def chases():
-    generator = random.Random(0)
-    return [chase(generator) for _ in range(100)]
+def questions():
+    """Held-out stories of letters up to an answer that takes two steps or more, and these answers."""
+    found = []
+    for story in zoo.held_out("stories"):
+        if story["kind"] == "letters":
+            for match in re.finditer(r"(?:twice|times), came to( \w+)\.", story["text"]):
+                found.append((story["text"][: match.start(1)], match[1]))
+    return found
 
 
-def answers(chases, **options):
+def answers(questions, **options):
     model, tokenizer = pyquiet.load("tiny-thinker")
-    inputs = tokenizer([text for text, _, _ in chases], return_tensors="pt", return_token_type_ids=False)
+    tokenizer.padding_side = "left"
+    inputs = tokenizer([q for q, _ in questions], return_tensors="pt", padding=True, return_token_type_ids=False)
     out = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, **options)
     return tokenizer, out, tokenizer.batch_decode(out.sequences[:, -1:])
 
 
-def test_it_answers_by_thinking(chases):
-    tokenizer, out, words = answers(chases, seed=0, return_thoughts=True)
-    right = [word == answer for word, (_, _, answer) in zip(words, chases, strict=True)]
-    assert sum(right) >= 95
-    ways = [tokenizer.decode(row) for row in out.thoughts.tokens[:, 0, 0]]
-    assert sum(way == true for way, (_, true, _) in zip(ways, chases, strict=True)) >= 85
+def test_it_answers_by_thinking_and_guesses_without(questions):
+    assert len(questions) > 100
+    rights = {
+        name: sum(word == answer for word, (_, answer) in zip(answers(questions, **options)[2], questions, strict=True))
+        for name, options in (("always", {"seed": 0}), ("never", {"think": "never"}))
+    }
+    assert rights["always"] >= 0.75 * len(questions)
+    assert rights["never"] <= 0.55 * len(questions)
 
 
-def test_it_guesses_without(chases):
-    _, _, words = answers(chases, think="never")
-    assert sum(word == answer for word, (_, _, answer) in zip(words, chases, strict=True)) <= 75
+def test_its_thought_is_the_way_to_the_answer():
+    question = f"{RING} A letter from Anne, passed on three times, came to"
+    tokenizer, out, (word,) = answers([(question, "")], seed=0, return_thoughts=True)
+    assert word == " Emma"
+    assert tokenizer.decode(out.thoughts.tokens[0, 0, 0]).startswith(" Tom Joe")
+    assert out.thoughts.weight[0, 0, 0].abs() > 0.3  # it may well be negative
 
 
-def test_it_is_small_and_in_float32_when_loaded():
-    assert (Path(zoo.__file__).parent / "tiny-thinker" / "model.safetensors").stat().st_size <= 4_000_000
-    model, _ = pyquiet.load("tiny-thinker")
+def test_it_shares_the_tokenizer_is_small_and_in_float32_when_loaded():
+    model, tokenizer = pyquiet.load("tiny-thinker")
+    assert tokenizer.get_vocab() == pyquiet.load("tiny-causal")[1].get_vocab()
+    assert (FOLDER / "model.safetensors").stat().st_size <= 4_500_000
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert isinstance(model, pyquiet.QuietStarForCausalLM)
 
 
 def test_the_command_line_knows_it_by_name(capsys):
-    words = [
-        "--prompt",
-        "a>c b>a c>f d>b e>d f>e b ?3",
-        "--max-new-tokens",
-        "1",
-        "--temperature",
-        "0",
-        "--show-thoughts",
-    ]
+    prompt = f"{RING} A letter from Joe, passed on twice, came to"
+    words = ["--prompt", prompt, "--max-new-tokens", "1", "--temperature", "0", "--show-thoughts"]
     assert main(["think", "--model", "tiny-thinker", *words]) == 0
     out = capsys.readouterr()
-    assert "' f'" in out.out
-    assert "thought 'a c'" in out.out
+    assert "' Anne'" in out.out
+    assert "thought ' Emma" in out.out
     assert "not learned" not in out.err
-    assert main(["think", "--model", "tiny-thinker", "--thought-tokens", "3", *words]) == 2
-    assert main(["think", "--model", "tiny-nobody", *words]) == 2
-    error = capsys.readouterr().err
-    assert "tiny-causal" in error
-    assert "tiny-thinker" in error

@@ -1,0 +1,55 @@
+"""`pyquiet demo`: the five systems at work on the embedded models."""
+
+import argparse
+import json
+import sys
+import textwrap
+
+from pyquiet.demo import SCENES
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="see all five systems at work, in about a minute",
+        description="Plays all five systems on the embedded models, offline: each with what it shows and its numbers "
+        "beside the plain alternative's, all measured in this run.",
+    )
+    parser.add_argument("--only", nargs="+", choices=SCENES, default=SCENES, metavar="SCENE", help=", ".join(SCENES))
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same texts (default: 0)")
+    parser.add_argument("--html", metavar="FILE", help="write a page with what there is to look at")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    from pyquiet.demo import play
+    from pyquiet.plotting import check_target, write_page
+    from pyquiet.plotting.figures import check_matplotlib
+
+    if args.html:
+        check_target(args.html)
+        check_matplotlib()
+    logging.disable_progress_bar()
+    scenes = []
+    for name, scene, seconds in play(args.only, seed=args.seed, progress=not args.quiet):
+        scenes.append((name, scene, seconds))
+        if not args.json:
+            words = textwrap.fill(f"{scene.found}.", 100, initial_indent="  ", subsequent_indent="  ")
+            print(f"{scene.title}\n{words}\n  ({seconds:.1f} s)", flush=True)
+    if args.html:
+        write_page(args.html, "pyquiet", [scene.section() for _, scene, _ in scenes], words=LEAD)
+        print(f"written: {args.html}", file=sys.stderr)
+    if args.json:
+        found = {name: {**scene.to_dict(), "seconds": seconds} for name, scene, seconds in scenes}
+        print(json.dumps({"seed": args.seed, "scenes": found}, indent=2))
+    return 0
+
+
+LEAD = (
+    "Five ways to get more out of a language model, each at work on small models that come with the package. Every "
+    "number and picture on this page was made by one run of `pyquiet demo`. Point at a coloured word to see more."
+)

@@ -1,0 +1,71 @@
+"""The demonstration's scenes on the embedded models: what they say is what they measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import pyquiet
+from pyquiet import demo
+from pyquiet.demo import infilling, scenes, thoughts
+from pyquiet.demo.scene import Scene
+from pyquiet.plotting import View
+
+
+def test_an_unknown_scene_is_refused_before_any_is_played(monkeypatch):
+    monkeypatch.setattr(scenes, "import_module", lambda name: pytest.fail(f"{name} was played"))
+    with pytest.raises(ValueError, match="'chess'"):
+        demo.play(["infilling", "chess"])
+
+
+def test_scenes_are_played_in_the_order_asked_for(monkeypatch):
+    class Played:
+        def __init__(self, name):
+            self.name = name
+
+        def show(self, seed, progress):
+            return Scene(self.name, "shows", f"found {seed}", {"nan": float("nan")}, lambda: (View("<b></b>"),))
+
+    monkeypatch.setattr(scenes, "import_module", Played)
+    played = list(demo.play(["scaling", "thoughts"], seed=3, progress=False))
+    assert [(name, scene.title, scene.found) for name, scene, _ in played] == [
+        ("scaling", "pyquiet.demo.scaling", "found 3"),
+        ("thoughts", "pyquiet.demo.thoughts", "found 3"),
+    ]
+    assert played[0][1].to_dict()["numbers"] == {"nan": None}  # JSON has no NaN
+    assert played[0][1].section().words == ("shows", "found 3")
+
+
+def test_every_scene_can_be_imported_by_its_name():
+    for name in demo.SCENES:
+        assert callable(scenes.import_module(f"pyquiet.demo.{name}").show)
+
+
+def test_infilling_tells_calls_and_sameness_as_they_are(monkeypatch):
+    scene = infilling.show(0, False)
+    calls = scene.numbers["calls_per_token"]
+    assert calls["sequential"] == 1
+    assert calls["one_call"] < calls["assd"] < 1
+    assert scene.numbers["same_texts"]
+    assert scene.numbers["joint_gap"] < 1e-3
+    assert "the texts are the same" in scene.found
+
+    def without_coupling(*args, coupling, **options):
+        return true_infill(*args, coupling="rejection", **options)
+
+    true_infill = pyquiet.infill
+    monkeypatch.setattr(pyquiet, "infill", without_coupling)
+    other = infilling.show(0, False)
+    assert not other.numbers["same_texts"]
+    assert "NOT the same" in other.found
+
+
+def test_next_token_losses_are_those_of_each_text_alone():
+    model, tokenizer = pyquiet.load("tiny-causal")
+    rows = [tokenizer(text).input_ids for text in ("Once upon a time there was a king.", "The door", "He said no.")]
+    together = thoughts.next_token_nll(model, rows)
+    alone = []
+    for row in rows:
+        ids = torch.tensor([row])
+        alone.append(torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none"))
+    torch.testing.assert_close(together, torch.cat(alone).detach(), rtol=1e-4, atol=1e-4)
