@@ -72,7 +72,8 @@ class Plan:
             chunk that already holds one, or the end of the text, is replaced, since nothing could continue it.
         closing_cue: text put before the last turn of a chain that has no answer yet.
         chain_seconds: after which a chain ends without an answer, None for no limit.
-        early_majority: whether a question's chains are cancelled once no vote can change the winner.
+        early_majority: whether a question's chains are cancelled once no vote can change the winner. Questions whose
+            chains agree then get less far than others, so that nothing is promised of later turns.
     """
 
     chains: int = 16

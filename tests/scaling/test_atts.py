@@ -120,6 +120,14 @@ def test_turns_may_have_banks_of_their_own(tmp_path: Path) -> None:
         runner.calibrate(BANK, turns=0)
 
 
+def test_nothing_is_promised_of_turns_that_agreeing_questions_do_not_reach() -> None:
+    runner = atts(replace(PLAN, early_majority=True))
+    runner.calibrate(BANK, chains=1, turns=3)
+    guaranteed = runner.run(ASKED).guaranteed
+    assert [sure for sure, _ in guaranteed.values()] == [True, False, False]
+    assert "early_majority" in guaranteed[1][1]
+
+
 def test_the_released_settings_are_a_preset() -> None:
     runner = atts(preset="paper")
     assert (runner.rule.tail, runner.rule.alpha, runner.plan.answer_from_rejected) == ("coverage", 0.6, True)
