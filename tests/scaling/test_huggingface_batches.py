@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pyquiet.scaling import ATTS, Plan, Sampling
+from pyquiet.scaling.backends import decoding, reading
 from pyquiet.scaling.backends.base import Prompt, RefusedError, Score, Scored
 from pyquiet.scaling.backends.huggingface import HFBackend
 from pyquiet.scaling.plan import Pools
@@ -82,6 +83,22 @@ def test_short_prompts_are_not_padded_to_a_long_one() -> None:
     shapes = watched(model)
     using(model, at_once([Score(f"c{i}", Prompt(ids), 1) for i, ids in enumerate(prompts)]), max_batch=8, max_wait=5.0)
     assert sorted(shapes[-2:]) == [(1, 80), (7, 10)]
+
+
+def test_no_forward_and_no_head_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "_TOKENS_AT_ONCE", 50)
+    monkeypatch.setattr(decoding, "_LOGITS_AT_ONCE", 258 * 7)
+    model = llama()
+    prompts = [ids_of(i, 20) for i in range(6)]
+    shapes, rows = watched(model), list[int]()
+    model.lm_head.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    requests = [Score(f"c{i}", Prompt(ids), 9, entropy=True) for i, ids in enumerate(prompts)]
+    answers = using(model, at_once(requests), max_batch=6, max_wait=5.0)
+    assert shapes[-3:] == [(2, 20)] * 3
+    assert rows == [7, 7, 7, 1] * 3
+    for answer, ids in zip(answers, prompts, strict=True):
+        assert close(answer, model, ids, 9)
+        assert len(answer.entropies or ()) == 11
 
 
 def test_what_chains_begin_with_is_read_once() -> None:
