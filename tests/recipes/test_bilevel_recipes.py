@@ -1,0 +1,77 @@
+"""The bilevel recipes: what they call trained is trained, and their tables and figures come out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def recipe(name: str) -> ModuleType:
+    file = RECIPES / name / "run.py"
+    if not file.is_file():
+        pytest.skip(f"no recipe {file}")
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows(path: Path, count: int) -> Path:
+    g = torch.Generator().manual_seed(count)
+    X = torch.randint(2, (count, 6), generator=g)
+    labels = X[:, 0] * 2 + X[:, 1] + torch.randn(count, generator=g) > 1.5
+    lines = [
+        f"{'+1' if label else '-1'} " + " ".join(f"{i + 1}:1" for i in range(6) if row[i])
+        for row, label in zip(X.tolist(), labels.tolist(), strict=True)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a8a_starts_from_trained_regressions_and_ends_in_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a8a = recipe("bilevel_a8a")
+    small = {"M": 4, "BLOCKS": 2, "SAMPLES": 8, "EXACT": slice(None), "SELECT": 1, "EPOCHS": 2, "ETAS": (0.01,)}
+    for name, value in small.items():
+        monkeypatch.setattr(a8a, name, value)
+    training, testing = rows(tmp_path / "training.txt", 200), rows(tmp_path / "testing.txt", 50)
+    task = a8a.Task(training, testing)
+    Y = task.start.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(task.problem.lower(torch.zeros(task.n), Y, torch.arange(4), None).sum(), Y)
+    assert float(gradient.abs().max()) < 1e-6
+    out, figure = tmp_path / "out.json", tmp_path / "figure.svg"
+    monkeypatch.setattr(sys, "argv", ["run.py", str(training), str(testing), str(out), str(figure)])
+    a8a.main()
+    shown = capsys.readouterr().out
+    runs = json.loads(out.read_text())["runs"]
+    assert [one["method"] for one in runs] == 2 * ["BSVRB v2"] + 2 * ["block SOBA"] + 2 * ["stocBiO"] + ["BSVRB v1"]
+    assert runs[0]["looks"][0][1] == pytest.approx(task.exact(torch.zeros(task.n))[0], abs=1e-6)
+    assert runs[0]["steps"] == 2 * task.n // 16
+    assert all(f"| {name} | 0.01 | " in shown for name in a8a.METHODS)
+    assert b"stocBiO" in figure.read_bytes()
+
+
+def test_steps_are_counted_until_the_mean_norm_is_at_the_goal(monkeypatch: pytest.MonkeyPatch) -> None:
+    speedup = recipe("bilevel_speedup")
+    monkeypatch.setattr(speedup, "ETAS", (0.1, 0.05))
+    monkeypatch.setattr(speedup, "SEEDS", (0,))
+    row = speedup.measure("BSVRB v2", 32, 16)
+    method = speedup.method_of("BSVRB v2", 32, 16, row["eta"], row["setting"], 0)
+    norms = []
+    for _ in range(int(row["steps"])):
+        method.step()
+        norms.append(float((speedup.PROBLEM.curvature @ (method.x - speedup.PROBLEM.solution)).norm()))
+    last = sum(norms[-speedup.LAST :]) / speedup.LAST
+    assert last <= speedup.GOAL < sum(norms[-speedup.LAST - 1 : -1]) / speedup.LAST
+    assert speedup.steps_to_goal(method, 0) is None
