@@ -1,10 +1,9 @@
 """`pyquiet demo`: the five systems at work on the embedded models."""
 
 import argparse
-import json
-import sys
 import textwrap
 
+from pyquiet.cli.reports import STANDARD_OUTPUT, add_json, check_json, give
 from pyquiet.demo import SCENES
 
 
@@ -18,7 +17,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--only", nargs="+", choices=SCENES, default=SCENES, metavar="SCENE", help=", ".join(SCENES))
     parser.add_argument("--seed", type=int, default=0, help="same seed, same texts (default: 0)")
     parser.add_argument("--html", metavar="FILE", help="write a page with what there is to look at")
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    add_json(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.set_defaults(run=run)
 
@@ -30,22 +29,23 @@ def run(args: argparse.Namespace) -> int:
     from pyquiet.plotting import check_target, write_page
     from pyquiet.plotting.figures import check_matplotlib
 
+    check_json(args)
     if args.html:
         check_target(args.html)
         check_matplotlib()
     logging.disable_progress_bar()
-    scenes = []
+    scenes, speaks = [], args.json != STANDARD_OUTPUT
     for name, scene, seconds in play(args.only, seed=args.seed, progress=not args.quiet):
         scenes.append((name, scene, seconds))
-        if not args.json:
+        if speaks:  # as they come
             words = textwrap.fill(f"{scene.found}.", 100, initial_indent="  ", subsequent_indent="  ")
-            print(f"{scene.title}\n{words}\n  ({seconds:.1f} s)", flush=True)
+            print(f"{scene.title}\n{words}\n  ({seconds:.1f} s)\n", flush=True)
     if args.html:
         write_page(args.html, "pyquiet", [scene.section() for _, scene, _ in scenes], words=LEAD)
-        print(f"written: {args.html}", file=sys.stderr)
-    if args.json:
-        found = {name: {**scene.to_dict(), "seconds": seconds} for name, scene, seconds in scenes}
-        print(json.dumps({"seed": args.seed, "scenes": found}, indent=2))
+    found = {name: {**scene.to_dict(), "seconds": seconds} for name, scene, seconds in scenes}
+    whole = sum(seconds for _, _, seconds in scenes)
+    page = f", {args.html} has what there is to look at" if args.html else ""
+    give(args, {"seed": args.seed, "scenes": found}, f"{whole:.0f} s in all{page}")
     return 0
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from pyquiet.environment import environment_record
 from pyquiet.files import check_target, replacing
 
-_STANDARD_OUTPUT = "-"
+STANDARD_OUTPUT = "-"
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         nargs="?",
-        const=_STANDARD_OUTPUT,
+        const=STANDARD_OUTPUT,
         metavar="FILE",
         help="print the report as JSON, or write it to FILE; the environment stands in it",
     )
@@ -27,7 +27,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def check_json(args: argparse.Namespace) -> None:
     """OSError, before any work is done, if the file of --json cannot be written."""
-    if args.json not in (None, _STANDARD_OUTPUT):
+    if args.json not in (None, STANDARD_OUTPUT):
         check_target(args.json)
 
 
@@ -37,7 +37,7 @@ def give(
     """Prints the words, or the report as JSON where `--json` stands alone; with a file it does both."""
     if args.json is not None:
         text = json.dumps({**report, "environment": environment(args, models)}, indent=2)
-        if args.json == _STANDARD_OUTPUT:
+        if args.json == STANDARD_OUTPUT:
             words = text
         else:
             with replacing(args.json) as file:

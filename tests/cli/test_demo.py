@@ -1,0 +1,67 @@
+"""`pyquiet demo`: what it prints, writes and refuses; the scenes themselves are tested in tests/demo."""
+
+import json
+import re
+
+import pytest
+
+from pyquiet.cli import main
+from pyquiet.demo import Scene, scenes
+from pyquiet.plotting import View
+
+from .one_line import error_line
+
+
+class Played:
+    """A scene's module."""
+
+    def __init__(self, name):
+        self.name = name.rpartition(".")[2]
+
+    def show(self, seed, progress):
+        view = View(f"<b>picture of {self.name}</b>")
+        numbers = {"seed": seed, "progress": progress}
+        return Scene(f"Title of {self.name}", "It shows.", f"found {seed}", numbers, lambda: (view,))
+
+
+@pytest.fixture
+def played(monkeypatch):
+    monkeypatch.setattr(scenes, "import_module", Played)
+
+
+def test_every_scene_is_told_in_its_order(played, capsys):
+    assert main(["demo", "--seed", "7"]) == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"Title of (\w+)\n  found 7\.\n", out) == list(scenes.SCENES)
+    assert " s in all" in out
+
+
+def test_on_standard_output_json_stands_alone(played, capsys):
+    assert main(["demo", "--only", "scaling", "thoughts", "--quiet", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["scenes"]) == ["scaling", "thoughts"]
+    assert report["scenes"]["thoughts"]["numbers"] == {"seed": 0, "progress": False}
+    assert report["environment"]["command"] == "pyquiet demo"
+
+
+def test_a_page_has_every_view_and_says_what_it_is(played, capsys, tmp_path):
+    page = tmp_path / "demo.html"
+    assert main(["demo", "--only", "infilling", "bilevel", "--html", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r"picture of (\w+)", text) == ["infilling", "bilevel"]
+    assert "<p>found 0</p>" in text
+    assert str(page) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--html", "--json"])
+def test_what_cannot_be_written_is_told_before_anything_is_played(monkeypatch, capsys, option):
+    monkeypatch.setattr(scenes, "import_module", lambda name: pytest.fail("played"))
+    assert main(["demo", option, "/no/folder/file"]) == 2
+    assert "there is no folder /no/folder" in error_line(capsys)
+
+
+def test_there_are_no_other_scenes(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", "--only", "chess"])
+    assert stopped.value.code == 2
+    assert "thoughts" in capsys.readouterr().err
