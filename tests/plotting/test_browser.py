@@ -14,6 +14,7 @@ from pyquiet.evaluation import TokenGains
 from pyquiet.plotting import Section, View, as_svg, film_view, infilling_view, thoughts_view, write_page
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+WebDriverException = pytest.importorskip("selenium.common").WebDriverException
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 
@@ -26,11 +27,15 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
     options.binary_location = BROWSER
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     for switch in (
-        "headless", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update",
-        "disable-sync", "no-first-run", "window-size=1200,1600", f"user-data-dir={tmp_path_factory.mktemp('profile')}",
+        "headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-background-networking",
+        "disable-component-update", "disable-sync", "no-first-run", "window-size=1200,1600",
+        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
     ):  # fmt: skip
         options.add_argument(f"--{switch}")
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    except WebDriverException as error:
+        pytest.skip(f"{BROWSER} does not start here: {error.msg}")
     yield driver
     driver.quit()
 
