@@ -214,6 +214,19 @@ def test_a_journal_resumes_and_refuses_another_run(tmp_path: Path) -> None:
         atts().run(ASKED[:2], journal=journal)
 
 
+def test_a_calibration_that_was_interrupted_fills_the_same_bank(tmp_path: Path) -> None:
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    wanted = atts().calibrate(BANK, chains=1, journal=whole)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    asked = sum(r.timing is not None for r in read_journal(whole)[1])
+    for kept in range(1, len(lines), len(lines) // 8):
+        part.write_bytes(b"".join(lines[:kept]) + lines[kept][: len(lines[kept]) // 2])
+        spared = sum(r.timing is not None for r in read_journal(part)[1])
+        models = [HashModel(name) for name in ("draft", "target")]
+        assert atts(models=models).calibrate(BANK, chains=1, journal=part).version == wanted.version
+        assert sum(len(model.requests) for model in models) == asked - spared
+
+
 def test_both_engines_and_a_running_loop_give_the_same() -> None:
     wanted = atts().run(ASKED)
     assert atts().run(ASKED, engine="sync").questions == wanted.questions

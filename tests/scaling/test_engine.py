@@ -116,6 +116,16 @@ def test_async_equals_sync_at_any_concurrency(action: str, slots: int) -> None:
         assert target.peak <= 2 * slots
 
 
+@pytest.mark.parametrize("engine", [run_async, run_sync])
+@pytest.mark.parametrize("slots", [1, 16])
+def test_a_virtual_clock_changes_no_transcript(engine: Any, slots: int) -> None:
+    paper = Paper()
+    plan = replace(PLAN, pools=Pools(slots, slots, slots, slots))
+    delayed = [Delayed(HashModel(n), Latency(1.0, cv=1.0)) for n in ("draft", "target")]
+    run_simulated(run(setting(*delayed, plan=plan), engine, paper))
+    assert transcript(paper.records) == reference(plan=plan)
+
+
 def test_other_seeds_give_other_transcripts() -> None:
     assert reference() != reference(plan=replace(PLAN, seed=8))
 
