@@ -30,7 +30,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def check_same(found: Mapping[str, Any], now: Mapping[str, Any], what: str, remedy: str) -> None:
     """ValueError with the names of all that differs, as JSON knows it, and the values of the first."""
     now = json.loads(json.dumps(now))
-    names = [name for name in {**found, **now} if found.get(name) != now.get(name) or (name in found) != (name in now)]
+    names = [name for name in {**found, **now} if found.get(name) != now.get(name)]
     if names:
         was, becomes = (json.dumps(values.get(names[0]))[:80] for values in (found, now))
         more = f" (and another {', '.join(names[1:])})" if names[1:] else ""

@@ -9,6 +9,7 @@ import pyquiet
 from pyquiet import QuietStarForCausalLM
 from pyquiet.cli import main
 from pyquiet.diffusion import backbone
+from pyquiet.diffusion.sampling import diffuse
 
 from ..any_subset.models import random_xlnet
 from ..processes import in_processes
@@ -101,6 +102,18 @@ def test_batches_change_nothing_and_the_first_row_is_that_of_the_prompt_alone(fo
     alone = json.loads(capsys.readouterr().out)["samples"]
     assert [row.pop("sample", 0) for row in found[:samples]] == list(range(samples))
     assert close([{k: v for k, v in row.items() if k not in ("index", "id")} for row in found[:samples]], alone)
+
+
+def test_float64_is_that_of_all_networks(folder, tmp_path, monkeypatch):
+    types = set()
+
+    def spied(denoiser, energy, **options):
+        types.update((denoiser.model.dtype, energy.lm.dtype))
+        return diffuse(denoiser, energy, **options)
+
+    monkeypatch.setattr("pyquiet.diffusion.sampling.diffuse", spied)
+    assert main(many(folder, "diffuse", tmp_path / "out", "--float64")) == 0
+    assert types == {torch.float64}
 
 
 def test_think_says_what_was_thought(folder, tmp_path, capsys):
@@ -211,6 +224,13 @@ def test_bad_prompts_and_options_are_told_before_anything_runs(
     assert main(words(folder, command, *given, *more)) == 2
     assert named in error_line(capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_a_token_that_the_model_does_not_know_is_told_with_its_line(folder, tmp_path, capsys):
+    random_xlnet(vocabulary=100).save_pretrained(tmp_path / "model")
+    more = ["--model", tmp_path / "model", "--tokenizer", folder / "infill"]
+    assert main(many(folder, "infill", tmp_path / "out.jsonl", *more)) == 2
+    assert "infill.jsonl, line 1: input_ids holds the token" in error_line(capsys)
 
 
 def test_prompts_need_an_output(folder, tmp_path, capsys):

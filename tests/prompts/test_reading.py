@@ -12,7 +12,7 @@ def written(tmp_path, data):
 
 
 def test_prompts_are_numbered_and_named(tmp_path):
-    lines = b'\xef\xbb\xbf{"prompt": "one\xe2\x80\xa8two"}\r\n\n{"id": 7, "text": ""}\n{"text": "\\u00e9", "id": "b"}'
+    lines = b'\xef\xbb\xbf{"prompt":\r "one\xe2\x80\xa8two"}\r\n\n{"id": 7, "text": ""}\n{"text": "\\u00e9", "id": "b"}'
     path = written(tmp_path, lines)
     prompts, digest = read_prompts(path, ("prompt", "text"))
     assert prompts == [
