@@ -23,9 +23,9 @@ class Scene:
     numbers: dict[str, Any]
     draw: Callable[[], tuple[View, ...]]
 
-    def section(self, hints: tuple[str, ...] = ()) -> Section:
+    def section(self) -> Section:
         """The part of the page."""
-        return Section(self.title, (self.shows, self.found, *hints), self.draw())
+        return Section(self.title, (self.shows, self.found), self.draw())
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers as JSON values, and what they say."""

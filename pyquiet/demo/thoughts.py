@@ -17,31 +17,38 @@ _STORIES, _PASSAGES = 6, 12  # one of so many
 def show(seed: int, progress: bool) -> Scene:
     """Takes about a fifth of a minute on two cores."""
     model, tokenizer = load("tiny-thinker")
-    texts = [row["text"] for row in held_out("stories")[::_STORIES] + held_out("passages")[::_PASSAGES]]
-    rows = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    stories, books = held_out("stories")[::_STORIES], held_out("passages")[::_PASSAGES]
+    rows = [tokenizer(text["text"], add_special_tokens=False).input_ids for text in stories + books]
     opening = opening_ids(tokenizer)
     gains = thinking_gains(model, rows, seed=seed, opening=opening, progress=progress)
-    plain = next_token_nll(load("tiny-causal")[0], [[*opening, *row] for row in rows])
-    hardest = gains.entropy.argsort(stable=True)[-(len(plain) // 10) :]
-    nll = {"thinking": gains.mixed_nll, "not thinking": gains.base_nll, "tiny-causal": plain}
-    every = {name: float(x.mean()) for name, x in nll.items()}
-    hard = {name: float(x[hardest].mean()) for name, x in nll.items()}
+    nll = {
+        "thinking": gains.mixed_nll,
+        "not_thinking": gains.base_nll,
+        "tiny_causal": next_token_nll(load("tiny-causal")[0], [[*opening, *row] for row in rows]),
+    }
+    story = gains.row < len(stories)
+    hardest = gains.entropy.masked_fill(~story, -1).argsort(stable=True)[-(int(story.sum()) // 10) :]
+    groups = {"stories": story, "hardest_tenth_of_stories": hardest, "books": ~story}
+    numbers = {group: {name: float(x[where].mean()) for name, x in nll.items()} for group, where in groups.items()}
 
     def draw() -> tuple[View, ...]:
         from pyquiet.plotting.difficulty import draw_gain_by_decile
-        from pyquiet.plotting.thoughts import thoughts_view
+        from pyquiet.plotting.page import shown
+        from pyquiet.plotting.thoughts import LEGEND, thoughts_view
 
         figure = draw_gain_by_decile(gains.table(), title="what thoughts gain, from the easiest tenth to the hardest")
-        return View(as_svg(figure)), thoughts_view(gains, tokenizer, limit=1200)
+        return View(as_svg(figure)), View(f"<p>{shown(LEGEND)}</p>"), thoughts_view(gains, tokenizer, limit=1200)
 
     return Scene(
         "A thought before every token (Quiet-STaR)",
         "Before each token the model writes a few hidden tokens, at all places of the text at once, and mixes what "
         "they say into its prediction. Loss is in nats a token: the lower, the better the text was foreseen.",
-        f"{len(plain)} tokens of stories and books: loss {every['thinking']:.3f} with thoughts, "
-        f"{every['not thinking']:.3f} without, {every['tiny-causal']:.3f} by the model it grew from; on the tenth that "
-        f"is hardest to foresee {hard['thinking']:.3f}, {hard['not thinking']:.3f} and {hard['tiny-causal']:.3f}",
-        {"tokens": len(plain), "nll": every, "nll_hardest_tenth": hard, "deciles": gains.table().to_dict()},
+        "; ".join(
+            f"{group.replace('_', ' ')}: loss {x['thinking']:.3f} with thoughts, {x['not_thinking']:.3f} without, "
+            f"{x['tiny_causal']:.3f} by the model it grew from"
+            for group, x in numbers.items()
+        ),
+        {"tokens": len(story), "nll": numbers, "deciles": gains.table().to_dict()},
         draw,
     )
 
