@@ -50,9 +50,13 @@ def _add_promise(parser: argparse.ArgumentParser) -> None:
     )
     promise.add_argument(
         "--tail",
-        default="budget",
         choices=("budget", "coverage", "smoothed"),
         help="the rate holds at most, at least, exactly (default: budget)",
+    )
+    promise.add_argument(
+        "--preset",
+        choices=("paper",),
+        help="the released settings: coverage, a pooled bank of first chunks, answers from rejected chunks",
     )
     promise.add_argument(
         "--on-takeover",
@@ -151,7 +155,7 @@ def _build(args: argparse.Namespace, embedded: bool) -> "ATTS":
         model(role, getattr(args, role), getattr(args, f"{role}_tokenizer")) for role in ("draft", "target")
     )
     return ATTS(
-        draft, target, takeover_rate=args.takeover_rate, tail=args.tail, on_takeover=on_takeover,
+        draft, target, takeover_rate=args.takeover_rate, tail=args.tail, preset=args.preset, on_takeover=on_takeover,
         calibration=args.calibration, plan=_plan(args, embedded), template=args.template, system=args.system,
         select=args.select,
     )  # fmt: skip

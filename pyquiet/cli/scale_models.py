@@ -58,7 +58,7 @@ def _calibrated(atts: "ATTS", args: argparse.Namespace, watch: Watch) -> str:
     from pyquiet.scaling.questions import read_questions
 
     source = Path(args.calibrate or embedded_file("calibration.jsonl"))
-    kind: Kind = args.calibrator or "per_turn"
+    kind: Kind = args.calibrator or ("pooled" if args.preset == "paper" else "per_turn")
     turns = args.calibration_turns or (TURNS if kind == "per_turn" and not args.calibrate else None)
     questions, each = read_questions(source), args.calibration_chains
     with watch("calibrating", len(questions) * each) as on_record:

@@ -65,6 +65,10 @@ def test_without_the_shipped_bank_one_is_made_or_each_question_makes_its_own(
     text = capsys.readouterr().out
     assert "bank: per_turn, made now of 6 questions of few.jsonl with 1 chains each" in text
     assert "turn 1: the rate is guaranteed: ranked among scores of turn 1" in text
+    assert main(["scale", *SMALL, "--preset", "paper", "--calibration-chains", "1", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["bank"].startswith("pooled, made now of 6 questions")
+    assert shown["report"]["turns"]["0"]["promised"] == pytest.approx(3 / 7)  # at least 0.4 of 6 + 1 ranks
 
 
 @pytest.mark.parametrize(
