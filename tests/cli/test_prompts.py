@@ -233,6 +233,18 @@ def test_a_token_that_the_model_does_not_know_is_told_with_its_line(folder, tmp_
     assert "infill.jsonl, line 1: input_ids holds the token" in error_line(capsys)
 
 
+def test_a_plain_model_is_the_same_each_time_and_has_a_context_too(folder, tmp_path, capsys):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "word " * 28}) + "\n")
+    plain = ["think", "--model", str(folder / "causal"), "--max-new-tokens", "2", "--quiet", "--prompts"]
+    for _ in range(2):  # a fresh mixing head is random, but no reason to refuse the second run
+        assert main([*plain, str(folder / "think.jsonl"), "--output", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    never = ["--output", str(tmp_path / "other"), "--think", "never", "--max-new-tokens", "9"]
+    assert main([*plain, str(tmp_path / "long.jsonl"), *never]) == 2
+    assert "long.jsonl, line 1: " in (line := error_line(capsys))
+    assert "exceed the model's 32" in line
+
+
 def test_prompts_need_an_output(folder, tmp_path, capsys):
     given = ["--prompts", folder / "think.jsonl"]
     assert main(words(folder, "think", *given)) == 2
