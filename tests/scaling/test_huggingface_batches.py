@@ -141,6 +141,20 @@ def test_what_was_pushed_out_is_read_again_and_says_the_same(make: Any) -> None:
         assert close(answer, model, ids, 12)
 
 
+@pytest.mark.parametrize("make", CACHED)
+def test_a_chunk_that_was_replaced_is_not_remembered(make: Any) -> None:
+    model, rejected = make(), ids_of(1, 30)
+    replaced = rejected[:20] + ids_of(2, 12)
+
+    async def work(backend: HFBackend) -> Any:
+        await backend.score(Score("c", Prompt(rejected), 20))
+        return await backend.score(Score("c", Prompt(replaced), 26))
+
+    answer = using(model, work)
+    assert answer.usage.cached_tokens == 20
+    assert close(answer, model, replaced, 26)
+
+
 def test_one_broken_text_spoils_no_other() -> None:
     model = llama()
     bad = 250  # an id whose embedding is no number
