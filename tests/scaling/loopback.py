@@ -217,6 +217,9 @@ class Loopback:
             if fault and fault.kind in ("reset", "die"):
                 writer.transport.abort()
                 return False
+            if writer.transport.is_closing():  # the server died in the tick in which the answer was ready
+                outcome = "cancelled"
+                return False
             writer.write(self._packed(status, answer, fault))
             await writer.drain()
             return not (fault and fault.kind == "cut")
