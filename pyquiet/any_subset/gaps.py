@@ -74,9 +74,8 @@ def fill_gaps(
         pad_sequence([torch.ones_like(given) for given in known], True),
     )
     tokens, given, real = (x.to(engine.device) for x in batch)
-    noise = torch.tensor(
-        [i * len(several) + j for i, several in zip(ids, choices, strict=True) for j in range(len(several))]
-    )
+    # The first combination has the text's own noise, as of `infill`; the others have that of ids far beyond.
+    noise = torch.tensor([i + (j << 26) for i, several in zip(ids, choices, strict=True) for j in range(len(several))])
     settings = {"seed": seed, "sequence_ids": noise, "temperature": temperature, **options}
     out = infill(engine, tokens, mask=~given, attention_mask=real, **settings)
     weights = torch.zeros(len(rows))
