@@ -42,7 +42,7 @@ def test_a8a_starts_from_trained_regressions_and_ends_in_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a8a = recipe("bilevel_a8a")
-    small = {"M": 4, "BLOCKS": 2, "SAMPLES": 8, "EXACT": slice(None), "SELECT": 1, "EPOCHS": 2, "ETAS": (0.01,)}
+    small = {"M": 4, "BLOCKS": 2, "SAMPLES": 8, "EXACT": slice(None), "EPOCHS": 2, "ETAS": (0.01,)}
     for name, value in small.items():
         monkeypatch.setattr(a8a, name, value)
     training, testing = rows(tmp_path / "training.txt", 200), rows(tmp_path / "testing.txt", 50)
