@@ -51,13 +51,18 @@ class Threshold:
 
 
 @asynccontextmanager
-async def pair(draft: Loopback, target: Loopback, **options: Any) -> AsyncIterator[list[OpenAIBackend]]:
-    """Backends of two servers that run, opened, and the servers' accounts at zero."""
+async def pair(
+    draft: Loopback, target: Loopback, *, timeout: float = 20.0, **options: Any
+) -> AsyncIterator[list[OpenAIBackend]]:
+    """Backends of two servers that run, opened, and the servers' accounts at zero.
+
+    A time-out that is as short as an answer on a busy machine would count good answers as faults.
+    """
     settings = {"tokenizer": ToyCodec(), "probe_every": 0.005, "score_timeout": 5.0} | options
     backends = [OpenAIBackend(server.url, **settings) for server in (draft, target)]
     for backend, server in zip(backends, (draft, target), strict=True):
         await backend.open()
-        backend._generate_timeout = backend._score_timeout = 0.2  # hanging requests are to cost the test no more
+        backend._generate_timeout = backend._score_timeout = timeout
         server.reset()
     try:
         yield backends
@@ -146,7 +151,11 @@ def test_all_faults_at_once_change_nothing_but_the_cost(
     path = tmp_path / "run.jsonl"
 
     async def go() -> None:
-        async with Loopback(one) as draft, Loopback(other, salt=1) as target, pair(draft, target) as backends:
+        async with (
+            Loopback(one) as draft,
+            Loopback(other, salt=1) as target,
+            pair(draft, target, timeout=1.0) as backends,  # what a hanging request costs
+        ):
             draft.mix(FAULTS, seed=1)
             target.mix(FAULTS, seed=2)
             check_ends(path, await run(backends, path))
