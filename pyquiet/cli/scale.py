@@ -117,9 +117,8 @@ def _add_chains(parser: argparse.ArgumentParser) -> None:
     )
     chains.add_argument(
         "--slots",
-        default="16,8,4",
         metavar="D,S,T",
-        help="requests at once: drafting, scoring, continuing (default: 16,8,4)",
+        help="requests at once: drafting, scoring, continuing (default: 16,8,4 where a server is asked, else 64 each)",
     )
     chains.add_argument("--inflight", type=int, default=64, metavar="N", help="chains at once (default: 64)")
     chains.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
@@ -164,7 +163,9 @@ def _build(args: argparse.Namespace, embedded: bool) -> "ATTS":
 def _plan(args: argparse.Namespace, embedded: bool) -> "Plan":
     from pyquiet.scaling import Plan, Pools, Sampling
 
-    slots = args.slots.split(",")
+    served = any(name.startswith("http") for name in (args.draft, args.target))
+    # In this process what waits fills batches; a server has slots of its own.
+    slots = (args.slots or ("16,8,4" if served else "64,64,64")).split(",")
     if len(slots) != 3 or not all(slot.strip().isdigit() for slot in slots):
         raise ValueError(f"--slots must be three numbers with commas between, got {args.slots!r}")
     draft, score, target = map(int, slots)

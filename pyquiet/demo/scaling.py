@@ -7,7 +7,7 @@ from pyquiet import zoo
 from pyquiet.demo.scene import Scene
 from pyquiet.plotting.figures import as_svg
 from pyquiet.plotting.page import View
-from pyquiet.scaling import ATTS, Plan, Sampling, read_questions
+from pyquiet.scaling import ATTS, Plan, Pools, Sampling, read_questions
 from pyquiet.scaling.records import Record
 
 _FILES = Path(zoo.__file__).parent / "tiny-target"
@@ -16,22 +16,23 @@ _QUESTIONS, _CHAINS, _RATE = 16, 4, 0.4
 
 def show(seed: int, progress: bool) -> Scene:
     """Takes a sixth of a minute."""
-    plan = Plan(chains=_CHAINS, turns=10, draft=Sampling(48), target=Sampling(48), stop=("\n",), seed=seed)
+    lines, pools = Sampling(48), Pools(64, 64, 64)  # models in this process fill batches with what waits
+    plan = Plan(chains=_CHAINS, turns=10, draft=lines, target=lines, stop=("\n",), pools=pools, seed=seed)
     atts = ATTS(
         "tiny-draft", "tiny-target", takeover_rate=_RATE, plan=plan, on_takeover="replace", calibration=_FILES
     )  # fmt: skip
     records: list[Record] = []
     questions = read_questions(_FILES / "questions.jsonl")[:_QUESTIONS]
-    result = atts.run(questions, engine="sync", on_record=records.append)
+    result = atts.run(questions, on_record=records.append)
     right = sum(result.answers[question.id] == question.answer for question in questions)
     turns = {turn: row for turn, row in result.report.turns.items() if row.judged and row.guaranteed == row.judged}
-    replaced, lines = (sum(getattr(row, name) for row in turns.values()) for name in ("taken", "judged"))
+    replaced, judged = (sum(getattr(row, name) for row in turns.values()) for name in ("taken", "judged"))
     inside = sum(row.band is not None and row.band[0] <= row.taken <= row.band[1] for row in turns.values())
     numbers: dict[str, Any] = {
         "questions": _QUESTIONS,
         "chains": _CHAINS,
         "promised": _RATE,
-        "lines": lines,
+        "lines": judged,
         "replaced": replaced,
         "turns_in_band": inside,
         "turns_with_promise": len(turns),
@@ -48,7 +49,7 @@ def show(seed: int, progress: bool) -> Scene:
         "A small model, helped out at a promised rate (ATTS)",
         "A small model writes a solution line by line; a large one rates each line and replaces it where it is "
         "unusually bad beside a bank of earlier ratings. How often that happens is promised beforehand.",
-        f"{_QUESTIONS} word problems, {_CHAINS} chains each: {replaced / lines:.0%} of {lines} lines replaced "
+        f"{_QUESTIONS} word problems, {_CHAINS} chains each: {replaced / judged:.0%} of {judged} lines replaced "
         f"(promised: at most {_RATE:.0%} at each of {len(turns)} turns, over draws of bank and problems; {inside} of "
         f"them within the 5 to 95 % band); {right} of {_QUESTIONS} answers right by vote",
         numbers,
