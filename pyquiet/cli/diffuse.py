@@ -1,7 +1,6 @@
 """`pyquiet diffuse`: write a text, or what is missing of one, by masked diffusion whose steps an energy corrects."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pyquiet.cli import prompts
 from pyquiet.cli.infill import in_marks, load_tokenizer, memory_in_words
 from pyquiet.cli.live import shown
+from pyquiet.cli.reports import STANDARD_OUTPUT, add_json, check_json, give
 from pyquiet.cli.think import check_answer_options, usable_device
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--sampler", default="schedule_first", help=SAMPLER_HELP)
     parser.add_argument("--context", type=int, metavar="N", help="tokens that semi_autoregressive sees at once")
     add_law(parser)
-    parser.add_argument("--json", action="store_true", help="print the samples and what they took as JSON")
+    add_json(parser)
     parser.add_argument("--no-live", action="store_true", help="print the end result alone on a terminal too")
     prompts.add_prompts(parser, given, ["prompt", "text"])
     parser.set_defaults(run=run)
@@ -102,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
     from pyquiet.diffusion.sampling import diffuse
     from pyquiet.gaps import Codec
 
+    check_json(args)
     options, device = law(args), usable_device(args.device)
     options |= {"steps": args.steps, "sampler": args.sampler, "context": args.context}
     check_counts(args, "length", "gap_tokens", "samples", "steps", "context")
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     codec = Codec(tokenizer)
     gapped = codec.gapped(parts, [range(n, n + 1) for n in lengths], trim=True, close=True)
     ids, given = gapped.tokens(lengths, denoiser.mask_id), gapped.given(lengths)
-    live = sys.stdout.isatty() and not (args.json or args.no_live)
+    live = sys.stdout.isatty() and not (args.json == STANDARD_OUTPUT or args.no_live)
     with memory_in_words(), shown(codec, given, denoiser.mask_id) if live else nullcontext() as on_step:
         out = diffuse(
             denoiser,
@@ -127,18 +128,21 @@ def run(args: argparse.Namespace) -> int:
             **options,
         )
     samples = [codec.parts(row, given.tolist()) for row in out.tokens.tolist()]
-    if args.json:
-        report = {"model": args.model, "energy": _energy(args), "seed": args.seed, "tokens": sum(lengths)}
-        print(json.dumps({**report, "samples": _report(samples, out), "seconds": out.seconds}, indent=2))
-        return 0
+    report = {"model": args.model, "energy": _energy(args), "seed": args.seed, "tokens": sum(lengths)}
+    give(args, {**report, "samples": _report(samples, out), "seconds": out.seconds}, _in_words(samples, out))
+    return 0
+
+
+def _in_words(samples: "list[list[tuple[str, bool]]]", out: "Diffusion") -> str:
+    """The samples, and what they took."""
+    lines = []
     for sample in samples:
         anything_given = not all(is_filled for _, is_filled in sample)
-        print(in_marks(sample) if anything_given else "".join(part for part, _ in sample))
-    words = f"{_cost_in_words(_cost(out, args.samples * sum(lengths)))}, depth {int(out.depth.max())}"
+        lines.append(in_marks(sample) if anything_given else "".join(part for part, _ in sample))
+    words = f"{_cost_in_words(_cost(out, int((out.reveal_step >= 0).sum())))}, depth {int(out.depth.max())}"
     if len(drawn := out.trace.candidates[out.trace.corrected].double()):
         words += f", mean ESS {float(out.ess.nanmean()):.2f} of {float(drawn.mean()):.3g}"
-    print(f"{words}, {out.seconds:.2f} s")
-    return 0
+    return "\n".join([*lines, f"{words}, {out.seconds:.2f} s"])
 
 
 def _run_many(args: argparse.Namespace, options: dict[str, Any], device: "torch.device") -> int:

@@ -1,7 +1,6 @@
 """`pyquiet infill`: fill the gaps of a text from the model's joint law."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyquiet.any_subset.sampling import METHODS
 from pyquiet.cli import prompts
+from pyquiet.cli.reports import add_json, check_json, give
 from pyquiet.cli.think import check_answer_options, usable_device
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add_model(parser)
     add_law(parser)
     parser.add_argument("--method", choices=METHODS, default="auto", help="all give the same law (default: auto)")
-    parser.add_argument("--json", action="store_true", help="print the samples as JSON")
+    add_json(parser)
     prompts.add_prompts(parser, given, ["text"])
     parser.set_defaults(run=run)
 
@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from pyquiet.any_subset.gaps import fill_gaps
     from pyquiet.gaps import Codec, parse_gaps, read_length
 
+    check_json(args)
     options, device = law(args) | {"method": args.method}, usable_device(args.device)
     if args.samples < 1:
         raise ValueError(f"--samples must be 1 or more, got {args.samples}")
@@ -93,13 +94,9 @@ def run(args: argparse.Namespace) -> int:
     texts = [codec.gapped(*gaps, trim=not args.code)] * args.samples
     with memory_in_words():
         filled, took = fill_gaps(model, texts, banned=codec.banned(model.config.vocab_size), **options)
-    if args.json:
-        samples = [_sample(codec, one) for one in filled]
-        print(json.dumps({"model": args.model, "seed": args.seed, "samples": samples, **took}, indent=2))
-        return 0
-    for one in filled:
-        print(in_marks(codec.parts(one.ids, one.given)))
-    print(cost_in_words(took))
+    words = [in_marks(codec.parts(one.ids, one.given)) for one in filled] + [cost_in_words(took)]
+    samples = [_sample(codec, one) for one in filled]
+    give(args, {"model": args.model, "seed": args.seed, "samples": samples, **took}, "\n".join(words))
     return 0
 
 

@@ -1,12 +1,12 @@
 """What `think`, `infill` and `diffuse` share where they take a file of prompts."""
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyquiet
+from pyquiet.cli.reports import give
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ def add_prompts(parser: argparse.ArgumentParser, given: Any, fields: Sequence[st
         "draws",
     )
     many.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.set_defaults(fields=tuple(fields), command=parser.prog.split()[-1])
+    parser.set_defaults(fields=tuple(fields))
 
 
 def precision(args: argparse.Namespace) -> "torch.dtype | None":
@@ -98,7 +98,7 @@ def answer(
     if cost is not None:
         report = {"output": args.output, "prompts": len(prompts[0]), **cost}
         words = f"{len(prompts[0])} prompts answered in {args.output}: {in_words(cost)} of all processes"
-        print(json.dumps(report, indent=2) if args.json else words)
+        give(args, report, words)
     return 0
 
 

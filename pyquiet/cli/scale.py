@@ -1,11 +1,10 @@
 """`pyquiet scale`: chains that a small model drafts, and a large one takes over at a promised rate."""
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from pyquiet.cli import scale_report
-from pyquiet.cli.reports import environment
+from pyquiet.cli.reports import STANDARD_OUTPUT, add_json, check_json, give
 from pyquiet.cli.scale_models import EMBEDDED, embedded_file, model, settle_bank
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--journal", metavar="FILE", help="keeps every step; given again, the run goes on from it")
     _add_promise(parser)
     _add_chains(parser)
-    parser.add_argument("--json", action="store_true", help="print answers and report as JSON")
+    add_json(parser)
     parser.add_argument("--quiet", action="store_true", help="no live progress")
     parser.set_defaults(run=run, command=parser.prog)
 
@@ -128,21 +127,19 @@ def run(args: argparse.Namespace) -> int:
     from pyquiet.cli.scale_live import watching
     from pyquiet.scaling.questions import read_questions
 
+    check_json(args)
     embedded = (args.draft, args.target) == EMBEDDED
     questions = read_questions(args.questions or embedded_file("questions.jsonl"))[: args.limit]
     atts = _build(args, embedded)
     answers = {question.id: question.answer for question in questions if question.answer is not None}
-    quiet = args.quiet or args.json
+    quiet = args.quiet or args.json == STANDARD_OUTPUT
     rate = args.takeover_rate
     bank = settle_bank(atts, args, lambda title, chains: watching(title, chains, rate, {}, quiet=quiet))
     with watching("answering", len(questions) * atts.plan.chains, rate, answers, quiet=quiet) as on_record:
         result = atts.run(questions, journal=args.journal, engine=args.engine, on_record=on_record)
-    if args.json:
-        guaranteed = {turn: {"guaranteed": sure, "why": why} for turn, (sure, why) in result.guaranteed.items()}
-        shown = {"answers": result.answers, "bank": bank, "guaranteed": guaranteed, "report": result.report.to_dict()}
-        print(json.dumps(shown | {"finished": result.finished, "environment": environment(args)}, indent=2))
-    else:
-        print(_in_words(result, bank))
+    guaranteed = {turn: {"guaranteed": sure, "why": why} for turn, (sure, why) in result.guaranteed.items()}
+    shown = {"answers": result.answers, "bank": bank, "guaranteed": guaranteed, "report": result.report.to_dict()}
+    give(args, shown | {"finished": result.finished}, _in_words(result, bank))
     return 0 if result.finished else 130
 
 

@@ -1,7 +1,6 @@
 """`pyquiet think`: continue a prompt with a model that thinks before every token."""
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -9,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyquiet.cli import prompts
+from pyquiet.cli.reports import add_json, check_json, give
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     thought.add_argument("--thought-temperature", type=float, default=1.0)
     thought.add_argument("--thought-top-k", type=int, metavar="K")
     thought.add_argument("--thought-top-p", type=float, metavar="P")
-    parser.add_argument("--json", action="store_true", help="print the answer, and thoughts if shown, as JSON")
+    add_json(parser)
     prompts.add_prompts(parser, given, ["prompt"])
     parser.set_defaults(run=run)
 
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if args.show_thoughts and args.think == "never":
         raise ValueError("--show-thoughts needs --think always")
     check_answer_options(args)
+    check_json(args)
     device = usable_device(args.device)
     if args.prompts is not None:
         return _run_many(args, device)
@@ -67,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("the prompt is not UTF-8 text")
     model, tokenizer = load_thinker(args.model, args.thought_tokens)
     model.to(device, prompts.precision(args))
-    if args.json:
+    if args.json is not None:
         (sample,), took = _answers(args, model, tokenizer, {0: prompt})
-        print(json.dumps({"model": args.model, "seed": args.seed, "samples": [sample], **took}, indent=2))
+        give(args, {"model": args.model, "seed": args.seed, "samples": [sample], **took}, sample["text"])
     else:
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
         streamer = Printer(tokenizer, args.show_thoughts)
