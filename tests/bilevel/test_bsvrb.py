@@ -150,40 +150,32 @@ def test_lazy_rows_are_those_of_the_dense_algorithm(variant: str) -> None:
         assert float((one - other).norm() / other.norm()) <= 1e-13
 
 
-def plateau(blocks: int, samples: int, *, steps: int = 1200, seeds: int = 1) -> float:
-    """The mean squared hypergradient of runs that began at the solution, behind their first third."""
+def plateau(blocks: int, samples: int, *, steps: int = 1200) -> float:
+    """The mean squared hypergradient of a run that began at the solution, behind its first third."""
     problem = Quadratics(32, 5, 4, noise=Noise(0.3, 1, 1))
     gamma = 32 / blocks - 0.05
     tau = 0.3 / (gamma * L)
+    method = settled(
+        problem, blocks_per_step=blocks, samples_per_block=samples, variant="v2", alpha=0.05, beta=0.05, tau=tau,
+        tau_v=tau, eta=0.02,
+    )  # fmt: skip
     total, first = 0.0, steps // 3
-    for seed in range(seeds):
-        method = settled(
-            problem, blocks_per_step=blocks, samples_per_block=samples, variant="v2", alpha=0.05, beta=0.05, tau=tau,
-            tau_v=tau, eta=0.02, seed=seed,
-        )  # fmt: skip
-        for t in range(steps):
-            method.step()
-            if t >= first:
-                total += float(problem.gradient(method.x).square().sum())
-    return total / (steps - first) / seeds
+    for t in range(steps):
+        method.step()
+        if t >= first:
+            total += float(problem.gradient(method.x).square().sum())
+    return total / (steps - first)
 
 
-LONG = {"steps": 4000, "seeds": 3}
+def test_more_samples_lower_the_plateau_in_proportion() -> None:
+    one, eight, many = (plateau(32, samples) for samples in (1, 8, 64))
+    assert one / eight == pytest.approx(8, rel=0.35)
+    assert eight / many == pytest.approx(8, rel=0.35)
 
 
-@pytest.mark.parametrize(("length", "within"), [({}, 0.35), pytest.param(LONG, 0.15, marks=pytest.mark.slow)])
-def test_more_samples_lower_the_plateau_in_proportion(length: dict[str, int], within: float) -> None:
-    one, eight, many = (plateau(32, samples, **length) for samples in (1, 8, 64))
-    assert one / eight == pytest.approx(8, rel=within)
-    assert eight / many == pytest.approx(8, rel=within)
-
-
-@pytest.mark.parametrize(
-    ("length", "fewest", "least"), [({}, 4, 1.4), pytest.param(LONG, 2, 1.6, marks=pytest.mark.slow)]
-)
-def test_more_blocks_lower_the_plateau(length: dict[str, int], fewest: int, least: float) -> None:
-    found = [plateau(blocks, 64, **length) for blocks in (2, 4, 8, 16, 32) if blocks >= fewest]
-    assert all(few >= least * more for few, more in itertools.pairwise(found)), found
+def test_more_blocks_lower_the_plateau() -> None:
+    found = [plateau(blocks, 64) for blocks in (4, 8, 16, 32)]
+    assert all(few >= 1.4 * more for few, more in itertools.pairwise(found)), found
 
 
 def averaging(beta: float, eta: float, steps: int, monkeypatch: pytest.MonkeyPatch) -> float:
