@@ -71,9 +71,11 @@ class Plan:
         answer_from_rejected: whether an answer counts that stands in a chunk the target was called for. If not, a
             chunk that already holds one, or the end of the text, is replaced, since nothing could continue it.
         closing_cue: text put before the last turn of a chain that has no answer yet.
-        chain_seconds: after which a chain ends without an answer, None for no limit.
-        early_majority: whether a question's chains are cancelled once no vote can change the winner. Questions whose
-            chains agree then get less far than others, so that nothing is promised of later turns.
+        chain_seconds: after which a chain ends without an answer, None for no limit. Slow chunks then go unjudged more
+            often than others, so that nothing is promised.
+        early_majority: whether a question's chains are cancelled once no vote can change the winner, even before their
+            first decision. Questions whose chains agree are then judged less often than others, so that nothing is
+            promised.
     """
 
     chains: int = 16
@@ -98,6 +100,13 @@ class Plan:
             raise ValueError(f"chain_seconds must be above 0, got {self.chain_seconds}")
         if isinstance(self.stop, str) or not all(self.stop):
             raise ValueError(f"stop must be a tuple of strings that are not empty, got {self.stop!r}")
+
+    @property
+    def no_promise(self) -> str:
+        """Why no rate can be promised under this plan; empty if one can."""
+        if self.early_majority:
+            return "early_majority: which chunks are judged depends on the answers of the question's other chains"
+        return "" if self.chain_seconds is None else "chain_seconds: which chunks are judged depends on the clock"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

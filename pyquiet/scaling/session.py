@@ -188,8 +188,7 @@ class Session:
         if decision is None:
             uniform = step.key.uniform(self.plan.seed)
             decision = self.setting.policy.decide(chunk_of(record, chain.question), uniform)
-        if self.plan.early_majority and step.key.turn and decision.guaranteed:
-            why = "early_majority: which questions get so far depends on their chains' answers"
+        if decision.guaranteed and (why := self.plan.no_promise):
             decision = replace(decision, guaranteed=False, why=why)
         if decision.action in TAKEOVERS and not (self._limit is None or self._limit.take(chain.question.id)):
             decision = Decision("accept", "forced", decision.p, decision.n, decision.version)

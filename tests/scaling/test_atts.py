@@ -120,12 +120,13 @@ def test_turns_may_have_banks_of_their_own(tmp_path: Path) -> None:
         runner.calibrate(BANK, turns=0)
 
 
-def test_nothing_is_promised_of_turns_that_agreeing_questions_do_not_reach() -> None:
-    runner = atts(replace(PLAN, early_majority=True))
+@pytest.mark.parametrize(("name", "value"), [("early_majority", True), ("chain_seconds", 60.0)])
+def test_nothing_is_promised_where_votes_or_the_clock_end_chains(name: str, value: Any) -> None:
+    runner = atts(replace(PLAN, **{name: value}))
     runner.calibrate(BANK, chains=1, turns=3)
     guaranteed = runner.run(ASKED).guaranteed
-    assert [sure for sure, _ in guaranteed.values()] == [True, False, False]
-    assert "early_majority" in guaranteed[1][1]
+    assert [sure for sure, _ in guaranteed.values()] == [False, False, False]
+    assert all(why.startswith(name) for _, why in guaranteed.values())
 
 
 def test_the_released_settings_are_a_preset() -> None:
