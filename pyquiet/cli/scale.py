@@ -1,8 +1,10 @@
 """`pyquiet scale`: chains that a small model drafts, and a large one takes over at a promised rate."""
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
+from pyquiet.checks import check_count
 from pyquiet.cli import scale_report
 from pyquiet.cli.reports import STANDARD_OUTPUT, add_json, check_json, give
 from pyquiet.cli.scale_models import EMBEDDED, embedded_file, model, settle_bank
@@ -10,6 +12,7 @@ from pyquiet.cli.scale_models import EMBEDDED, embedded_file, model, settle_bank
 if TYPE_CHECKING:
     from pyquiet.scaling import ATTS, ATTSResult, Plan
     from pyquiet.scaling.plan import OnTakeover
+    from pyquiet.scaling.report import Report
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -34,7 +37,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--questions", metavar="FILE", help="JSONL with question, and answer and id where there are any"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="of the questions, the first ones only")
-    parser.add_argument("--journal", metavar="FILE", help="keeps every step; given again, the run goes on from it")
+    parser.add_argument(
+        "--journal",
+        metavar="FILE",
+        help="keeps every step; given again, the run goes on from it (a calibration goes to FILE.calibration.jsonl)",
+    )
     _add_promise(parser)
     _add_chains(parser)
     add_json(parser)
@@ -89,7 +96,9 @@ def _add_chains(parser: argparse.ArgumentParser) -> None:
     chains.add_argument(
         "--draft-tokens", type=int, metavar="N", help="of a draft at most (default: 500; 48 for the embedded pair)"
     )
-    chains.add_argument("--target-tokens", type=int, metavar="N", help="of a takeover at most (default: the same)")
+    chains.add_argument(
+        "--target-tokens", type=int, metavar="N", help="of a takeover at most (default: 500; 48 for the embedded pair)"
+    )
     chains.add_argument("--temperature", type=float, default=0.8, help="of both models (default: 0.8)")
     chains.add_argument("--top-p", type=float, default=1.0, help="of both models (default: 1)")
     chains.add_argument(
@@ -128,18 +137,31 @@ def run(args: argparse.Namespace) -> int:
     from pyquiet.scaling.questions import read_questions
 
     check_json(args)
+    for option in ("limit", "draft_tokens", "target_tokens", "calibration_turns"):
+        if (value := getattr(args, option)) is not None:
+            check_count(f"--{option.replace('_', '-')}", value, least=1)
     embedded = (args.draft, args.target) == EMBEDDED
     questions = read_questions(args.questions or embedded_file("questions.jsonl"))[: args.limit]
     atts = _build(args, embedded)
     answers = {question.id: question.answer for question in questions if question.answer is not None}
     quiet = args.quiet or args.json == STANDARD_OUTPUT
     rate = args.takeover_rate
-    bank = settle_bank(atts, args, lambda title, chains: watching(title, chains, rate, {}, quiet=quiet))
+    bank, calibration = settle_bank(atts, args, lambda title, chains: watching(title, chains, rate, {}, quiet=quiet))
     with watching("answering", len(questions) * atts.plan.chains, rate, answers, quiet=quiet) as on_record:
         result = atts.run(questions, journal=args.journal, engine=args.engine, on_record=on_record)
+    report = result.report.calibrated(calibration)
     guaranteed = {turn: {"guaranteed": sure, "why": why} for turn, (sure, why) in result.guaranteed.items()}
-    shown = {"answers": result.answers, "bank": bank, "guaranteed": guaranteed, "report": result.report.to_dict()}
-    give(args, shown | {"finished": result.finished}, _in_words(result, bank))
+    shown = {"answers": result.answers, "bank": bank, "guaranteed": guaranteed, "report": report.to_dict()}
+    give(args, shown | {"finished": result.finished}, _in_words(result, report, bank))
+    return _status(result)
+
+
+def _status(result: "ATTSResult") -> int:
+    """The command's exit status: 130 after Ctrl-C, 1 if no chain came to an end of its own."""
+    outcomes = result.report.outcomes
+    if result.finished and outcomes.get("failed") and outcomes.keys() == {"failed"}:
+        print("pyquiet scale: every chain failed: its requests were given up; see to the servers", file=sys.stderr)
+        return 1
     return 0 if result.finished else 130
 
 
@@ -180,9 +202,9 @@ def _plan(args: argparse.Namespace, embedded: bool) -> "Plan":
     )
 
 
-def _in_words(result: "ATTSResult", bank: str) -> str:
+def _in_words(result: "ATTSResult", report: "Report", bank: str) -> str:
     lines = [f"{q.question.id}: {q.answer if q.answer is not None else '(no answer)'}" for q in result.questions]
-    lines += ["", str(result.report), f"bank: {bank}", ""]
+    lines += ["", str(report), f"bank: {bank}", ""]
     for turn, (sure, why) in result.guaranteed.items():
         lines.append(f"turn {turn}: {'the rate is guaranteed' if sure else 'no guarantee'}: {why}")
     return "\n".join(lines)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyquiet.scaling import ATTS, Backend
     from pyquiet.scaling.calibration import Kind
+    from pyquiet.scaling.records import Record
+    from pyquiet.scaling.table import Table
 
 EMBEDDED = ("tiny-draft", "tiny-target")
 TURNS = 7  # that get a bank each: a problem of the embedded pair has six steps and an answer at most
@@ -36,33 +38,60 @@ def model(role: str, name: str, tokenizer: str | None) -> "str | Backend":
     return OpenAIBackend([address.strip() for address in addresses.split(",")], served or None, tokenizer=known)
 
 
-def settle_bank(atts: "ATTS", args: argparse.Namespace, watch: Watch) -> str:
-    """Sees to the bank that was asked for; without a wish to the embedded pair's. Says in words which it is.
+def calibration_journal(journal: str) -> str:
+    """Where the calibration that precedes the run of a journal is kept."""
+    return f"{journal}.calibration.jsonl"
 
-    Raises ValueError for a calibrator without questions to calibrate on.
+
+def settle_bank(atts: "ATTS", args: argparse.Namespace, watch: Watch) -> tuple[str, "Table"]:
+    """Sees to the bank that was asked for; without a wish to the embedded pair's.
+
+    Says in words which it is, and gives what was done for it now. Raises ValueError for a calibrator without questions
+    to calibrate on, and for options that go with no bank that is made.
     """
+    from pyquiet.scaling.table import Table
+
+    done = Table()
     embedded = (args.draft, args.target) == EMBEDDED
     if args.calibration is not None:
-        return f"from {args.calibration}"
+        _refuse(args, "--calibration brings a bank", "calibrate", "calibrator", "calibration_turns", "save_calibration")
+        return f"from {args.calibration}", done
     if args.calibrator == "per_question" or not (args.calibrate or args.calibrator or embedded):
-        return "first chunks drafted for each question beforehand; the rate is promised for first turns alone"
+        why = "every question drafts a bank of its own (--calibrator per_question, or no --calibrate)"
+        _refuse(args, why, "calibrate", "calibration_turns", "save_calibration")
+        words = "first chunks drafted for each question beforehand; the rate is promised for first turns alone"
+        return words, done
     if not (args.calibrate or embedded):
         raise ValueError(f"--calibrator {args.calibrator} needs questions: name them by --calibrate FILE")
     own = args.calibrate or args.calibrator or args.calibration_turns or args.save_calibration
     if not own and _shipped(atts):
-        return "the one that came with the pair; the rate is promised for problems like those of its questions.jsonl"
-    return _calibrated(atts, args, watch)
+        words = "the one that came with the pair; the rate is promised for problems like those of its questions.jsonl"
+        return words, done
+    return _calibrated(atts, args, watch, done), done
 
 
-def _calibrated(atts: "ATTS", args: argparse.Namespace, watch: Watch) -> str:
+def _refuse(args: argparse.Namespace, why: str, *options: str) -> None:
+    """ValueError for the first of the options that is given."""
+    for option in options:
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')} makes a bank, but {why}: leave one of them out")
+
+
+def _calibrated(atts: "ATTS", args: argparse.Namespace, watch: Watch, done: "Table") -> str:
     from pyquiet.scaling.questions import read_questions
 
     source = Path(args.calibrate or embedded_file("calibration.jsonl"))
     kind: Kind = args.calibrator or ("pooled" if args.preset == "paper" else "per_turn")
     turns = args.calibration_turns or (TURNS if kind == "per_turn" and not args.calibrate else None)
     questions, each = read_questions(source), args.calibration_chains
-    with watch("calibrating", len(questions) * each) as on_record:
-        atts.calibrate(questions, kind=kind, chains=each, turns=turns, on_record=on_record)
+    journal = calibration_journal(args.journal) if args.journal else None
+    with watch("calibrating", len(questions) * each) as show:
+
+        def on_record(record: "Record") -> None:
+            done.add(record)
+            show(record)
+
+        atts.calibrate(questions, kind=kind, chains=each, turns=turns, journal=journal, on_record=on_record)
     if args.save_calibration:
         atts.save_calibration(args.save_calibration)
     return f"{kind}, made now of {len(questions)} questions of {source.name} with {each} chains each"

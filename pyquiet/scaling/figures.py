@@ -180,6 +180,14 @@ def span(rows: Rows) -> float:
     return float(timed["ended"].max() - timed["queued"].min()) if len(timed) else 0.0
 
 
+def calibration_span(rows: Rows) -> float:
+    """Seconds that `calibrate` took: turns are calibrated one after the other, each by its own questions and chains."""
+    _, question = np.unique(rows["question"], return_inverse=True)
+    first = np.full(len(rows), np.iinfo(np.int64).max)  # of the question's chains, which tells its turn
+    np.minimum.at(first, question, rows["chain"])
+    return sum(span(rows.where(first[question] == turn)) for turn in np.unique(first[question]))
+
+
 def latency(run: Rows) -> dict[str, tuple[float, float]]:
     """50 % and 95 % points of the spans of chains and of questions."""
     found = {}

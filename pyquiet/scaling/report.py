@@ -1,7 +1,7 @@
 """What a run did, from the header and the records of its journal alone (test-time scaling, arXiv 2509.15148)."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -65,11 +65,11 @@ class Report:
             calibration: records of the journal of `calibrate`, if there was one; chunks that were drafted first
                 within the run itself are found in `records`. seed: of the bootstrap.
         """
-        return cls._of(header, Table(records), Table(calibration), seed)
+        return cls._of(header, Table(records), seed).calibrated(Table(calibration))
 
     @classmethod
-    def _of(cls, header: Mapping[str, Any], table: Table, calibration: Table, seed: int = 0) -> "Report":
-        everything, apart = table.rows(), calibration.rows()
+    def _of(cls, header: Mapping[str, Any], table: Table, seed: int = 0) -> "Report":
+        everything = table.rows()
         in_run = everything["phase"] == table.phases.number("run")
         run, before = everything.where(in_run), everything.where(~in_run)
         cost, wall = figures.cost(run), figures.span(everything)  # what was drafted first within the run is part of it
@@ -87,14 +87,11 @@ class Report:
             outcomes=_counts(table.outcomes, ends["outcome"]),
             accuracy=figures.accuracy(gold, table, ends, run, seed),
             cost=cost,
-            calibration_cost={
-                stage: each + more
-                for (stage, each), more in zip(figures.cost(before).items(), figures.cost(apart).values(), strict=True)
-            },
+            calibration_cost=figures.cost(before),
             target_share=cost["target"].completion_tokens / written if written else None,
             latency=figures.latency(run),
             wall=wall,
-            calibration=figures.span(apart),
+            calibration=0.0,
             throughput={
                 "answers_per_minute": 60 * answered / wall if wall else 0.0,
                 "tokens_per_second": written / wall if wall else 0.0,
@@ -105,6 +102,16 @@ class Report:
             service=service_seconds(run),
             barrier=barrier_seconds(run, sizes) if header.get("engine") == "sync" else 0.0,
             peak_target_tokens=peak_tokens(run.stage("target")),
+        )
+
+    def calibrated(self, calibration: Table) -> "Report":
+        """This report with a calibration before the run counted, from the records of that."""
+        rows = calibration.rows()
+        more = figures.cost(rows)
+        return replace(
+            self,
+            calibration=self.calibration + figures.calibration_span(rows),
+            calibration_cost={stage: cost + more[stage] for stage, cost in self.calibration_cost.items()},
         )
 
     def kv_bytes(self, bytes_per_token: int) -> int:
@@ -132,7 +139,12 @@ class Report:
                 f"{stage}: {cost.requests} requests, {cost.completion_tokens} tokens written, "
                 f"{cost.prompt_tokens} read ({cost.cached_tokens} cached), {self.utilisation[stage]:.0%} of slots busy"
             )
-        lines.append(f"{self.wall:.1f} s, and {self.calibration:.1f} s to calibrate before")
+        if any(row.band is not None for row in self.turns.values()):
+            lines.append(
+                "band: 5 to 95 % for independent chains; chains of one question are alike and leave it more often"
+            )
+        before = f"and {self.calibration:.1f} s to calibrate before" if self.calibration else "no calibration counted"
+        lines.append(f"{self.wall:.1f} s, {before}")
         counted = " ".join(f"{name} {n}" for name, n in self.reasons.items())
         ended = " ".join(f"{name} {n}" for name, n in self.outcomes.items())
         lines.append(f"decided by: {counted or '-'}; chains ended by: {ended or '-'}")
@@ -155,7 +167,7 @@ class Tally:
 
     def report(self) -> Report:
         """Of all records so far."""
-        return Report._of(self._header, self._table, Table())
+        return Report._of(self._header, self._table)
 
 
 def _pools(header: Mapping[str, Any], run: Rows) -> dict[str, int]:

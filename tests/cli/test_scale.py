@@ -1,11 +1,15 @@
 """`pyquiet scale`: the embedded pair answers, resumes from its journal, and reports."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from pyquiet.cli import main, scale_models
+from pyquiet.scaling import Retry, read_journal
+from pyquiet.scaling.backends.base import TransientError
+from pyquiet.scaling.backends.huggingface import HFBackend
 
 from .one_line import error_line
 
@@ -50,6 +54,50 @@ def test_a_bank_is_calibrated_saved_and_used(tmp_path: Path, capsys: pytest.Capt
     assert text.splitlines()[:2] == capsys.readouterr().out.splitlines()[:2]
 
 
+def test_a_run_that_calibrates_is_resumed_and_its_calibration_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few, journal = tmp_path / "few.jsonl", str(tmp_path / "run.jsonl")
+    few.write_text("".join(scale_models.embedded_file("calibration.jsonl").read_text().splitlines(True)[:6]))
+    command = ["scale", *SMALL, "--calibrate", str(few), "--calibration-chains", "1", "--journal", journal]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    assert "no calibration counted" not in first
+    shutil.copy(journal, whole := str(tmp_path / "whole.jsonl"))
+    Path(journal).unlink()
+    assert main(command) == 0  # the same bank, whatever else the batches would be
+    assert capsys.readouterr().out.splitlines()[:2] == first.splitlines()[:2]
+    assert read_journal(journal)[0]["bank"] == read_journal(whole)[0]["bank"]
+    calibrated = read_journal(f"{journal}.calibration.jsonl")[1]
+    assert main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["report"]
+    assert told["calibration"] > 0
+    assert main(["scale", "report", journal, "--json", "--against", whole]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["calibration"] == told["calibration"]
+    assert report["calibration_cost"]["draft"]["requests"] == sum(r.key.stage == "draft" for r in calibrated)
+    assert main(["scale", "report", journal, "--against", whole]) == 0
+    text = capsys.readouterr().out
+    assert f"{told['calibration']:.1f} s to calibrate before" in text
+    assert f"calibration counted: {told['calibration']:.1f} s here, 0.0 s there" in text
+    assert main(["scale", "report", whole]) == 0
+    assert "no calibration counted" in capsys.readouterr().out
+
+
+def test_a_run_of_which_every_chain_failed_is_no_success(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lost(self: object, request: object) -> None:
+        raise TransientError("lost")
+
+    monkeypatch.setattr(HFBackend, "generate", lost)
+    monkeypatch.setattr(Retry, "pause", lambda self, tries, error: 0.0)
+    assert main(["scale", *SMALL]) == 1
+    shown = capsys.readouterr()
+    assert "chains ended by: failed 4" in shown.out
+    assert "every chain failed" in shown.err
+
+
 def test_without_the_shipped_bank_one_is_made_or_each_question_makes_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +126,13 @@ def test_without_the_shipped_bank_one_is_made_or_each_question_makes_its_own(
         (["--takeover-rate", "2"], "takeover_rate must lie between 0 and 1"),
         (["--questions", "missing.jsonl"], "missing.jsonl"),
         (["--draft-tokenizer", "tiny-draft"], "--draft-tokenizer is for servers; tiny-draft brings its own"),
+        (["--limit", "-63"], "--limit must be at least 1, got -63"),
+        (["--draft-tokens", "0"], "--draft-tokens must be at least 1, got 0"),
+        (["--target-tokens", "0"], "--target-tokens must be at least 1, got 0"),
+        (["--calibration-turns", "0"], "--calibration-turns must be at least 1, got 0"),
+        (["--calibrator", "per_question", "--save-calibration", "x"], "--save-calibration makes a bank, but every"),
+        (["--calibration", "x", "--save-calibration", "y"], "--save-calibration makes a bank, but --calibration"),
+        (["--calibration", "x", "--calibrate", "y"], "--calibrate makes a bank, but --calibration brings"),
         (["--draft", "tiny-target", "--calibrator", "pooled"], "--calibrator pooled needs questions"),
     ],
 )

@@ -203,6 +203,15 @@ def test_calibration_is_part_of_every_speed_up(report: Report) -> None:
     assert Report.of(HEADER, first).cost == report.cost
 
 
+def test_turns_are_calibrated_one_after_the_other_each_by_a_clock_of_its_own(report: Report) -> None:
+    first = [stage("y", 0, 0, "draft", 0, 5, phase="calibrate"), stage("y", 1, 0, "draft", 1, 6, phase="calibrate")]
+    second = [stage("z", 2, turn, "draft", 4 * turn, 4 * turn + 3, phase="calibrate") for turn in (0, 1)]
+    with_bank = report.calibrated(Table([*first, *second]))
+    assert with_bank.calibration == 6 + 7
+    assert "15.0 s, and 13.0 s to calibrate before" in str(with_bank)
+    assert "15.0 s, no calibration counted" in str(report)
+
+
 def test_second_attempts_are_no_decisions_that_a_rate_is_promised_for() -> None:
     run = [
         stage("a", 0, 0, "score", 0, 1, decision=judged(0.1, "resample")),
@@ -232,6 +241,8 @@ def test_a_report_in_words_and_as_json(report: Report) -> None:
     text = str(report)
     for words in ("25.0% [0.0%, 50.0%]", "40.0%", "0 to 3 of 3", "pass@1: 50.0%", "r = T_c / T_s = 2.11", "forced 1"):
         assert words in text
+    assert "for independent chains; chains of one question are alike" in text
+    assert "independent" not in str(Report.of({}, RUN))  # no rule, no band
 
 
 def test_the_bootstrap_draws_questions() -> None:
