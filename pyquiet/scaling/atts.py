@@ -15,9 +15,10 @@ from pyquiet.checks import check_count
 from pyquiet.scaling import answers
 from pyquiet.scaling.answers import Vote
 from pyquiet.scaling.backends.connect import Model, connect
-from pyquiet.scaling.calibration import BUCKETS, Calibrator, Cell, Kind, PerQuestion, PerTurn, fit
+from pyquiet.scaling.calibration import BUCKETS, Calibrator, Kind, PerQuestion, PerTurn, fit
 from pyquiet.scaling.calibration_files import load_calibrator, save_calibrator
 from pyquiet.scaling.calls import Retry
+from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.conformal import Rule, Tail
 from pyquiet.scaling.engine import run_async, run_sync
 from pyquiet.scaling.identity import LATER, header, taxonomy
@@ -244,12 +245,11 @@ class ATTS:
         calibrated = min(calibrated, self.plan.turns) if kind == "per_turn" else 1
         buckets = BUCKETS if turns is None else range(turns + 1)
         collected: list[tuple[float, Cell]] = []
-        groups = {question.id: question.group for question in asked}
+        known = {question.id: question for question in asked}
 
         def collect(record: Record) -> None:
             if record.decision is not None and record.decision.reason == "calibration" and record.score is not None:
-                key = record.key
-                collected.append((record.score, Cell(key.question, groups[key.question], key.turn)))
+                collected.append((record.score, Cell.of(known[record.key.question], record.key.turn)))
             if on_record is not None:
                 on_record(record)
 
@@ -326,7 +326,7 @@ class ATTS:
             retry=self._retry,
             presample=self.plan.chains if presampled is not None else 0,
             presampled=() if presampled is None else presampled.banks,
-            take_presampled=None if presampled is None else lambda q, scores: presampled.set(q.id, scores),
+            take_presampled=None if presampled is None else lambda q, scores: presampled.set(Cell.of(q).name, scores),
             limit=self._limit,
             degrade=self._degrade,
             on_record=tell,

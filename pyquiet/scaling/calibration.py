@@ -5,27 +5,18 @@ import hashlib
 import itertools
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from pyquiet.checks import check_count
+from pyquiet.scaling.cells import Cell, Members
 from pyquiet.scaling.conformal import Bank, ClusteredBank, PValue, p_values, rank
 
 Base = Literal["pooled", "hierarchical"]
 Kind = Literal["pooled", "hierarchical", "per_turn"]
 Update = Literal["frozen", "epoch", "stream", "window"]
 BUCKETS = (0, 1, 2, 4, 8)  # first turns of each: 0, 1, 2-3, 4-7, 8 and later
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """Where a score comes from: question, its group, turn."""
-
-    question: str
-    group: str
-    turn: int
 
 
 Scores = Sequence[tuple[float, Cell]]
@@ -73,7 +64,7 @@ class Pooled(_Still):
 
     def __init__(self, bank: Bank, *, n_min: int = 1) -> None:
         self.bank, self.n_min = bank, check_count("n_min", n_min, least=1)
-        self._questions = frozenset(bank.groups)
+        self._members = Members([bank])
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -87,7 +78,7 @@ class Pooled(_Still):
     def p_value(self, score: float, cell: Cell, uniform: float) -> PValue | None:
         if self.bank.size < self.n_min:
             return None
-        known = not cell.turn and cell.question in self._questions
+        known = not cell.turn and cell in self._members
         if cell.turn:
             why = "the bank holds first chunks, and this is a later turn"
         elif known:
@@ -98,11 +89,15 @@ class Pooled(_Still):
 
 
 class Hierarchical(_Still):
-    """One bank of first chunks whose questions count alike: holds for the first turn of new exchangeable questions."""
+    """One bank of first chunks whose questions count alike: holds for the first turn of new exchangeable questions.
+
+    New are those whose text is not in the bank. Whether they are like those of the bank nobody can know here; only of
+    questions whose group is not in the bank nothing is promised.
+    """
 
     def __init__(self, bank: Bank, *, n_min: int = 1) -> None:
         self.bank, self.n_min = bank, check_count("n_min", n_min, least=1)
-        self._clustered = ClusteredBank(bank)
+        self._clustered, self._members = ClusteredBank(bank), Members([bank])
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -116,15 +111,18 @@ class Hierarchical(_Still):
     def p_value(self, score: float, cell: Cell, uniform: float) -> PValue | None:
         if self._clustered.questions < self.n_min:
             return None
-        first = cell.turn == 0
-        why = "first turn of a new question" if first else "the bank holds first chunks, and this is a later turn"
-        return self._clustered.rank(score, uniform, guaranteed=first, why=why)
+        but = "the bank holds first chunks, and this is a later turn" if cell.turn else self._members.why_not(cell)
+        why = but or "first turn of a new question, if it is like those of the bank"
+        return self._clustered.rank(score, uniform, guaranteed=not but, why=why)
 
 
 class PerQuestion(_Still):
     """A bank for each question, of first chunks that were drafted for it beforehand: the paper's conditional mode.
 
     Exact for the first turn of that question. Later turns are ranked in the same bank, without a promise.
+
+    Args:
+        banks: those that are filled already, by `Cell.of(question).name`. n_min: fewer scores are no bank.
     """
 
     def __init__(self, banks: Mapping[str, Bank] | None = None, *, n_min: int = 1) -> None:
@@ -135,11 +133,11 @@ class PerQuestion(_Still):
         return hashed(sorted((name, bank.version) for name, bank in self.banks.items()))
 
     def set(self, question: str, scores: Sequence[float]) -> None:
-        """Gives a question its bank."""
+        """Gives a question, by its name in `banks`, its bank."""
         self.banks[question] = Bank(np.asarray(scores, dtype=np.float64), (question,) * len(scores))
 
     def p_value(self, score: float, cell: Cell, uniform: float) -> PValue | None:
-        bank = self.banks.get(cell.question)
+        bank = self.banks.get(cell.name)
         if bank is None or bank.size < self.n_min:
             return None
         first = cell.turn == 0
@@ -176,6 +174,7 @@ class PerTurn(_Still):
         self.base, self.buckets, self.n_min = base, tuple(check_buckets(buckets)), check_count("n_min", n_min, least=1)
         self.banks = dict(banks)
         self._clustered = {turn: ClusteredBank(bank) for turn, bank in self.banks.items()}
+        self._members = Members(self.banks.values())
 
     @property
     def version(self) -> str:
@@ -197,13 +196,14 @@ class PerTurn(_Still):
             return None
         place = self.buckets.index(mine)
         alone = place + 1 < len(self.buckets) and self.buckets[place + 1] == mine + 1
+        sure = False
         if used != mine:
             why = f"too few scores of this turn: ranked among those of turn {used}"
         elif self.base == "pooled":
             why = "scores of one question in the bank are alike, so its size is less than it looks"
         else:
-            why = f"ranked among scores of turn {mine}" if alone else self._shared(place)
-        sure = used == mine and alone and self.base == "hierarchical"
+            but = self._members.why_not(cell) if alone else self._shared(place)
+            sure, why = not but, but or f"ranked among scores of turn {mine}, if the question is like those of the bank"
         options: dict[str, Any] = {"guaranteed": sure, "why": why}
         if self.base == "hierarchical":
             return self._clustered[used].rank(score, uniform, **options)
@@ -370,7 +370,7 @@ def _bank(scores: Iterable[tuple[float, Cell]]) -> Bank:
     pairs = list(scores)
     if not pairs:
         raise ValueError("scores: there is none of a first turn, which this calibrator is made of")
-    return Bank(np.asarray([score for score, _ in pairs]), tuple(cell.question for _, cell in pairs))
+    return Bank(np.asarray([score for score, _ in pairs]), tuple(cell.name for _, cell in pairs))
 
 
 def hashed(words: Any) -> str:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from pyquiet.checks import check_count, check_fraction
-from pyquiet.scaling.calibration import Calibrator, Cell
+from pyquiet.scaling.calibration import Calibrator
+from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.conformal import NEAR, Bank, Label, PValue, Rule
 from pyquiet.scaling.drift import DriftMonitor
 from pyquiet.scaling.plan import OnScoreFailure, OnTakeover, check_on_score_failure, check_on_takeover

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from pyquiet.scaling.backends.base import Backend, ContextOverflowError, Generate, GoneError, Prompt, TransientError
-from pyquiet.scaling.calibration import Cell
 from pyquiet.scaling.calls import Caller, Pool, Rank, Retry
+from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.chain import Chain, Extract, Step
 from pyquiet.scaling.journal import Journal
 from pyquiet.scaling.limits import TakeoverLimit
@@ -33,7 +33,7 @@ class Setting:
     Attributes:
         views: makes a question's text as draft and target are to see it. extract, final: find the answer, see `Chain`.
         presample: chunks that are drafted and scored for each question before its first decision, 0 for none.
-        presampled: ids of questions that need none any more. take_presampled: gets their scores.
+        presampled: questions that need none any more, by `Cell.of(question).name`. take_presampled: gets their scores.
         limit: a cap on takeovers.
         degrade: what happens when the target stays away: the run stops and can be resumed, or all further drafts are
             accepted.
@@ -106,11 +106,12 @@ class Session:
 
     async def prepare(self, question: Question) -> None:
         """Drafts and scores what the question's own bank is made of: once, whoever asks first."""
-        if not self.setting.presample or question.id in self.setting.presampled:
+        name = Cell.of(question).name
+        if not self.setting.presample or name in self.setting.presampled:
             return
-        task = self._prepared.get(question.id)
+        task = self._prepared.get(name)
         if task is None:
-            task = self._prepared[question.id] = asyncio.ensure_future(self._presample(question))
+            task = self._prepared[name] = asyncio.ensure_future(self._presample(question))
         await asyncio.shield(task)
 
     async def advance(self, chain: Chain, rank: Rank = ()) -> None:
@@ -225,7 +226,7 @@ class Session:
             backend.forget(chain.name)
         panel.take(chain)
         if panel.complete:
-            self._prepared.pop(panel.question.id, None)
+            self._prepared.pop(Cell.of(panel.question).name, None)
             if self.setting.on_panel is not None:
                 self.setting.on_panel(panel)
 
@@ -280,8 +281,7 @@ def _nothing(step: Step) -> Record:
 
 def chunk_of(record: Record, question: Question) -> Chunk:
     """What a policy sees of a score's record."""
-    cell = Cell(question.id, question.group, record.key.turn)
-    return Chunk(record.key, cell, record.score, record.reason)
+    return Chunk(record.key, Cell.of(question, record.key.turn), record.score, record.reason)
 
 
 def _hash(prompt: Prompt) -> str:

@@ -120,6 +120,35 @@ def test_turns_may_have_banks_of_their_own(tmp_path: Path) -> None:
         runner.calibrate(BANK, turns=0)
 
 
+@pytest.mark.parametrize("kind", ["pooled", "hierarchical", "per_turn"])
+def test_questions_are_known_by_their_text_and_group_whatever_their_ids(kind: Any) -> None:
+    runner = atts()
+    runner.calibrate([f"Bank {i}?" for i in range(30)], kind=kind)
+    new = runner.run([f"Asked {i}?" for i in range(6)]).guaranteed[0]
+    known = runner.run([Question(f"k{i}", f" Bank  {i}?") for i in range(6)]).guaranteed[0]
+    assert (new[0], known[0]) == ((False, True) if kind == "pooled" else (True, False))
+    assert "if it is like" in new[1] or "if the question is like" in new[1] or kind == "pooled"
+    assert "question is in the bank" in known[1] or kind == "pooled"
+    other = runner.run([Question(f"k{i}", f"Bank {i}?", group="law") for i in range(6)]).guaranteed[0]
+    assert not other[0]
+    assert "'law'" in other[1] or kind == "pooled"
+
+
+@pytest.mark.parametrize("kind", ["hierarchical", "per_turn"])
+def test_a_bank_promises_nothing_of_groups_that_it_does_not_hold(kind: Any) -> None:
+    runner = atts()
+    runner.calibrate([replace(question, group="math") for question in BANK], kind=kind)
+    for group, sure in (("math", True), ("law", False), ("", False)):
+        assert runner.run([replace(question, group=group) for question in ASKED]).guaranteed[0][0] == sure
+
+
+def test_a_question_of_the_same_id_gets_a_bank_of_its_own() -> None:
+    filled = PerQuestion()
+    atts(calibration=filled).run(["One?", "Two?"])
+    atts(calibration=filled).run(["Three?", "Two?"])
+    assert len(filled.banks) == 3
+
+
 @pytest.mark.parametrize(("name", "value"), [("early_majority", True), ("chain_seconds", 60.0)])
 def test_nothing_is_promised_where_votes_or_the_clock_end_chains(name: str, value: Any) -> None:
     runner = atts(replace(PLAN, **{name: value}))

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyquiet.scaling.calibration import Adaptive, Calibrator, Cell, Online, PerQuestion, PerTurn, fit
+from pyquiet.scaling.calibration import Adaptive, Calibrator, Online, PerQuestion, PerTurn, fit
 from pyquiet.scaling.calibration_files import load_calibrator, save_calibrator
+from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.conformal import Bank
 
 SCORES = [(float(i), Cell(f"q{i % 3}", "", i % 2)) for i in range(12)]

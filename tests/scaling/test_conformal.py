@@ -10,13 +10,13 @@ from scipy import stats
 
 from pyquiet.scaling.calibration import (
     Adaptive,
-    Cell,
     Hierarchical,
     Online,
     PerTurn,
     Pooled,
     fit,
 )
+from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.conformal import (
     Bank,
     Budget,

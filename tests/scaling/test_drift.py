@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pyquiet.scaling.calibration import Cell, PerTurn
+from pyquiet.scaling.calibration import PerTurn
+from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.conformal import Bank, Rule, rank
 from pyquiet.scaling.drift import DriftMonitor
 from pyquiet.scaling.policy import Chunk, ConformalPolicy
