@@ -13,6 +13,7 @@ from pyquiet.scaling.backends.base import Backend, TransientError
 from pyquiet.scaling.records import Timing
 
 T = TypeVar("T")
+LONGEST_PAUSE = 60.0  # seconds, whatever a server asks for
 Rank = tuple[int, ...]  # the lowest goes first; equal ranks by arrival
 
 
@@ -66,9 +67,9 @@ class Retry:
         check_count("retry.tries", self.tries, least=1)
 
     def pause(self, tries: int, error: TransientError) -> float:
-        """Seconds to wait after so many tries; what the server asks for comes first."""
+        """Seconds to wait after so many tries; what the server asks for comes first, up to `LONGEST_PAUSE`."""
         if error.retry_after is not None:
-            return error.retry_after
+            return min(error.retry_after, LONGEST_PAUSE)
         return random.uniform(0, min(self.cap, self.base * 2.0**tries))
 
 

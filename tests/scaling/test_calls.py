@@ -59,6 +59,13 @@ def test_a_server_that_stays_away_frees_the_slots() -> None:
     asyncio.run(go())
 
 
+def test_a_server_is_obeyed_for_so_long_and_no_longer() -> None:
+    retry = Retry()
+    assert retry.pause(1, TransientError("busy", retry_after=7.0)) == 7.0
+    assert retry.pause(1, TransientError("busy", retry_after=86400.0)) == 60.0
+    assert 0 <= retry.pause(1, TransientError("busy")) <= 1.0
+
+
 @pytest.mark.parametrize("order", [((0,), (0,), (0,)), ((2,), (1,), (0,))])
 def test_the_lowest_rank_gets_the_next_slot_and_equal_ones_by_arrival(order: tuple[tuple[int], ...]) -> None:
     async def go() -> list[int]:

@@ -462,6 +462,34 @@ def test_chains_stay_with_their_replica_and_leave_a_dead_one():
     asyncio.run(run())
 
 
+def test_a_replica_that_is_dead_at_the_start_joins_when_it_serves_the_same():
+    async def run() -> None:
+        async with Loopback() as one, Loopback(root="other-weights") as two:
+            await two.die()
+            backend = OpenAIBackend([two.url, one.url], tokenizer=CODEC, probe_every=0.005)
+            await backend.open()
+            one.reset()
+            for chain in ("a", "b"):
+                await backend.generate(writing(chain=chain))
+            assert one.account.good("generate") == 2
+            lost = backend._servers.members[0]
+            await two.start()
+            await until(lambda: "no replicas: root is 'other-weights'" in lost.trouble)
+            assert not lost.circuit.closed
+            two.root = one.root
+            await until(lambda: lost.circuit.closed)
+            two.reset()
+            await backend.generate(writing(chain="c"))
+            assert (one.account.good("generate"), two.account.good("generate")) == (2, 1)
+            await backend.close()
+            for server in (one, two):
+                await server.die()
+            with pytest.raises(GoneError, match=rf"{one.port}.*is the server up.*{two.port}.*is the server up"):
+                await OpenAIBackend([one.url, two.url]).open()
+
+    asyncio.run(run())
+
+
 def test_requests_that_are_over_count_no_more():
     async def run() -> None:
         async with Loopback() as one, Loopback() as two:

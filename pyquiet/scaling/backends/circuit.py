@@ -32,7 +32,12 @@ class Circuit:
     def failed(self) -> None:
         """No connection, or one that broke."""
         self._failures += 1
-        if self.closed and self._failures >= self._limit:
+        if self._failures >= self._limit:
+            self.lose()
+
+    def lose(self) -> None:
+        """Opens at once: the server is known to be lost."""
+        if self.closed:
             self.closed = False
             self._watch = asyncio.create_task(self._until_well())
             self._changed()

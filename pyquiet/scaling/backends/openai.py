@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from pyquiet.scaling.backends.base import (
+    BackendError,
     Choose,
     Generate,
     Generated,
+    GoneError,
     Prompt,
     RefusedError,
     Score,
@@ -86,6 +88,7 @@ class OpenAIBackend:
         self._client: httpx.AsyncClient | None = None
         self._replicas: Replicas[Endpoint] | None = None
         self._found: Negotiated | None = None
+        self._unseen: set[Endpoint] = set()  # lost before it could be asked
 
     def __repr__(self) -> str:
         return f"OpenAIBackend({', '.join(self._urls)}, model={self._model!r}, dialect={self._name!r})"
@@ -112,7 +115,9 @@ class OpenAIBackend:
     async def open(self) -> None:
         """Asks every replica what it can do; they must serve the same in the same way.
 
-        Raises GoneError if one cannot be reached, RefusedError if one cannot be used or another model is on it.
+        One that cannot be reached counts as lost, and joins when it is there and serves the same as the others.
+
+        Raises GoneError if none can be reached, RefusedError if one cannot be used or another model is on it.
         """
         key = _key(self._api_key_env)
         self._client = new_client(key)
@@ -120,6 +125,8 @@ class OpenAIBackend:
         self._replicas = Replicas(endpoints, give_up_s=self._give_up_s)
         try:
             self._found = await self._negotiate(endpoints)
+            for server in self._unseen:
+                server.circuit.lose()
         except BaseException:
             await self.close()
             raise
@@ -218,23 +225,29 @@ class OpenAIBackend:
         return server
 
     async def _negotiate(self, endpoints: Sequence[Endpoint]) -> Negotiated:
-        found = []
+        first: tuple[Endpoint, Negotiated] | None = None
+        self._unseen = set()
         for server in endpoints:
-            prober = Prober(server, self.codec, seconds=self._score_timeout, tolerance=self._tolerance)
-            found.append(await prober.negotiate(self._model, self._name))
-            first, last = found[0].capabilities, found[-1].capabilities
-            for name in ("model", "root", "dialect", "score", "context"):
-                if getattr(first, name) != getattr(last, name):
-                    raise RefusedError(
-                        f"{server.url} and {endpoints[0].url} are no replicas: {name} is {getattr(last, name)!r} and "
-                        f"{getattr(first, name)!r}"
-                    )
-        return found[0]
+            try:
+                found = await self._prober(server, self._score_timeout).negotiate(self._model, self._name)
+            except GoneError as error:
+                server.trouble = str(error)
+                self._unseen.add(server)
+                continue
+            first = first or (server, found)
+            _check_replicas(first[0].url, first[1].capabilities, server.url, found.capabilities)
+        if first is None:
+            raise GoneError("; ".join(server.trouble for server in endpoints))
+        return first[1]
+
+    def _prober(self, server: Endpoint, seconds: float) -> Prober:
+        return Prober(server, self.codec, seconds=seconds, tolerance=self._tolerance)
 
     async def _well(self, server: Endpoint) -> bool:
-        """Whether a lost server is back, with the model that it had."""
-        found = self.capabilities
-        prober = Prober(server, self.codec, seconds=HEALTH_SECONDS, tolerance=self._tolerance)
+        """Whether a lost server is back, with the model that it had; one that was never seen, with that of the rest."""
+        found, prober = self.capabilities, self._prober(server, HEALTH_SECONDS)
+        if server in self._unseen:
+            return await self._joins(server, prober)
         try:
             root = str((await prober.entry(found.model)).get("root") or "")
         except TransientError as error:
@@ -245,6 +258,16 @@ class OpenAIBackend:
         if root != found.root:
             server.trouble = f"it was {found.root!r} of {found.model!r} and came back as {root!r}"
         return root == found.root
+
+    async def _joins(self, server: Endpoint, prober: Prober) -> bool:
+        try:
+            found = await prober.negotiate(self._model, self._name)
+            _check_replicas("the others", self.capabilities, server.url, found.capabilities)
+        except BackendError as error:
+            server.trouble = str(error)
+            return False
+        self._unseen.remove(server)
+        return True
 
     async def _law(self, request: Choose) -> Law:
         dialect = self._negotiated.dialect
@@ -266,6 +289,14 @@ class OpenAIBackend:
             return option
         ids = self.codec.encode(option).ids
         return ids[0] if len(ids) == 1 else None
+
+
+def _check_replicas(one: str, first: Capabilities, other: str, second: Capabilities) -> None:
+    """RefusedError unless two servers serve the same in the same way."""
+    for name in ("model", "root", "dialect", "score", "context"):
+        a, b = getattr(first, name), getattr(second, name)
+        if a != b:
+            raise RefusedError(f"{other} and {one} are no replicas: {name} is {b!r} and {a!r}")
 
 
 def _address(url: str) -> str:
