@@ -2,10 +2,12 @@
 
 import asyncio
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
 from pyquiet.checks import check_count
+from pyquiet.scaling.records import TAKEOVERS, Record
 
 
 @dataclass
@@ -32,6 +34,35 @@ class TakeoverLimit:
         if self.when_empty not in ("wait", "accept"):
             raise ValueError(f'when_empty must be "wait" or "accept", got {self.when_empty!r}')
 
+    def fresh(self, done: Iterable[Record] = ()) -> Self:
+        """The same cap for a run of its own in the running event loop, with what records of its journal have taken.
+
+        The bucket goes on where it stood when the run was interrupted; the time without a run does not fill it.
+        """
+        records, mine = list(done), replace(self)
+        times = [r.timing.ended for r in records if r.timing is not None]
+        for record in records:
+            if record.decision is not None and record.decision.action in TAKEOVERS:
+                mine._taken[record.key.question] += 1
+        if self.per_minute is not None and times:
+            mine._tokens, last = self.per_minute, min(times)
+            for now in sorted(self._spent(records)):
+                mine._tokens, last = _filled(self.per_minute, mine._tokens, now - last) - 1, now
+            mine._tokens = _filled(self.per_minute, mine._tokens, max(times) - last)
+            mine._filled = asyncio.get_running_loop().time()
+        return mine
+
+    def _spent(self, records: Iterable[Record]) -> Iterator[float]:
+        """When takeovers took from the bucket, by the run's clock: once they were decided, or were let through."""
+        now = 0.0
+        for record in records:
+            now = now if record.timing is None else max(now, record.timing.ended)
+            decided = record.decision is not None and record.decision.action in TAKEOVERS
+            if self.when_empty == "accept" and decided:
+                yield now
+            elif self.when_empty == "wait" and record.key.stage == "target" and record.timing is not None:
+                yield record.timing.queued
+
     def take(self, question: str) -> bool:
         """Counts a takeover of the question; False if it must not happen."""
         if self.per_question is not None and self._taken[question] >= self.per_question:
@@ -56,4 +87,8 @@ class TakeoverLimit:
     def _fill(self, per_minute: float) -> None:
         now = asyncio.get_running_loop().time()
         since = float("inf") if self._filled is None else now - self._filled
-        self._tokens, self._filled = min(per_minute, self._tokens + since * per_minute / 60), now
+        self._tokens, self._filled = _filled(per_minute, self._tokens, since), now
+
+
+def _filled(per_minute: float, tokens: float, seconds: float) -> float:
+    return min(per_minute, tokens + seconds * per_minute / 60)
