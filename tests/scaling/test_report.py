@@ -242,6 +242,9 @@ def test_a_report_in_words_and_as_json(report: Report) -> None:
     for words in ("25.0% [0.0%, 50.0%]", "40.0%", "0 to 3 of 3", "pass@1: 50.0%", "r = T_c / T_s = 2.11", "forced 1"):
         assert words in text
     assert "for independent chains; chains of one question are alike" in text
+    assert "not counted" not in text
+    failed = str(Report.of(HEADER, [*RUN, end("b", 2, None, "failed"), end("b", 3, None, "cancelled")]))
+    assert "not counted: requests that did not come back, of chains that ended by failed, cancelled" in failed
     assert "independent" not in str(Report.of({}, RUN))  # no rule, no band
 
 
