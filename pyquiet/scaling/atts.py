@@ -15,13 +15,13 @@ from pyquiet.checks import check_count
 from pyquiet.scaling import answers
 from pyquiet.scaling.answers import Vote
 from pyquiet.scaling.backends.connect import Model, connect
-from pyquiet.scaling.calibration import BUCKETS, Calibrator, Kind, PerQuestion, PerTurn, fit
-from pyquiet.scaling.calibration_files import load_calibrator, save_calibrator
+from pyquiet.scaling.calibration import BUCKETS, Calibrator, Hierarchical, Kind, PerQuestion, PerTurn, Pooled, fit
+from pyquiet.scaling.calibration_files import check_taxonomy, load_calibrator, save_calibrator
 from pyquiet.scaling.calls import Retry
 from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.conformal import Rule, Tail
 from pyquiet.scaling.engine import run_async, run_sync
-from pyquiet.scaling.identity import LATER, header, taxonomy
+from pyquiet.scaling.identity import header, made_with, taxonomy
 from pyquiet.scaling.journal import Journal
 from pyquiet.scaling.limits import TakeoverLimit
 from pyquiet.scaling.panel import Panel
@@ -55,9 +55,9 @@ class ATTS:
             `backends.connect`.
         takeover_rate: rho, in (0, 1); the paper's alpha is 1 - rho, and a budget of B takeovers of m chains is B / m.
         chains, turns: m and T; None: those of `plan`.
-        calibration: a calibrator, or the folder of one that was saved. None: for every question as many chunks as it
-            has chains are drafted and scored first, which is exact for its first turn alone; later turns are ranked
-            among these first chunks, and may be taken over seldom or always.
+        calibration: a calibrator, or the folder of one that was saved, made under the same settings. None: for every
+            question as many chunks as it has chains are drafted and scored first, which is exact for its first turn
+            alone; later turns are ranked among these first chunks, and may be taken over seldom or always.
         tail: which promise; None is "budget". on_takeover: what a takeover is: the target continues behind the draft's
             chunk, it replaces the chunk, or the draft tries again (at most twice) and the best of its chunks stays.
         on_score_failure: what becomes of a chunk that could not be scored: "takeover", "accept", or "fail", which ends
@@ -129,7 +129,7 @@ class ATTS:
         self.template, self.system = template, system
         if calibration is None and policy is None:
             self.rule.warn_if_idle(self.plan.chains)
-        self._retry, self._limit, self._degrade = retry or Retry(), limit, degrade
+        self._retry, self.limit, self._degrade = retry or Retry(), limit, degrade
         self.draft, self.target = connect("draft", draft), connect("target", target)
 
     def run(
@@ -152,7 +152,8 @@ class ATTS:
             on_record: is told every step as it is committed, after those of the journal.
 
         Raises:
-            ValueError: bad questions, a journal of another run, a policy that needs the sync engine.
+            ValueError: bad questions, a journal of another run, a policy that needs the sync engine, a bank that was
+                made under other settings.
             RefusedError, GoneError: a server that will not or does not answer; the journal resumes the run.
         """
         return blocking(self.arun(questions, journal=journal, engine=engine, on_record=on_record, grace=grace))
@@ -182,6 +183,7 @@ class ATTS:
         async with self._open():
             calibrator = self.calibrator if self.calibrator is not None else PerQuestion()
             policy = self.policy or self._policy(calibrator)
+            self._check_bank(policy)
             begin = header(self, asked, policy, engine)
             with journalled(journal, begin) as (file, records):
                 tally = Tally(begin)
@@ -257,7 +259,7 @@ class ATTS:
             made = {"kind": kind, "chains": chains} | ({} if turns is None else {"turns": turns})
             begin = header(self, asked, None, "async") | {"calibration": made}
             with journalled(journal, begin) as (file, records):
-                calibrator: Calibrator | None = None
+                calibrator: Pooled | Hierarchical | PerTurn | None = None
                 for turn in range(calibrated):
                     before = len(collected)
                     for record in records:
@@ -273,6 +275,7 @@ class ATTS:
                         calibrator = fit(kind, collected, buckets=buckets)
         if calibrator is None:
             raise ValueError("questions: none of the drafts could be scored (too short?), so there is no bank")
+        calibrator.taxonomy = made_with(self, calibrator)
         self.calibrator = calibrator
         return calibrator
 
@@ -284,14 +287,21 @@ class ATTS:
         """
         if self.calibrator is None:
             raise ValueError("there is no calibration to save: call calibrate first")
-        taxonomy = self.taxonomy()
-        if not isinstance(self.calibrator, PerTurn):  # first chunks, whatever becomes of them
-            taxonomy = {name: value for name, value in taxonomy.items() if name not in LATER}
-        save_calibrator(self.calibrator, folder, taxonomy)
+        kept = getattr(self.calibrator, "taxonomy", None) or made_with(self, self.calibrator)
+        save_calibrator(self.calibrator, folder, kept)
 
     def taxonomy(self) -> dict[str, str]:
         """What scores depend on, and with it a bank, for `save_calibrator`; servers tell their part once opened."""
         return taxonomy(self)
+
+    def _check_bank(self, policy: Policy) -> None:
+        """ValueError where the bank that the policy uses was made under other settings."""
+        if not isinstance(policy, ConformalPolicy):
+            return
+        bank = policy.calibrator
+        if isinstance(bank, PerQuestion) and not bank.banks:  # filled by this run
+            bank.taxonomy = made_with(self, bank)
+        check_taxonomy(getattr(bank, "taxonomy", {}), taxonomy(self, policy), "calibration")
 
     def _policy(self, calibrator: Calibrator) -> ConformalPolicy:
         failed = self.on_score_failure
@@ -327,7 +337,7 @@ class ATTS:
             presample=self.plan.chains if presampled is not None else 0,
             presampled=() if presampled is None else presampled.banks,
             take_presampled=None if presampled is None else lambda q, scores: presampled.set(Cell.of(q).name, scores),
-            limit=self._limit,
+            limit=self.limit,
             degrade=self._degrade,
             on_record=tell,
             on_panel=on_panel,

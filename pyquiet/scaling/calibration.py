@@ -5,6 +5,7 @@ import hashlib
 import itertools
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -23,7 +24,10 @@ Scores = Sequence[tuple[float, Cell]]
 
 
 class Calibrator(Protocol):
-    """Gives the p-values of scores."""
+    """Gives the p-values of scores.
+
+    If it has an attribute `taxonomy`, what its scores depend on, it is refused where that is not the same.
+    """
 
     @property
     def version(self) -> str:
@@ -42,7 +46,17 @@ class Calibrator(Protocol):
         """The rate to decide by now."""
 
 
-class _Still:
+class _Ours:
+    """A calibrator of this package.
+
+    Attributes:
+        taxonomy: what its scores depend on (models, template, ...), by name; empty where nobody has told.
+    """
+
+    taxonomy: Mapping[str, str] = MappingProxyType({})
+
+
+class _Still(_Ours):
     """A calibrator that learns nothing from what it decides."""
 
     def observe(self, score: float, cell: Cell, took_over: bool) -> None: ...
@@ -220,7 +234,7 @@ class PerTurn(_Still):
         return self._clustered[bucket].questions if self.base == "hierarchical" else self.banks[bucket].size
 
 
-class Online:
+class Online(_Ours):
     """One bank that takes in scores of first chunks as they are decided, each after its own decision.
 
     The counts of takeovers are exact where scores come one by one in an order that does not depend on them and are
@@ -306,7 +320,7 @@ class Online:
                 del self._sorted[bisect.bisect_left(self._sorted, old)]
 
 
-class Adaptive:
+class Adaptive(_Ours):
     """Moves the rate by what happened, rho + step (rho* - 1{takeover}), so that it is kept in the long run (ACI).
 
     For any sequence of scores at all, |mean takeover rate - rho*| <= (max(rho_1, 1 - rho_1) + step) / (step N) after N
@@ -316,7 +330,7 @@ class Adaptive:
     def __init__(self, base: Calibrator, *, step: float = 0.02) -> None:
         if not 0 < step < 1:
             raise ValueError(f"step must lie between 0 and 1, got {step}")
-        self.base, self.step = base, step
+        self.base, self.step, self.taxonomy = base, step, getattr(base, "taxonomy", {})
         self.taken = self.seen = 0  # decisions so far
 
     @property
@@ -343,7 +357,7 @@ class Adaptive:
 
 def fit(
     kind: Kind, scores: Scores, *, base: Base = "hierarchical", buckets: Sequence[int] = BUCKETS, n_min: int = 1
-) -> Calibrator:
+) -> Pooled | Hierarchical | PerTurn:
     """The calibrator of that kind made of scores and where each comes from.
 
     Raises ValueError for another kind, or none of the scores that it needs.

@@ -25,6 +25,7 @@ from pyquiet.scaling.calibration import (
 from pyquiet.scaling.conformal import Bank
 
 Arrays = dict[str, NDArray[np.float64]]
+Kept = Pooled | Hierarchical | PerTurn | PerQuestion | Online | Adaptive
 
 
 def save_calibrator(calibrator: Calibrator, folder: str | os.PathLike[str], taxonomy: Mapping[str, str]) -> None:
@@ -47,7 +48,7 @@ def save_calibrator(calibrator: Calibrator, folder: str | os.PathLike[str], taxo
         partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-def load_calibrator(folder: str | os.PathLike[str], taxonomy: Mapping[str, str] | None = None) -> Calibrator:
+def load_calibrator(folder: str | os.PathLike[str], taxonomy: Mapping[str, str] | None = None) -> Kept:
     """The calibrator that `save_calibrator` wrote.
 
     Raises ValueError if the scores are not those that were saved, or depend on what is not the same in `taxonomy`;
@@ -57,16 +58,24 @@ def load_calibrator(folder: str | os.PathLike[str], taxonomy: Mapping[str, str] 
     about = json.loads((path / "calibration.json").read_text(encoding="utf-8"))
     if about.pop("seal", None) != hashed(json.dumps(about, sort_keys=True)):
         raise ValueError(f"{path}/calibration.json was changed after it was saved; calibrate again")
-    for name, value in about["taxonomy"].items() if taxonomy is not None else ():
-        if taxonomy is not None and taxonomy.get(name) != value:
-            raise ValueError(
-                f"{path}: calibrated with {name}={value!r}, and this is {taxonomy.get(name)!r}; scores of different "
-                "settings are never ranked together: calibrate again"
-            )
+    if taxonomy is not None:
+        check_taxonomy(about["taxonomy"], taxonomy, str(path))
     arrays = {name: tensor.numpy() for name, tensor in load_file(path / "scores.safetensors").items()}
     if {name: hashed(scores.tobytes()) for name, scores in arrays.items()} != about["scores"]:
         raise ValueError(f"{path}/scores.safetensors does not hold the scores that were saved; calibrate again")
-    return _unpacked(about["calibrator"], arrays)
+    calibrator = _unpacked(about["calibrator"], arrays)
+    calibrator.taxonomy = about["taxonomy"]
+    return calibrator
+
+
+def check_taxonomy(made: Mapping[str, str], now: Mapping[str, str], what: str) -> None:
+    """Raises ValueError unless all that scores depended on is the same now."""
+    for name, value in made.items():
+        if now.get(name) != value:
+            raise ValueError(
+                f"{what}: calibrated with {name}={value!r}, and this is {now.get(name)!r}; scores of different "
+                "settings are never ranked together: calibrate again"
+            )
 
 
 def _packed(calibrator: Calibrator) -> tuple[dict[str, Any], Arrays]:
@@ -98,7 +107,7 @@ def _packed(calibrator: Calibrator) -> tuple[dict[str, Any], Arrays]:
     return about, {name: bank.scores for name, bank in banks.items()}
 
 
-def _unpacked(about: Mapping[str, Any], arrays: Arrays) -> Calibrator:
+def _unpacked(about: Mapping[str, Any], arrays: Arrays) -> Kept:
     if about["kind"] == "adaptive":
         adaptive = Adaptive(_unpacked(about["base"], arrays), step=about["step"])
         adaptive.seen, adaptive.taken = about["seen"], about["taken"]

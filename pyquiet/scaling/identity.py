@@ -3,15 +3,18 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from pyquiet.scaling.policy import Policy
+from pyquiet.scaling.calibration import Calibrator, PerTurn
+from pyquiet.scaling.policy import ConformalPolicy, Policy
 from pyquiet.scaling.records import Question
 
 if TYPE_CHECKING:
     from pyquiet.scaling.atts import ATTS
 
-LATER = ("rule", "chains")  # what scores of first chunks do not depend on
+# What scores of first chunks do not depend on.
+LATER = ("rule", "chains", "extract", "on_score_failure", "closing_turn", "limit")
 
 
 def header(atts: "ATTS", questions: Sequence[Question], policy: Policy | None, engine: str) -> dict[str, Any]:
@@ -21,11 +24,14 @@ def header(atts: "ATTS", questions: Sequence[Question], policy: Policy | None, e
         "on_score_failure": atts.on_score_failure,
     }  # fmt: skip
     decides: dict[str, Any] = {"policy": "calibration" if policy is None else type(policy).__name__}
-    decides |= rule if atts.policy is None else {}
+    decides |= rule if atts.policy is None else {"policy_settings": getattr(policy, "identity", {})}
+    if isinstance(policy, ConformalPolicy):
+        decides["calibrator"] = _kind(policy.calibrator)
+    others = {"score": atts.score.name, "select": atts.select, "extract": _called(atts.extract), "limit": _limit(atts)}
     return {
         "version": 1,
         "engine": engine,
-        "config": atts.plan.to_dict() | decides | {"score": atts.score.name, "select": atts.select},
+        "config": atts.plan.to_dict() | decides | others,
         "draft": dict(atts.draft.identity),
         "target": dict(atts.target.identity),
         "template": _template(atts),
@@ -34,19 +40,53 @@ def header(atts: "ATTS", questions: Sequence[Question], policy: Policy | None, e
     }
 
 
-def taxonomy(atts: "ATTS") -> dict[str, str]:
-    """What scores depend on; those of later turns also on the rule at earlier ones, and on which chains go on."""
-    plan = atts.plan.to_dict()
+def taxonomy(atts: "ATTS", policy: ConformalPolicy | None = None) -> dict[str, str]:
+    """What scores depend on; those of later turns also on the rule at earlier ones, and on which chains go on.
+
+    Args:
+        policy: decides in place of the one that `atts` makes of its arguments.
+    """
+    plan, decides = atts.plan.to_dict(), policy or atts
     ends = ("target", "chain_tokens", "answer_from_rejected", "closing_cue")
+    rule = decides.rule
+    discards = f" discard {rule.discard_rate:g}" if rule.discard_rate else ""
     return {
         "draft": _digest(dict(atts.draft.identity)),
         "target": _digest(dict(atts.target.identity)),
         "sampling": _digest({name: plan[name] for name in ("draft", "stop")}),
         "score": atts.score.name,
         "template": _template(atts),
-        "rule": f"{atts.rule.tail} {atts.rule.takeover_rate:g} {atts.on_takeover}",
+        "chain_seconds": str(atts.plan.chain_seconds),
+        "rule": f"{rule.tail} {rule.takeover_rate:g} {decides.on_takeover}{discards}",
         "chains": _digest({name: plan[name] for name in ends}),
+        "extract": _called(atts.extract),
+        "on_score_failure": decides.on_score_failure,
+        "closing_turn": "" if atts.plan.closing_cue is None else str(atts.plan.turns),
+        "limit": "" if atts.limit is None else json.dumps(_limit(atts)),
     }
+
+
+def made_with(atts: "ATTS", calibrator: Calibrator) -> dict[str, str]:
+    """What the scores in such a calibrator depend on when it is made by `atts`: all, or only what first chunks do."""
+    everything = taxonomy(atts)
+    if isinstance(calibrator, PerTurn):
+        return everything
+    return {name: value for name, value in everything.items() if name not in LATER}
+
+
+def _kind(calibrator: Calibrator) -> list[Any]:
+    """What a bank's hash does not tell."""
+    return [type(calibrator).__name__, getattr(calibrator, "n_min", 1), list(getattr(calibrator, "buckets", ()))]
+
+
+def _limit(atts: "ATTS") -> dict[str, Any] | None:
+    return None if atts.limit is None else {f.name: getattr(atts.limit, f.name) for f in fields(atts.limit) if f.init}
+
+
+def _called(function: Any) -> str:
+    """The name of a function, or the class of an object that is called as one."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{getattr(named, '__module__', '')}.{named.__qualname__}"
 
 
 def _template(atts: "ATTS") -> str:

@@ -1,8 +1,8 @@
 """Policies: what becomes of a draft's chunk."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
 
 from pyquiet.checks import check_count, check_fraction
 from pyquiet.scaling.calibration import Calibrator
@@ -32,7 +32,8 @@ class Policy(Protocol):
         together: whether it needs all chunks of a question's turn at once; only the sync engine can then use it.
 
     If it has an attribute `scored` that is False, no chunk is scored for it (the reason is then "unscored"). If it has
-    one `fail_unscored` that is True, a chain whose scoring failed for good ends there.
+    one `fail_unscored` that is True, a chain whose scoring failed for good ends there. One `identity`, its settings as
+    JSON values, is kept in journals, which are then refused under others.
     """
 
     together: bool
@@ -67,6 +68,7 @@ class AcceptAll(_Alone):
 
     def __init__(self, *, scored: bool = False) -> None:
         self.scored = scored
+        self.identity = {"scored": scored}
 
     def decide(self, chunk: Chunk, uniform: float) -> Decision:
         return Decision("accept", "all")
@@ -104,11 +106,17 @@ class ConformalPolicy(_Alone):
             if value not in ("takeover", "accept"):
                 raise ValueError(f'{name} must be "takeover" or "accept", got {value!r}')
         self.calibrator, self.rule, self.on_takeover = calibrator, rule, on_takeover
-        self.fail_unscored = on_score_failure == "fail"
+        self.on_score_failure, self.fail_unscored = on_score_failure, on_score_failure == "fail"
         self.resamples, self.drift = check_count("resamples", resamples, least=0), drift
         for n in getattr(calibrator, "sizes", ()):
             rule.warn_if_idle(n)
         self._without = {"cold": on_cold, "failed": on_score_failure, "short": on_short, "empty": on_short}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Its settings, and the bank as it is now."""
+        settings = {"resamples": self.resamples, "on_takeover": self.on_takeover, "without": self._without}
+        return asdict(self.rule) | settings | {"bank": self.calibrator.version}
 
     def decide(self, chunk: Chunk, uniform: float) -> Decision:
         if chunk.score is None:
@@ -165,6 +173,7 @@ class OfficialPolicy(_Alone):
             raise ValueError("bank must hold at least one score, got none")
         self.bank, self.threshold = bank, check_fraction("threshold", threshold)
         self.on_takeover: Takeover = _check_takeover(on_takeover)
+        self.identity = {"bank": bank.version, "threshold": threshold, "on_takeover": on_takeover}
 
     def decide(self, chunk: Chunk, uniform: float) -> Decision:
         if chunk.score is None:
@@ -187,6 +196,7 @@ class RankPolicy:
     def __init__(self, takeovers: int, *, on_takeover: Takeover = "continue") -> None:
         self.takeovers = check_count("takeovers", takeovers, least=0)
         self.on_takeover: Takeover = _check_takeover(on_takeover)
+        self.identity = {"takeovers": takeovers, "on_takeover": on_takeover}
 
     def decide(self, chunk: Chunk, uniform: float) -> Decision:
         """Not to be had: TypeError."""
@@ -208,6 +218,7 @@ class SpecReasonPolicy(_Alone):
 
     def __init__(self, threshold: float = 7.0) -> None:
         self.threshold = threshold
+        self.identity = {"threshold": threshold}
 
     def decide(self, chunk: Chunk, uniform: float) -> Decision:
         if chunk.score is None:
@@ -227,6 +238,7 @@ class RSDPolicy(_Alone):
 
     def __init__(self, threshold: float = 0.7, *, soft: bool = False) -> None:
         self.threshold, self.soft = threshold, soft
+        self.identity = {"threshold": threshold, "soft": soft}
 
     def decide(self, chunk: Chunk, uniform: float) -> Decision:
         if chunk.score is None:

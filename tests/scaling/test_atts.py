@@ -14,9 +14,12 @@ import pytest
 from pyquiet.scaling import (
     ATTS,
     AcceptAll,
+    Adaptive,
     Bank,
+    ConformalPolicy,
     Hierarchical,
     MeanNLL,
+    OfficialPolicy,
     PerQuestion,
     PerTurn,
     Plan,
@@ -25,7 +28,12 @@ from pyquiet.scaling import (
     Question,
     RankPolicy,
     Retry,
+    RSDPolicy,
+    Rule,
     Sampling,
+    SpecReasonPolicy,
+    TakeoverLimit,
+    load_calibrator,
     read_journal,
     read_questions,
 )
@@ -82,6 +90,49 @@ def test_calibration_is_saved_and_serves_another(kind: Any, tmp_path: Path) -> N
                 other.run(ASKED)
         else:
             assert other.run(ASKED).guaranteed[0] == got.guaranteed[0]
+
+
+def test_a_calibrator_is_used_under_the_settings_that_made_it_alone(tmp_path: Path) -> None:
+    def nothing(text: str) -> None: ...
+
+    first, turns = atts(), PLAN.turns
+    made = first.calibrate(BANK, chains=1, turns=turns)
+    first.save_calibration(tmp_path)
+    rule, cue = Rule(0.4), replace(PLAN, closing_cue="So")
+    policy = ConformalPolicy(made, replace(rule, tail="smoothed"))
+    others: list[tuple[str, dict[str, Any]]] = [
+        ("rule", {"takeover_rate": 0.3}),
+        ("rule", {"on_takeover": "replace"}),
+        ("rule", {"policy": policy}),
+        ("target", {"models": [HashModel("draft"), HashModel("other")]}),
+        ("chain_seconds", {"plan": replace(PLAN, chain_seconds=60.0)}),
+        ("extract", {"extract": nothing}),
+        ("on_score_failure", {"on_score_failure": "accept"}),
+        ("chains", {"plan": cue}),
+    ]
+    for name, options in others:
+        for calibration in (made, load_calibrator(tmp_path)):
+            with pytest.raises(ValueError, match=rf"{name}=.*calibrate again"):
+                atts(calibration=calibration, **options).run(ASKED)
+    for fitting in (atts(calibration=made), atts(policy=ConformalPolicy(made, rule))):
+        assert fitting.run(ASKED).guaranteed[0][0]
+    cued = atts(cue)
+    cued.calibrate(BANK, chains=1)
+    with pytest.raises(ValueError, match="closing_turn='3'"):  # the cue stands before the last turn
+        atts(replace(cue, turns=4), calibration=cued.calibrator).run(ASKED)
+
+
+def test_what_first_chunks_do_not_depend_on_may_change(tmp_path: Path) -> None:
+    first = atts()
+    made = first.calibrate(BANK, kind="hierarchical", chains=1)
+    assert atts(calibration=made, takeover_rate=0.1).run(ASKED).guaranteed[0][0]
+    other = [HashModel("draft"), HashModel("other")]
+    with pytest.raises(ValueError, match=r"target=.*calibrate again"):
+        atts(calibration=Adaptive(made), models=other).run(ASKED)
+    own = PerQuestion()
+    atts(calibration=own).run(ASKED)
+    with pytest.raises(ValueError, match=r"target=.*calibrate again"):
+        atts(calibration=own, models=other).run(ASKED)
 
 
 def test_calibration_chains_of_a_turn_calibrate_no_other(tmp_path: Path) -> None:
@@ -242,6 +293,46 @@ def test_a_journal_resumes_and_refuses_another_run(tmp_path: Path) -> None:
         atts(replace(PLAN, seed=1)).run(ASKED, journal=journal)
     with pytest.raises(ValueError, match="questions"):
         atts().run(ASKED[:2], journal=journal)
+
+
+BANK_OF_9 = Bank(np.arange(9.0), tuple("abcdefghi"))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"policy": RankPolicy(1)}, {"policy": RankPolicy(2)}),
+        ({"policy": RankPolicy(1)}, {"policy": RankPolicy(1, on_takeover="replace")}),
+        ({"policy": AcceptAll()}, {"policy": AcceptAll(scored=True)}),
+        ({"policy": OfficialPolicy(BANK_OF_9)}, {"policy": OfficialPolicy(BANK_OF_9, threshold=0.5)}),
+        ({"policy": OfficialPolicy(BANK_OF_9)}, {"policy": OfficialPolicy(BANK_OF_9.add([1.0]))}),
+        ({"policy": SpecReasonPolicy()}, {"policy": SpecReasonPolicy(6.0)}),
+        ({"policy": RSDPolicy()}, {"policy": RSDPolicy(soft=True)}),
+        (
+            {"policy": ConformalPolicy(Pooled(BANK_OF_9), Rule(0.4))},
+            {"policy": ConformalPolicy(Pooled(BANK_OF_9), Rule(0.4, "coverage"))},
+        ),
+        (
+            {"policy": ConformalPolicy(Pooled(BANK_OF_9), Rule(0.4))},
+            {"policy": ConformalPolicy(Pooled(BANK_OF_9), Rule(0.4), resamples=1)},
+        ),
+        ({"calibration": Pooled(BANK_OF_9)}, {"calibration": Hierarchical(BANK_OF_9)}),
+        ({"calibration": Pooled(BANK_OF_9)}, {"calibration": Pooled(BANK_OF_9, n_min=3)}),
+        ({}, {"limit": TakeoverLimit(per_question=1)}),
+        ({"limit": TakeoverLimit(per_question=1)}, {"limit": TakeoverLimit(per_question=2)}),
+        ({}, {"extract": str.strip}),
+    ],
+)
+def test_a_journal_refuses_another_policy_limit_or_extractor(
+    one: dict[str, Any], other: dict[str, Any], tmp_path: Path
+) -> None:
+    def run(options: dict[str, Any]) -> Any:
+        return atts(**options).run(ASKED[:1], journal=tmp_path / "run.jsonl", engine="sync")
+
+    assert run(one).finished
+    assert run(one).finished
+    with pytest.raises(ValueError, match=next(iter(other)).replace("calibration", "calibrator")):
+        run(other)
 
 
 def test_a_calibration_that_was_interrupted_fills_the_same_bank(tmp_path: Path) -> None:
