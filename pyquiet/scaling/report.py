@@ -149,7 +149,9 @@ class Report:
         ended = " ".join(f"{name} {n}" for name, n in self.outcomes.items())
         lines.append(f"decided by: {counted or '-'}; chains ended by: {ended or '-'}")
         if uncounted := [name for name in ("failed", "cancelled", "deadline", "context") if name in self.outcomes]:
-            lines.append(f"not counted: requests that did not come back, of chains that ended by {', '.join(uncounted)}")
+            lines.append(
+                f"not counted: requests that did not come back, of chains that ended by {', '.join(uncounted)}"
+            )
         if self.takeovers.near_ties:
             lines.append(f"{self.takeovers.near_ties} decisions within {NEAR:.0e} of a cut")
         if self.intensity is not None:
