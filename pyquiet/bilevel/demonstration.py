@@ -21,7 +21,7 @@ class Shown:
 
     `wrong` are the rows whose labels were turned over, bool [n]; `auc` says how well the weights tell them apart, nan
     where there is nothing to tell; accuracies are on rows held out, of a regression on the weighed rows, on all alike,
-    and on the right labels.
+    on the `clean` rows alone, and on all with their right labels.
     """
 
     cleaned: Cleaned
@@ -30,12 +30,13 @@ class Shown:
     auc: float
     accuracy: float
     plain_accuracy: float
+    clean_accuracy: float
     oracle_accuracy: float
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers, as JSON values; `auc` is None where there is nothing to tell."""
-        names = ("auc", "accuracy", "plain_accuracy", "oracle_accuracy", "seconds")
+        names = ("auc", "accuracy", "plain_accuracy", "clean_accuracy", "oracle_accuracy", "seconds")
         counts = {"rows": len(self.wrong), "wrong": int(self.wrong.sum()), "steps": self.cleaned.steps[-1]}
         return counts | {"clean": self.clean} | {name: finite(getattr(self, name)) for name in names}
 
@@ -46,6 +47,7 @@ def demonstrate(
     *,
     wrong: float = 0.3,
     rows: int = 4000,
+    clean: int | None = None,
     variant: str = "v2",
     epochs: int = 60,
     seed: int = 0,
@@ -54,9 +56,10 @@ def demonstrate(
     """Turns over a share of the labels of some rows, and weighs these by others that stay right.
 
     Args:
-        features [n, d], labels [n] in {-1, 1}: two thirds of the rows at most are trained on, of the rest half weigh
-            them and half are held out.
-        wrong: the share of labels to turn over. rows: training rows at most.
+        features [n, d], labels [n] in {-1, 1}: two thirds of the rows at most are trained on, some weigh them, and the
+            rest is held out.
+        wrong: the share of labels to turn over. rows: training rows at most. clean: rows that weigh them; None: a
+            quarter as many as are trained on, or half of the rest.
         variant, epochs, seed, progress: as `clean_labels`.
     """
     check_fraction("wrong", wrong)
@@ -64,8 +67,9 @@ def demonstrate(
     g = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(features), generator=g)
     count = min(rows, 2 * len(order) // 3)
-    clean = max(1, min(count // 4, (len(order) - count) // 2))
-    train, valid, test = order[:count], order[count : count + clean], order[count + clean : count + 2 * clean]
+    half = max(1, (len(order) - count) // 2)
+    clean = min(max(1, count // 4) if clean is None else check_count("clean", clean, least=1), half)
+    train, valid, test = order[:count], order[count : count + clean], order[count + clean :]
     turned = torch.rand(count, generator=g) < wrong
     noisy = torch.where(turned, -labels[train], labels[train])
     began = time.perf_counter()
@@ -75,8 +79,8 @@ def demonstrate(
     )  # fmt: skip
     seconds = time.perf_counter() - began
 
-    def accuracy(y: Tensor, weights: Tensor) -> float:
-        w = _regression(features[train], y, weights)
+    def accuracy(where: Tensor, y: Tensor, weights: Tensor) -> float:
+        w = _regression(features[where], y, weights)
         return float((features[test] @ w * labels[test] > 0).double().mean())
 
     even = torch.ones(count, dtype=features.dtype)
@@ -85,9 +89,10 @@ def demonstrate(
         turned,
         clean,
         auc(found.weights, ~turned),
-        accuracy(noisy, found.weights),
-        accuracy(noisy, even),
-        accuracy(labels[train], even),
+        accuracy(train, noisy, found.weights),
+        accuracy(train, noisy, even),
+        accuracy(valid, labels[valid], even[:clean]),
+        accuracy(train, labels[train], even),
         seconds,
     )
 

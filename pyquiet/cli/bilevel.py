@@ -58,5 +58,6 @@ def _in_words(result: dict[str, Any]) -> str:
         f"{result['steps']} steps in {result['seconds']:.1f} s\n"
         f"{told}\n"
         f"accuracy on the clean rows held out: {result['accuracy']:.3f} with the weights, "
-        f"{result['plain_accuracy']:.3f} without, {result['oracle_accuracy']:.3f} on the right labels"
+        f"{result['plain_accuracy']:.3f} without, {result['clean_accuracy']:.3f} by the clean rows that weighed alone, "
+        f"{result['oracle_accuracy']:.3f} on the right labels"
     )

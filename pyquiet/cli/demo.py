@@ -40,16 +40,17 @@ def run(args: argparse.Namespace) -> int:
         if speaks:  # as they come
             words = textwrap.fill(f"{scene.found}.", 100, initial_indent="  ", subsequent_indent="  ")
             print(f"{scene.title}\n{words}\n  ({seconds:.1f} s)\n", flush=True)
-    if args.html:
-        write_page(args.html, "pyquiet", [scene.section() for _, scene, _ in scenes], words=LEAD)
     found = {name: {**scene.to_dict(), "seconds": seconds} for name, scene, seconds in scenes}
     whole = sum(seconds for _, _, seconds in scenes)
     page = f", {args.html} has what there is to look at" if args.html else ""
     give(args, {"seed": args.seed, "scenes": found}, f"{whole:.0f} s in all{page}")
+    if args.html:
+        write_page(args.html, "pyquiet", [scene.section() for _, scene, _ in scenes], words=LEAD)
     return 0
 
 
 LEAD = (
     "Five ways to get more out of a language model, each at work on small models that come with the package. Every "
-    "number and picture on this page was made by one run of `pyquiet demo`. Point at a coloured word to see more."
+    "number and picture on this page was made by one run of `pyquiet demo`. Point at a coloured word of the first two "
+    "to see more."
 )

@@ -79,13 +79,13 @@ def answer(
         answers: the rows of each of some prompts, and sums of what they cost.
         model, energy: modules, whose weights tell whether a run that goes on is the one that was begun.
     """
-    from pyquiet.prompts import answer_prompts, tokenizer_digest, weights_digest
+    from pyquiet.prompts import answer_prompts, model_digest, tokenizer_digest
 
     header = {"command": args.command, "pyquiet": pyquiet.__version__}
     header |= {name: value for name, value in vars(args).items() if name not in _NO_MATTER | _NAMES}
-    header |= {"prompts": prompts[1], "model": weights_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
+    header |= {"prompts": prompts[1], "model": model_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
     if energy is not None:
-        header["energy"] = weights_digest(energy)
+        header["energy"] = model_digest(energy)
 
     def named(batch: "Sequence[Prompt]") -> "tuple[list[list[Row]], Cost]":
         rows, cost = answers(batch)

@@ -46,7 +46,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     answer.add_argument("--top-p", type=float, metavar="P")
     thought = parser.add_argument_group("the thoughts")
     thought.add_argument("--thought-tokens", type=int, metavar="M", help="tokens of a thought (default: 5)")
-    thought.add_argument("--thoughts-per-token", type=int, metavar="N", help="thoughts to average (default: 1)")
+    thought.add_argument(
+        "--thoughts-per-token", type=int, metavar="N", help="thoughts to average (default: the model's)"
+    )
     thought.add_argument("--thought-temperature", type=float, default=1.0)
     thought.add_argument("--thought-top-k", type=int, metavar="K")
     thought.add_argument("--thought-top-p", type=float, metavar="P")
@@ -306,8 +308,8 @@ class Printer:
         elif self.show_thoughts and prompt:
             print(text)
         elif self.show_thoughts:
-            token = repr(new)
-            print("\n".join(f"{token:16s} {line}" for line in self.lines), flush=True)
+            names = [repr(new)] + [""] * (len(self.lines) - 1)  # a line a thought
+            print("\n".join(f"{name:16s} {line}" for name, line in zip(names, self.lines, strict=True)), flush=True)
 
     def put_thoughts(self, tokens: "Tensor", weight: "Tensor") -> None:
         """Thoughts before the next token: tokens int64 [1, N, m], weight [1, N]."""

@@ -9,11 +9,13 @@ from pyquiet.plotting.figures import as_svg
 from pyquiet.plotting.page import View
 from pyquiet.zoo import held_out, load
 
+_CLEAN = 20  # texts with right labels, to weigh the others by
+
 
 def show(seed: int, progress: bool) -> Scene:
     """Takes a sixth of a minute."""
     features, labels = _sentences()
-    shown = demonstrate(features, labels, seed=seed, progress=progress)
+    shown = demonstrate(features, labels, clean=_CLEAN, seed=seed, progress=progress)
     numbers = shown.to_dict()
 
     def draw() -> tuple[View, ...]:
@@ -26,9 +28,11 @@ def show(seed: int, progress: bool) -> Scene:
         "Texts are told apart by what a language model makes of them, and three of ten labels are turned over. Twenty "
         "regressions at once learn from the labels, and above them every text learns how much it should count, so that "
         "a few texts with right labels are told apart well.",
-        f"{numbers['rows']} texts, {numbers['wrong']} with a wrong label: these are told from the others with AUC "
-        f"{numbers['auc']:.3f}; accuracy on held-out texts {numbers['accuracy']:.3f} with what was learned, "
-        f"{numbers['plain_accuracy']:.3f} without, {numbers['oracle_accuracy']:.3f} on right labels",
+        f"{numbers['rows']} texts, {numbers['wrong']} with a wrong label, and {numbers['clean']} others that are known "
+        f"to be right: of a wrong and a right label the wrong one is found out in {numbers['auc']:.1%} of the cases; "
+        f"accuracy on held-out texts {numbers['accuracy']:.3f} with what was learned, {numbers['plain_accuracy']:.3f} "
+        f"when all labels are trusted, {numbers['clean_accuracy']:.3f} by the {numbers['clean']} right ones alone, "
+        f"{numbers['oracle_accuracy']:.3f} were all labels right",
         numbers,
         draw,
     )

@@ -6,6 +6,7 @@ from pyquiet.diffusion.sampling import Diffusion
 from pyquiet.plotting.page import MASKED, View, span
 from pyquiet.plotting.pieces import token_pieces
 
+LEGEND = "Green: what a step opened. ESS, effective sample size: between how many of its candidates a step hesitated."
 _STYLE = (
     ".film{display:flex;overflow-x:auto;gap:.5em;padding:.5em;background:#333;max-width:100%}"
     ".frame{flex:0 0 17em;background:#fff;padding:.5em;font-size:12px}.frame .text{line-height:1.5}"
@@ -39,4 +40,7 @@ def film_view(written: Diffusion, tokenizer: PreTrainedTokenizerBase, row: int =
         head = f"step {step + 1}, time {trace.times[entry]:.2f}<br>{bar}"
         return f'<div class="frame">{head}<div class="text">{text}</div></div>'
 
-    return View(f'<div class="film">{"".join(map(frame, mine))}</div>', _STYLE)
+    legend = (
+        "Green: what a step opened. ESS: between how many of its candidates a step hesitated (effective sample size)."
+    )
+    return View(f'<p>{legend}</p><div class="film">{"".join(map(frame, mine))}</div>', _STYLE)

@@ -10,7 +10,7 @@ LEGEND = {
     Origin.DRAWN: "drawn from its exact law",
     Origin.ACCEPTED: "a draft that was kept",
     Origin.REPLACED: "drawn in place of a refused draft, which is struck out",
-    Origin.BONUS: "one more behind drafts that were all kept",
+    Origin.BONUS: "one more, behind drafts that were all kept",
 }
 _COLOURS = {
     Origin.DRAWN: "#b5d3f2",
@@ -20,7 +20,7 @@ _COLOURS = {
 }
 _STYLE = (
     "".join(f".o{origin:d}{{background:{colour}}}" for origin, colour in _COLOURS.items())
-    + ".text del{color:#a00}.masked{color:#aaa}.rounds td{text-align:left;vertical-align:top}"
+    + ".text del{color:#a00}.masked{color:#aaa}.rounds td,.rounds .t{text-align:left;vertical-align:top}"
 )
 
 
@@ -45,5 +45,5 @@ def infilling_view(filled: Infilling, tokenizer: PreTrainedTokenizerBase, row: i
         for number in range(max(rounds) + 1)
     )
     legend = " ".join(f'<span class="o{origin:d}">{words}</span>;' for origin, words in LEGEND.items())
-    head = "<tr><th>round</th><th>text</th></tr>"
+    head = '<tr><th>round</th><th class="t">text</th></tr>'
     return View(f'<p>{legend}</p>\n<table class="rounds">{head}\n{lines}</table>', _STYLE)

@@ -11,7 +11,9 @@ from pyquiet.plotting.pieces import token_pieces
 LEVELS = (0.01, 0.05, 0.2, 1.0)  # nats of gain or loss from which a token is coloured deeper
 LEGEND = (
     "Blue: the thought made the token more probable; orange: less. Shades from "
-    f"{', '.join(map(str, LEVELS))} nats. p: probability without and with the thought; w: the thought's weight."
+    f"{', '.join(map(str, LEVELS))} nats. p: probability without and with the thought; w: the weight of what "
+    "is predicted behind the thought, (1 - w) being that of the plain prediction. It may be negative: the model then "
+    "moves away from the one it mixes in."
 )
 
 _BLUE, _ORANGE = ("#dcebfa", "#b5d3f2", "#7fb0e3", "#4a8fd3"), ("#fdebd7", "#fbd3a8", "#f5ad66", "#e58a2b")

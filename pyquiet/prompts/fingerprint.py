@@ -5,26 +5,39 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import nn
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+from pyquiet.environment import fingerprint
+
+_NO_MATTER = {"_name_or_path", "transformers_version"}  # of a configuration: where it lay, and who wrote it
 
 
-def weights_digest(model: torch.nn.Module) -> str:
-    """A digest of all weights and buffers, by name; the same on every device and for any number of threads."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        if isinstance(value, Tensor):
-            bits = value.detach().contiguous().view(_INTEGERS[value.element_size()])
-            # A sum of integers, which wraps, is exact in every order, and no copy of the weights has to be hashed.
-            digest.update(f"{name} {value.dtype} {list(value.shape)} {int(bits.sum(dtype=torch.int64))}\n".encode())
-    return digest.hexdigest()
+def model_digest(model: nn.Module) -> str:
+    """A digest of all weights and buffers and of every configuration in the model."""
+    settings = {}
+    for name, module in model.named_modules():
+        for kind in ("config", "generation_config"):
+            found = getattr(module, kind, None)
+            if found is not None and hasattr(found, "to_dict"):
+                settings[f"{name}.{kind}"] = _settled(found.to_dict())
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.blake2b((fingerprint(model) + text).encode(), digest_size=16).hexdigest()
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """A digest of a tokenizer's vocabulary."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    """A digest of a tokenizer: vocabulary, merges and all it does to a text, but for padding and truncation."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = {name: part for name, part in parts.items() if name not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _settled(value: Any) -> Any:
+    """A configuration without what does not matter, inner ones too."""
+    if isinstance(value, dict):
+        return {str(name): _settled(part) for name, part in value.items() if name not in _NO_MATTER}
+    return value
 
 
 def check_same(found: Mapping[str, Any], now: Mapping[str, Any], what: str, remedy: str) -> None:

@@ -48,7 +48,7 @@ def test_infilling_tells_calls_and_sameness_as_they_are(monkeypatch):
     assert calls["one_call"] < calls["assd"] < 1
     assert scene.numbers["same_texts"]
     assert scene.numbers["joint_gap"] < 1e-3
-    assert "the texts are the same" in scene.found
+    assert "the texts of all three are the same" in scene.found
 
     def without_coupling(*args, coupling, **options):
         return true_infill(*args, coupling="rejection", **options)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import pyquiet
+from pyquiet.cli import main
 from pyquiet.evaluation import TokenGains
 from pyquiet.plotting import Section, View, as_svg, film_view, infilling_view, thoughts_view, write_page
 
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -79,7 +81,6 @@ def test_it_opens_from_disk_and_a_hover_shows_the_thought(browser: Any, page: Pa
     shown = browser.execute_script(hint, token)
     assert token.get_attribute("data-hint").splitlines()[0] in shown
     assert "w +" in shown or "w -" in shown
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     assert browser.save_screenshot(str(SCREENSHOTS / "views.png"))
 
 
@@ -93,3 +94,14 @@ def test_nothing_is_wider_than_the_window_and_all_views_are_seen(browser: Any, p
     frames = browser.find_elements("class name", "frame")
     assert len({frame.location["y"] for frame in frames}) == 1  # a strip, side by side
     assert len({frame.location["x"] for frame in frames}) == len(frames) > 1
+
+
+def test_the_page_of_the_demonstration(browser: Any, tmp_path: Path) -> None:
+    path = tmp_path / "demo.html"
+    assert main(["demo", "--only", "thoughts", "infilling", "--quiet", "--html", str(path)]) == 0
+    browser.get(path.as_uri())
+    assert browser.get_log("browser") == []
+    titles = [title.text for title in browser.find_elements("tag name", "h2")]
+    assert titles == ["A thought before every token (Quiet-STaR)", "Gaps filled in parallel, exactly (ASSD)"]
+    assert browser.find_elements("css selector", "span.g4[data-hint]")  # a token that thoughts won more than a nat at
+    assert browser.save_screenshot(str(SCREENSHOTS / "demo.png"))

@@ -75,7 +75,7 @@ def test_a_step_that_was_not_corrected_says_so():
     model, tokenizer = pyquiet.load("tiny-denoiser")
     out = pyquiet.diffuse(pyquiet.MaskedDenoiser(model, tokenizer.mask_token_id), length=8, steps=3, seed=1)
     markup = film_view(out, tokenizer).markup
-    assert "ESS" not in markup
+    assert 'class="ess"' not in markup
     assert markup.count("drawn as it is") == len(lines_of(markup, "text"))
 
 
