@@ -133,6 +133,16 @@ def _add_chains(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from pyquiet.scaling.backends.base import BackendError
+
+    try:
+        return _run(args)
+    except BackendError as error:  # a server that refuses or stays away; the input is well
+        print(f"pyquiet: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _run(args: argparse.Namespace) -> int:
     from pyquiet.cli.scale_live import watching
     from pyquiet.scaling.questions import read_questions
 
@@ -160,7 +170,7 @@ def _status(result: "ATTSResult") -> int:
     """The command's exit status: 130 after Ctrl-C, 1 if no chain came to an end of its own."""
     outcomes = result.report.outcomes
     if result.finished and outcomes.get("failed") and outcomes.keys() == {"failed"}:
-        print("pyquiet scale: every chain failed: its requests were given up; see to the servers", file=sys.stderr)
+        print("pyquiet: error: every chain failed: its requests were given up; see to the servers", file=sys.stderr)
         return 1
     return 0 if result.finished else 130
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,13 @@ def test_a_run_of_which_every_chain_failed_is_no_success(
     shown = capsys.readouterr()
     assert "chains ended by: failed 4" in shown.out
     assert "every chain failed" in shown.err
+
+
+def test_a_server_that_is_not_there_is_one_line_and_no_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    assert main(["scale", *SMALL, "--draft", f"http://127.0.0.1:{port}/v1"]) == 1
+    assert "is the server up" in error_line(capsys)
 
 
 def test_without_the_shipped_bank_one_is_made_or_each_question_makes_its_own(
