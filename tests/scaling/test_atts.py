@@ -255,24 +255,47 @@ def test_what_becomes_of_chunks_that_cannot_be_scored(
         atts(on_score_failure="wait")
 
 
-def test_the_promised_rate_is_kept_at_every_calibrated_turn() -> None:
-    """Question by question a new draw: 300 questions of one chain, ten banks of 10 questions a turn."""
-    plan = replace(PLAN, chains=1)
-    counts = {turn: [0, 0] for turn in range(3)}
-    for seed in range(10):
-        runner = atts(replace(plan, seed=seed), takeover_rate=0.3, tail="smoothed")
-        runner.calibrate([Question(f"b{seed}-{i}", f"{seed} bank {i}?") for i in range(30)], chains=1)
+class Sinking(HashModel):
+    """Likes what stands later in a text less, so that scores differ from turn to turn."""
 
-        def count(record: Record) -> None:
-            if record.decision is not None and record.decision.p is not None:
-                counts[record.key.turn][0] += record.decision.action != "accept"
-                counts[record.key.turn][1] += 1
+    async def score(self, request: Any) -> Any:
+        scored = await super().score(request)
+        return replace(scored, log_probs=tuple(x - request.start / 10 for x in scored.log_probs))
 
-        runner.run([Question(f"q{seed}-{i}", f"{seed} asked {i}?") for i in range(30)], on_record=count)
-    for taken, decided in counts.values():
-        spread = (0.3 * 0.7 * (1 / decided + 1 / 100)) ** 0.5  # of the tests and of ten banks
-        assert abs(taken / decided - 0.3) < 4 * spread
-        assert taken > 0
+
+def rates(rate: float, **calibrate: Any) -> list[float]:
+    """How often the target takes over at each turn, of ATTS that is asked for `rate`: 8 banks, 300 questions each."""
+    plan, counts = replace(PLAN, chains=1), [[0, 0] for _ in range(PLAN.turns)]
+
+    def count(record: Record) -> None:
+        if record.decision is not None and record.key.phase == "run" and record.decision.p is not None:
+            counts[record.key.turn][0] += record.decision.action != "accept"
+            counts[record.key.turn][1] += 1
+
+    for seed in range(8):
+        models = [HashModel("draft", answers=0.05), Sinking("target", answers=0.05)]
+        runner = atts(replace(plan, seed=seed), models=models, takeover_rate=rate, tail="smoothed")
+        bank = runner.calibrate([f"{seed} bank {i:03}?" for i in range(420)], chains=1, **calibrate)
+        assert min(getattr(bank, "sizes", ())) >= 100
+        runner.run([f"{seed} test {i:03}?" for i in range(300)], on_record=count)
+    assert min(decided for _, decided in counts) >= 1500
+    return [taken / decided for taken, decided in counts]
+
+
+# Four standard deviations of 8 banks of 100 scores or more and 1,500 decisions or more.
+SPREAD = 4 * (0.3 * 0.7 * (1 / (8 * 100) + 1 / 1500)) ** 0.5
+
+
+def test_the_promised_rate_is_kept_at_every_calibrated_turn_and_no_other_is() -> None:
+    assert SPREAD < 0.085
+    assert all(abs(rate - 0.3) < SPREAD for rate in rates(0.3, turns=3))
+    assert all(abs(rate - 0.3) > SPREAD for rate in rates(0.45, turns=3))  # else the line above could not fail
+
+
+def test_a_bank_of_first_chunks_does_not_keep_the_rate_at_later_turns() -> None:
+    first, *later = rates(0.3, kind="pooled")
+    assert abs(first - 0.3) < SPREAD
+    assert all(abs(rate - 0.3) > 2 * SPREAD for rate in later)
 
 
 def test_a_journal_resumes_and_refuses_another_run(tmp_path: Path) -> None:
