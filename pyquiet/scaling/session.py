@@ -80,7 +80,8 @@ class Session:
         self._journal = journal
         self._done = {record.key: record for record in done}
         self._prepared: dict[str, asyncio.Task[None]] = {}
-        self._limit, self._target_gone = setting.limit, False
+        self._limit = None if setting.limit is None else setting.limit.fresh(self._done.values())
+        self._target_gone = False
         before = max((r.timing.ended for r in self._done.values() if r.timing is not None), default=0.0)
         self._began = asyncio.get_running_loop().time() - before  # the run's clock goes on where it stood
         pools = self.plan.pools

@@ -413,3 +413,15 @@ def test_deepest_chains_go_first() -> None:
         turns[order] = [r.key.turn for r in drafts]
     assert turns["fifo"] == sorted(turns["fifo"])
     assert turns["deepest"] != turns["fifo"]
+
+
+def test_a_cap_holds_over_interruptions_and_for_every_run_alone() -> None:
+    made = setting(HashModel("draft"), HashModel("target"), Threshold(cut=0.0), limit=TakeoverLimit(per_question=3))
+    whole = Paper()
+    asyncio.run(run(made, paper=whole))
+    for cut in (10, 30, 60):
+        paper = Paper(whole.records[:cut])
+        asyncio.run(run(made, paper=paper, done=list(paper.records)))  # the very same object
+        for question in QUESTIONS:
+            mine = [r.decision for r in paper.records if r.key.question == question.id and r.decision is not None]
+            assert sum(d.action == "continue" for d in mine) == 3
