@@ -34,7 +34,8 @@ def show(seed: int, progress: bool) -> Scene:
     def draw() -> tuple[View, ...]:
         from pyquiet.plotting.infilling import infilling_view
 
-        return (infilling_view(out["assd"], tokenizer),)
+        drafted = out["assd"]
+        return (infilling_view(drafted, tokenizer, int(drafted.rounds.argmin())),)  # the shortest to read
 
     return Scene(
         "Gaps filled in parallel, exactly (ASSD)",

@@ -21,7 +21,7 @@ def main() -> None:
     for role in ("draft", "target"):
         parser.add_argument(f"--{role}", nargs="+", required=True, metavar="URL", help="one, or replicas")
         parser.add_argument(f"--{role}-tokenizer", required=True, metavar="NAME", help="of the model, or its folder")
-    parser.add_argument("--calibration", metavar="DIR", help="a bank; made of --calibrate if it is not there yet")
+    parser.add_argument("--calibration", metavar="DIR", help="a bank; with --calibrate, where it is saved")
     parser.add_argument("--calibrate", metavar="FILE", help="other questions of the same kind")
     parser.add_argument("--takeover-rate", type=float, default=0.4)
     parser.add_argument("--chains", type=int, default=16)
@@ -43,7 +43,8 @@ def main() -> None:
         system=SYSTEM,
     )
     if args.calibrate:
-        atts.calibrate(read_questions(args.calibrate), kind="hierarchical", chains=4)
+        kept = f"{args.journal}.calibration"  # so that the bank is the same when a run goes on
+        atts.calibrate(read_questions(args.calibrate), kind="hierarchical", chains=4, journal=kept)
         if args.calibration:
             atts.save_calibration(args.calibration)
     result = atts.run(read_questions(args.questions)[: args.limit], journal=args.journal)
