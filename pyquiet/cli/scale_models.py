@@ -18,7 +18,9 @@ Watch = Callable[[str, int], Any]
 
 def embedded_file(name: str) -> Path:
     """A file that came with the embedded target."""
-    return _folder(EMBEDDED[1]) / name
+    from pyquiet.zoo import folder
+
+    return folder(EMBEDDED[1]) / name
 
 
 def model(role: str, name: str, tokenizer: str | None) -> "str | Backend":
@@ -31,10 +33,10 @@ def model(role: str, name: str, tokenizer: str | None) -> "str | Backend":
             raise ValueError(f"--{role}-tokenizer is for servers; {name} brings its own, leave it out")
         return name
     from pyquiet.scaling.backends.openai import OpenAIBackend
-    from pyquiet.zoo import available
+    from pyquiet.zoo import available, folder
 
     addresses, _, served = name.partition("#")
-    known = str(_folder(tokenizer)) if tokenizer in available() else tokenizer
+    known = str(folder(tokenizer)) if tokenizer in available() else tokenizer
     return OpenAIBackend([address.strip() for address in addresses.split(",")], served or None, tokenizer=known)
 
 
@@ -106,9 +108,3 @@ def _shipped(atts: "ATTS") -> bool:
     except (ValueError, FileNotFoundError):
         return False
     return True
-
-
-def _folder(name: str | None) -> Path:
-    import pyquiet.zoo
-
-    return Path(pyquiet.zoo.__file__).parent / str(name)

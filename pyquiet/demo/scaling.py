@@ -2,17 +2,16 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from pyquiet import zoo
 from pyquiet.demo.scene import Scene
 from pyquiet.plotting.figures import as_svg
 from pyquiet.plotting.page import View
 from pyquiet.scaling import ATTS, AcceptAll, ATTSResult, Plan, Pools, Question, Sampling, read_questions
 from pyquiet.scaling.records import Record
+from pyquiet.zoo import folder
 
-_FILES = Path(zoo.__file__).parent / "tiny-target"
+_FILES = folder("tiny-target")
 _QUESTIONS, _CHAINS, _RATE = 16, 4, 0.4
 
 _NAMES = {"together": "together", "tiny-draft": "small model alone", "tiny-target": "large model alone"}

@@ -3,14 +3,14 @@
 from transformers import PreTrainedTokenizerBase
 
 from pyquiet.diffusion.sampling import Diffusion
-from pyquiet.plotting.page import MASKED, View, span
+from pyquiet.plotting.page import MASK, View, span
 from pyquiet.plotting.pieces import token_pieces
 
-LEGEND = "Green: what a step opened. ESS, effective sample size: between how many of its candidates a step hesitated."
+LEGEND = "Green: what a step opened. ESS: between how many of its candidates a step hesitated (effective sample size)."
 _STYLE = (
     ".film{display:flex;overflow-x:auto;gap:.5em;padding:.5em;background:#333;max-width:100%}"
     ".frame{flex:0 0 17em;background:#fff;padding:.5em;font-size:12px}.frame .text{line-height:1.5}"
-    ".new{background:#bfe6bf;font-weight:bold}.masked{color:#aaa}"
+    ".new{background:#bfe6bf;font-weight:bold}"
     ".ess{height:6px;background:#eee;margin:.2em 0}.ess div{height:6px;background:#4a8fd3}"
 )
 
@@ -29,7 +29,7 @@ def film_view(written: Diffusion, tokenizer: PreTrainedTokenizerBase, row: int =
     def frame(entry: int) -> str:
         step, k, ess = int(trace.steps[entry]), int(trace.candidates[entry]), float(trace.ess[entry])
         text = "".join(
-            f'<span class="masked">{MASKED}</span>' if at_step > step else span(piece, "new" * (at_step == step))
+            MASK if at_step > step else span(piece, "new" * (at_step == step))
             for at_step, piece in zip(opened, pieces, strict=True)
         )
         bar = (
@@ -40,7 +40,4 @@ def film_view(written: Diffusion, tokenizer: PreTrainedTokenizerBase, row: int =
         head = f"step {step + 1}, time {trace.times[entry]:.2f}<br>{bar}"
         return f'<div class="frame">{head}<div class="text">{text}</div></div>'
 
-    legend = (
-        "Green: what a step opened. ESS: between how many of its candidates a step hesitated (effective sample size)."
-    )
-    return View(f'<p>{legend}</p><div class="film">{"".join(map(frame, mine))}</div>', _STYLE)
+    return View(f'<p>{LEGEND}</p><div class="film">{"".join(map(frame, mine))}</div>', _STYLE)

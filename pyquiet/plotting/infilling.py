@@ -3,7 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from pyquiet.any_subset import Infilling, Origin
-from pyquiet.plotting.page import MASKED, View, shown, span
+from pyquiet.plotting.page import MASK, View, shown, span
 from pyquiet.plotting.pieces import token_pieces
 
 LEGEND = {
@@ -20,7 +20,7 @@ _COLOURS = {
 }
 _STYLE = (
     "".join(f".o{origin:d}{{background:{colour}}}" for origin, colour in _COLOURS.items())
-    + ".text del{color:#a00}.masked{color:#aaa}.rounds td,.rounds .t{text-align:left;vertical-align:top}"
+    + ".text del{color:#a00}.rounds td,.rounds .t{text-align:left;vertical-align:top}"
 )
 
 
@@ -32,7 +32,7 @@ def infilling_view(filled: Infilling, tokenizer: PreTrainedTokenizerBase, row: i
 
     def position(at: int, number: int) -> str:
         if rounds[at] > number:
-            return f'<span class="masked">{MASKED}</span>'
+            return MASK
         if rounds[at] < number:
             return span(pieces[at])
         struck = f"<del>{shown(token_pieces(tokenizer, [refused[at]])[0])}</del>" if refused[at] >= 0 else ""

@@ -9,11 +9,12 @@ from pyquiet.files import replacing
 from pyquiet.plotting.pieces import visible
 
 MASKED = "\N{LIGHT SHADE}"
+MASK = f'<span class="masked">{MASKED}</span>'  # a token that is not there yet
 
 _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222;background:#fff}"
     ".text,td,pre{font-family:monospace}.text{white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.9}"
-    ".text span{border-right:1px solid #eee}.n::before{content:'\\21B5';color:#999}"
+    ".text span{border-right:1px solid #eee}.n::before{content:'\\21B5';color:#999}.masked{color:#aaa}"
     "[data-hint]{position:relative}[data-hint]:hover{outline:1px solid #888}"
     "[data-hint]:hover::after{content:attr(data-hint);position:absolute;left:0;top:1.8em;z-index:1;white-space:pre;"
     "padding:.3em .6em;background:#222;color:#fff;font:13px/1.4 monospace;border-radius:4px}"

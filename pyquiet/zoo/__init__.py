@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-__all__ = ["available", "held_out", "load"]
+__all__ = ["available", "folder", "held_out", "load"]
 
 _FOLDER = Path(__file__).parent
 
@@ -45,12 +45,20 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     >>> inputs = tokenizer("Once upon a time", return_tensors="pt")
     >>> text = tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0])
     """
+    where = folder(name)
+    model = _kind(where).from_pretrained(where, dtype=torch.float32, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True)
+    return model.eval(), tokenizer
+
+
+def folder(name: str) -> Path:
+    """Where the files of the embedded model called `name` lie.
+
+    Raises ValueError for an unknown name.
+    """
     if name not in available():
         raise ValueError(f"name={name!r} is no embedded model; available: {', '.join(available())}")
-    folder = _FOLDER / name
-    model = _kind(folder).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return model.eval(), tokenizer
+    return _FOLDER / name
 
 
 def held_out(kind: Literal["stories", "passages"]) -> list[dict[str, str]]:
@@ -67,9 +75,9 @@ def held_out(kind: Literal["stories", "passages"]) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines]
 
 
-def _kind(folder: Path) -> Any:
+def _kind(where: Path) -> Any:
     """The Auto class of a folder's model."""
-    (architecture,) = AutoConfig.from_pretrained(folder, local_files_only=True).architectures
+    (architecture,) = AutoConfig.from_pretrained(where, local_files_only=True).architectures
     if architecture.endswith("ForMaskedLM"):
         return AutoModelForMaskedLM
     return AutoModel if architecture == "NCEEnergy" else AutoModelForCausalLM

@@ -11,14 +11,13 @@ import argparse
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pyquiet
 from pyquiet.scaling import ATTS, AcceptAll, Plan, Pools, Sampling, read_questions
 from pyquiet.scaling.backends.huggingface import HFBackend
-from pyquiet.zoo import __file__ as zoo
+from pyquiet.zoo import folder
 
-FILES = Path(zoo).parent / "tiny-target"
+FILES = folder("tiny-target")
 PLAN = Plan(chains=8, turns=10, draft=Sampling(48), target=Sampling(48), stop=("\n",), pools=Pools(64, 64, 64, 64))
 
 
