@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from pyquiet.checks import check_count
-from pyquiet.diffusion.energy import Energy, check_candidates, leftward
+from pyquiet.diffusion.energy import Energy, check_candidates, check_mask_id, leftward
 from pyquiet.heads import cache_argument, finish_logits, head_weight, log_prob
 
 _TOKENS = 1 << 15  # of texts that go through the model at once, unless `microbatch` says otherwise
@@ -41,8 +41,9 @@ class AREnergy(Energy):
 
     Raises:
         TypeError: `lm` is no causal LM of transformers, as one that looks ahead is none.
-        ValueError: no BOS is known or it is outside the vocabulary; carry_over without mask_id; from a call: `lm` is in
-            training mode, a candidate holds an id that `lm` does not know or the mask, a text exceeds its context.
+        ValueError: no BOS is known or it is outside the vocabulary; carry_over without mask_id; from `check`: `lm` is
+            in training mode, a text exceeds its context or holds an id that `lm` does not know; from a call: the same
+            of candidates, or that they hold the mask.
     """
 
     needs_log_mu = True
@@ -90,10 +91,8 @@ class AREnergy(Energy):
     ) -> Tensor:
         """As `Energy.__call__`; `time` is not read."""
         real = check_candidates(candidates, input_ids, attention_mask)
-        first = real.byte().argmax(1, keepdim=True)
-        opening = torch.zeros_like(real).scatter_(1, first, input_ids.gather(1, first) == self.bos_id)
-        scored = real & ~opening
-        self._check(candidates, scored)
+        scored = self._scored(input_ids, real)
+        self._check(candidates, scored[:, None], scored)
         counted = scored & (input_ids == self.mask_id) if self.carry_over else scored
         # Side by side from the left, behind one BOS: then padding, being to the right, is seen by no token.
         places = leftward(scored)
@@ -105,20 +104,36 @@ class AREnergy(Energy):
         dtype = torch.promote_types(self.lm.dtype, torch.float32)
         return (log_mu.double() - log_p.to(log_mu.device)).to(dtype)
 
-    def _check(self, candidates: Tensor, scored: Tensor) -> None:
+    def check(self, input_ids: Tensor, masked: Tensor, attention_mask: Tensor | None = None) -> None:
+        real = check_candidates(input_ids[:, None], input_ids, attention_mask)
+        if self.mask_id is not None:
+            check_mask_id(self.mask_id, input_ids, masked)
+        scored = self._scored(input_ids.masked_fill(masked, -1), real)  # what is to come is no given BOS
+        self._check(input_ids[:, None], (scored & ~masked)[:, None], scored)
+
+    def _scored(self, input_ids: Tensor, real: Tensor) -> Tensor:
+        """What is scored of texts, bool [B, T]: all that is no padding but a given BOS that opens one."""
+        first = real.byte().argmax(1, keepdim=True)
+        return real & ~torch.zeros_like(real).scatter_(1, first, input_ids.gather(1, first) == self.bos_id)
+
+    def _check(self, candidates: Tensor, known: Tensor, scored: Tensor) -> None:
+        """Of candidates [B, k, T], of which `known` [B, 1, T] must be tokens of the model, and what is scored."""
         if self.lm.training:
             raise ValueError("lm is in training mode, where dropout changes its law; call lm.eval()")
         wrong = (candidates < 0) | (candidates >= self.vocab_size)
         if self.mask_id is not None:
             wrong |= candidates == self.mask_id
-        wrong &= scored[:, None]
+        wrong &= known
         if wrong.any():
             found = int(candidates[wrong][0])
             what = "the mask" if found == self.mask_id else f"no token of lm, which knows {self.vocab_size}"
             raise ValueError(f"candidates hold the id {found}, {what}; denoiser and lm must share one tokenizer")
         longest = int(scored.sum(1).max()) if len(scored) else 0
         if self._context is not None and longest > self._context:
-            raise ValueError(f"candidates have {longest} tokens to score, but lm was made for {self._context}")
+            raise ValueError(
+                f"energy: candidates have {longest} tokens to score, but lm was made for {self._context}; shorten the "
+                "texts, or take an lm that reads as many"
+            )
 
     def _log_p(self, texts: Tensor, counted: Tensor) -> Tensor:
         """Sums of the log-probabilities of counted tokens, float64 [B, k]; texts [B, k, 1 + T], counted [B, T]."""

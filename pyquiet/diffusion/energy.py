@@ -6,12 +6,13 @@ mu(x0 | x) exp(-E(x0, x, t)) / Z(x, t). A low energy is good.
 Letters: B texts, k candidates of each, T positions.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -49,12 +50,24 @@ class Energy(ABC):
             attention_mask: [B, T], 0 at padding, on either side; what stands there has no say.
         """
 
+    def check(self, input_ids: Tensor, masked: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Raises ValueError for texts that it will not take; a caller asks before it computes anything.
+
+        input_ids: int64 [B, T], the mask id at `masked`, bool [B, T]; attention_mask: as above.
+        """
+        return
+
 
 class _Function(Energy):
     needs_log_mu = True
 
-    def __init__(self, function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
+        call = function.forward if isinstance(function, nn.Module) else function
+        try:
+            self._masks = "attention_mask" in inspect.signature(call).parameters
+        except ValueError:  # some built-in functions do not tell
+            self._masks = False
 
     def __call__(
         self,
@@ -65,7 +78,11 @@ class _Function(Energy):
         *,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        energies = self.function(candidates, input_ids, time, log_mu)
+        more = {}
+        if self._masks:
+            everywhere = torch.ones_like(input_ids, dtype=torch.bool)
+            more["attention_mask"] = everywhere if attention_mask is None else attention_mask != 0
+        energies = self.function(candidates, input_ids, time, log_mu, **more)
         found = list(energies.shape) if isinstance(energies, Tensor) else type(energies).__name__
         if isinstance(energies, Tensor) and energies.is_complex():
             raise ValueError(f"energy must return real numbers, got {energies.dtype}")
@@ -78,6 +95,8 @@ def as_energy(energy: Any) -> Energy:
     """The energy itself, or one made of any function(candidates, input_ids, time, log_mu) -> [B, k].
 
     The function gets the tensors that `Energy.__call__` describes, in this order; a reward is one with its sign turned.
+    One that names a parameter `attention_mask` gets that by its name too, always bool [B, T]. One that does not sees in
+    the candidates of a ragged batch whatever stands in the padding.
 
     Raises:
         TypeError: it is neither. ValueError: from the energy, when the function returns another shape.
@@ -108,6 +127,13 @@ def check_candidates(candidates: Tensor, input_ids: Tensor, attention_mask: Tens
             f"{list(attention_mask.shape)}"
         )
     return attention_mask != 0
+
+
+def check_mask_id(mask_id: int, input_ids: Tensor, masked: Tensor) -> None:
+    """Raises ValueError where what stands at `masked`, bool [B, T], is not an energy's mask token."""
+    other = input_ids[masked & (input_ids != mask_id)]
+    if len(other):
+        raise ValueError(f"energy: its mask_id is {mask_id}, but the denoiser's is {int(other[0])}; build it with that")
 
 
 def leftward(keep: Tensor) -> Tensor:

@@ -131,6 +131,14 @@ def check_context(denoiser: Denoiser, columns: int) -> None:
         )
 
 
+def check_energy(energy: Energy, texts: Texts, rows: Tensor, columns: Tensor) -> None:
+    """Asks an energy whether it takes some of the texts, rows int64 [b], in their columns int64 [b, W]."""
+    on_cpu, device = (rows[:, None], columns), texts.tokens.device
+    real = texts.real[on_cpu].to(device)
+    tokens = texts.tokens[tuple(x.to(device) for x in on_cpu)]
+    energy.check(tokens, texts.fill[on_cpu].to(device), None if bool(real.all()) else real)
+
+
 def read_schedule(schedule: Schedule | None) -> Schedule:
     """The schedule, the linear one for None; TypeError for anything else."""
     schedule = Schedule() if schedule is None else schedule

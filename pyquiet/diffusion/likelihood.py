@@ -13,7 +13,7 @@ import functools
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from pyquiet.checks import check_count
 from pyquiet.diffusion import plan as plans
 from pyquiet.diffusion.energy import Energy
-from pyquiet.diffusion.inputs import Options, Texts, check_context, read_energy, read_schedule, read_texts
+from pyquiet.diffusion.inputs import Options, Texts, check_context, check_energy, read_energy, read_schedule, read_texts
 from pyquiet.diffusion.modeling import Denoiser, as_denoiser
 from pyquiet.diffusion.partition import Side, log_z
 from pyquiet.diffusion.schedule import Schedule
@@ -55,6 +55,9 @@ class NLL:
     denoiser_calls: Tensor
     energy_passes: Tensor
     """int64 [B]: forwards of the denoiser, and sequences given to the energy."""
+    draws_error: Tensor
+    """float64 [B]: the standard error of `nats` by the noises and draws of a text, from what its noises differ by; nan
+    of a single one. Noises are spread evenly, so it is rather too large."""
 
     @property
     def nats(self) -> Tensor:
@@ -66,6 +69,20 @@ class NLL:
     def nats_per_token(self) -> float:
         """Over all tokens of all texts."""
         return float(self.nats.sum() / self.tokens.sum())
+
+    @property
+    def nats_per_token_error(self) -> float:
+        """The standard error of `nats_per_token` as that of the law that the texts are from; nan of a single text.
+
+        Over the texts, whose noises and draws are independent and thereby in it.
+        """
+        B, rest = len(self.nats), self.nats - self.nats_per_token * self.tokens
+        return math.sqrt(B / (B - 1) * float(rest.square().sum())) / int(self.tokens.sum()) if B > 1 else math.nan
+
+    @property
+    def nats_per_token_draws_error(self) -> float:
+        """The part of it that noises and draws make: the standard error as the figure of these texts."""
+        return float(self.draws_error.square().sum().sqrt() / self.tokens.sum())
 
     @property
     def perplexity(self) -> float:
@@ -81,7 +98,11 @@ class NLL:
         total = int(self.tokens.sum())
         sides = ", ".join(f"{side} {float(getattr(self, side).sum() / total):.4f}" for side in get_args(Side))
         note = " (compatibility, not a bound)" if self.kind == "joint_paper" else ""
-        return f"{self.kind}{note}: {sides} nats a token of {total}; perplexity {self.perplexity:.3f} by {self.log_z}"
+        over, draws = self.nats_per_token_error, self.nats_per_token_draws_error
+        return (
+            f"{self.kind}{note}: {sides} nats a token of {total} (standard error {over:.2g}, by draws alone "
+            f"{draws:.2g}); perplexity {self.perplexity:.3f} by {self.log_z}"
+        )
 
 
 def nll(
@@ -121,7 +142,8 @@ def nll(
         energy: an `Energy` or any function that `as_energy` takes; in evaluation mode.
         n: draws for each estimate of log Z, at least 2.
         log_z: which estimate `NLL.nats` takes; see the function of this name.
-        samples: noises a text, spread evenly over the numbers of masked tokens; their mean is returned.
+        samples: noises a text, spread evenly over the numbers of masked tokens; their mean is returned. From two on
+            `NLL.draws_error` is known.
         steps, schedule: K and the noise schedule ("K_step" alone; the others give their times to the energy).
         mask: bool [B, T], True at tokens that are graded, given the others; None grades all.
         attention_mask: [B, T], 0 at padding, on either side.
@@ -137,12 +159,13 @@ def nll(
     denoiser, energy = as_denoiser(denoiser), read_energy(energy)
     _check(kind, n, log_z, samples, energy_microbatch)
     texts = _read(denoiser, input_ids, mask, attention_mask, sequence_ids)
+    _check_energy(energy, texts, input_ids)
     if kind == "joint_paper":
         _warn_of_joint()
     schedule, seed = read_schedule(schedule), resolve_seed(seed)
     check_count("steps", steps, least=1)
     offset = uniforms(Stream(seed, Purpose.REVEAL, texts.sequences, index=1), len(input_ids))
-    costs = torch.zeros(3, len(input_ids), dtype=torch.float64)
+    costs = torch.zeros(samples, 3, len(input_ids), dtype=torch.float64)
     counts = torch.zeros(2, len(input_ids), dtype=torch.int64)
     # No gradients, and no autocast, which would change the law.
     with torch.no_grad(), torch.autocast(denoiser.device.type, enabled=False):
@@ -157,10 +180,12 @@ def nll(
             for turn in turns:
                 for part in torch.arange(len(turn.rows)).split(max(1, _TOKENS // input_ids.shape[1])):
                     some = _Turn(turn.step, *(x[part] for x in turn[1:]))
-                    costs[:, some.rows] += law(some.step, some.time, some.rows, some.masked, some.opened) * some.weight
+                    found = law(some.step, some.time, some.rows, some.masked, some.opened)
+                    costs[sample][:, some.rows] += found * some.weight
                     counts[:, some.rows] += law.calls
-    lower, jackknife, upper = costs / samples
-    return NLL(kind, log_z, lower, jackknife, upper, texts.fill.sum(1), counts[0], counts[1])
+    lower, jackknife, upper = costs.mean(0)
+    error = costs[:, get_args(Side).index(log_z)].std(0) / math.sqrt(samples) if samples > 1 else lower * math.nan
+    return NLL(kind, log_z, lower, jackknife, upper, texts.fill.sum(1), counts[0], counts[1], error)
 
 
 class _Turn(NamedTuple):
@@ -293,6 +318,15 @@ def _read(
             f"0..{denoiser.vocab_size - 1} other than the mask's, {denoiser.mask_id}"
         )
     return texts
+
+
+def _check_energy(energy: Energy | None, texts: Texts, targets: Tensor) -> None:
+    """Asks an energy whether it takes the texts, some of which is masked, and their clean tokens."""
+    rows = texts.fill.any(1).nonzero().flatten()
+    if energy is not None:
+        columns = torch.arange(targets.shape[1]).expand(len(rows), -1)
+        for some in (texts, replace(texts, tokens=targets, fill=torch.zeros_like(texts.fill))):
+            check_energy(energy, some, rows, columns)
 
 
 def _check(kind: str, n: int, log_z: str, samples: int, energy_microbatch: int | None) -> None:

@@ -4,6 +4,7 @@ Its law of a masked position is the softmax of the model's own logits without th
 law: a caller asks for the rows of masked positions alone, so the LM head sees no others.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
@@ -17,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 
 from pyquiet.diffusion.energy import leftward
 from pyquiet.heads import run_standing_in, stand_in
+from pyquiet.kernels.registration import reads_natively
 
 _LEFTWARD = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()} - {*MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()}
 _ROPE_BASE = 1000.0  # in short texts a small model finds its neighbours sooner than by a large one
@@ -73,7 +75,7 @@ class MaskedDenoiser(nn.Module):
         if not 0 <= found < self.vocab_size:
             raise ValueError(f"mask_id must be a token of the model, in 0..{self.vocab_size - 1}, got {found}")
         self.mask_id = int(found)
-        self.context = _context(model)
+        self.context = longest_text(model)
         """The most positions that the model was made for; None where it does not say."""
         self._head = (_headed(model),)  # in a tuple, or its weights would be registered twice
 
@@ -97,8 +99,12 @@ class MaskedDenoiser(nn.Module):
 
     def head(self, rows: Tensor) -> Tensor:
         """Logits [R, V] of hidden states [R, d], float32 (float64 of a float64 model); -inf for the mask token."""
+        return widened(self.native_head(rows))
+
+    def native_head(self, rows: Tensor) -> Tensor:
+        """The same in the model's own dtype where kernels draw from it, so that no copy in float32 is made."""
         logits: Tensor = run_standing_in(self._head[0], inputs_embeds=rows[None]).logits[0]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits if reads_natively(logits) else widened(logits)
         mask = torch.tensor([self.mask_id], device=logits.device)
         fill = logits.index_fill if logits.requires_grad else logits.index_fill_
         return fill(1, mask, -torch.inf)
@@ -125,7 +131,7 @@ def _headed(model: PreTrainedModel) -> PreTrainedModel:
     return stand_in(model, {name: _Given() for name, part in model._modules.items() if part is model.base_model})
 
 
-def _context(model: PreTrainedModel) -> int | None:
+def longest_text(model: PreTrainedModel) -> int | None:
     """The most positions that a model was made for, if it says."""
     context: int | None = getattr(model.config, "max_position_embeddings", None)
     for name, table in model.base_model.named_modules():
@@ -133,6 +139,16 @@ def _context(model: PreTrainedModel) -> int | None:
         if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
             return int(table.num_embeddings) - int(table.padding_idx) - 1
     return context
+
+
+def widened(logits: Tensor) -> Tensor:
+    """Logits of half precision as float32, others as they are."""
+    return logits.float() if logits.element_size() < 4 else logits
+
+
+def native_head(denoiser: Denoiser, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The head whose logits are drawn from, of hidden states of a dtype: one that does not widen half precision."""
+    return getattr(denoiser, "native_head", denoiser.head) if dtype.itemsize < 4 else denoiser.head
 
 
 def as_denoiser(model: Any) -> Denoiser:

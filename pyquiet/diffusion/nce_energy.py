@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from pyquiet.diffusion.energy import Energy, check_candidates, leftward
-from pyquiet.diffusion.modeling import MaskedDenoiser, as_denoiser
+from pyquiet.diffusion.energy import Energy, check_candidates, check_mask_id, leftward
+from pyquiet.diffusion.modeling import MaskedDenoiser, as_denoiser, longest_text
+from pyquiet.heads import embedding_table
 
 Pool = Literal["sum_masked", "mean"]
 
@@ -108,6 +109,18 @@ class NCEEnergy(PreTrainedModel, Energy):
         energy = cls(config, trunk)
         energy.train(found.training)
         return energy
+
+    def check(self, input_ids: Tensor, masked: Tensor, attention_mask: Tensor | None = None) -> None:
+        check_mask_id(self.mask_id, input_ids, masked)
+        known = len(embedding_table(self.trunk))
+        given = input_ids[~masked if attention_mask is None else ~masked & (attention_mask != 0)]
+        if len(given) and int(given.max()) >= known:
+            raise ValueError(f"energy: a text holds the id {int(given.max())}, but its trunk knows {known}")
+        most = longest_text(self.trunk)
+        if most is not None and input_ids.shape[1] > most:
+            raise ValueError(
+                f"energy: texts of {input_ids.shape[1]} columns are longer than the {most} that its trunk was made for"
+            )
 
     def forward(
         self,

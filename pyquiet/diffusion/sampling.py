@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,9 @@ from pyquiet.diffusion import plan as plans
 from pyquiet.diffusion.hooks import Order, Remask, Tokens
 from pyquiet.diffusion.inputs import (
     Options,
+    Texts,
     check_context,
+    check_energy,
     check_sampler,
     read_energy,
     read_options,
@@ -26,7 +29,7 @@ from pyquiet.diffusion.inputs import (
 from pyquiet.diffusion.modeling import as_denoiser
 from pyquiet.diffusion.schedule import Schedule
 from pyquiet.diffusion.session import OnStep, Session, Trace
-from pyquiet.diffusion.windows import slide
+from pyquiet.diffusion.windows import slide, windows
 from pyquiet.randomness import resolve_seed
 
 
@@ -187,6 +190,10 @@ def diffuse(
         seed=resolve_seed(seed),
         energy_microbatch=energy_microbatch,
     )
+    stride = stride or max(1, (context or 1) // 2)
+    if energy is not None and options.weighs:
+        for rows, columns in _seen(texts, context, stride):
+            check_energy(energy, texts, rows, columns)
     # No gradients, and no autocast, which would change the law.
     with (
         torch.no_grad(),
@@ -205,12 +212,20 @@ def diffuse(
         elif order is not None:
             session.ordered(order)
         elif context is not None:
-            slide(session, steps, context, stride or max(1, context // 2))
+            slide(session, steps, context, stride)
         else:
             plan = _plan(sampler, session, steps)
             bar.total = len(plan)
             session.follow(plan, reuse=sampler == "cached")
     return _result(session, options, began)
+
+
+def _seen(texts: Texts, context: int | None, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """What an energy will see: rows int64 [b] of the texts, and their columns int64 [b, W], the first ones first."""
+    if context is not None:
+        yield from ((rows, columns) for _, rows, columns in windows(texts, context, stride))
+    elif len(rows := texts.fill.any(1).nonzero().flatten()):
+        yield rows, torch.arange(texts.fill.shape[1]).expand(len(rows), -1)
 
 
 def _plan(sampler: str, session: Session, steps: int) -> plans.Plan:

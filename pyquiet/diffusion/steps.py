@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyquiet.diffusion.inputs import Options, Texts
-from pyquiet.diffusion.modeling import Denoiser
+from pyquiet.diffusion.modeling import Denoiser, native_head, widened
 from pyquiet.kernels.importance_resampling import draw_candidates, resample
 from pyquiet.randomness import Purpose, Stream
 
@@ -53,22 +53,27 @@ class Laws:
         if (known := self._of_known(where)) is None:
             known = torch.cat([logits for _, logits in self.chunks(where)])
             self._known = where.clone(), known
-        return known
+        return widened(known)
 
-    def chunks(self, where: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """The same in portions, each with the part of the n rows that it is; kept if there is but one."""
+    def chunks(self, where: Tensor, *, native: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """The same in portions, each with the part of the n rows that it is; kept if there is but one.
+
+        native: as kernels draw from them, which may be half precision.
+        """
+        finish = (lambda logits: logits) if native else widened
         n = int(where.sum())
         if (known := self._of_known(where)) is not None:
-            yield slice(0, n), known
+            yield slice(0, n), finish(known)
             return
         hidden = self.hidden()
         row, column = (x.to(hidden.device) for x in where.nonzero(as_tuple=True))
         size = max(1, _CHUNK // self._denoiser.vocab_size)
+        head = native_head(self._denoiser, hidden.dtype) if native else self._denoiser.head
         for part in _portions(n, size):
-            logits = self._denoiser.head(hidden[row[part], column[part]])
+            logits = head(hidden[row[part], column[part]])
             if n <= size:
                 self._known = where.clone(), logits
-            yield part, logits
+            yield part, finish(logits)
 
     def _of_known(self, where: Tensor) -> Tensor | None:
         """The logits of the positions, if they are among those that are known."""
@@ -231,7 +236,7 @@ class Chooser:
         row, column = row.to(device), column.to(device)
         tokens = state.tokens[:, None].repeat(1, k, 1)
         log_base, ratio = None, None
-        for part, logits in state.laws.chunks(where):
+        for part, logits in state.laws.chunks(where, native=True):
             stream = Stream(o.seed, Purpose.CANDIDATE, sequences[part], places[part], state.step, first)
             try:
                 drawn = draw_candidates(logits, k, stream=stream, **o.proposal)

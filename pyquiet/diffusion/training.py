@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyquiet.checks import check_fraction
-from pyquiet.diffusion.modeling import Denoiser, as_denoiser
+from pyquiet.diffusion.modeling import Denoiser, as_denoiser, native_head
 from pyquiet.diffusion.schedule import Schedule
 from pyquiet.kernels.importance_resampling import draw_candidates
 from pyquiet.losses import LOGITS, token_nlls
@@ -181,10 +181,10 @@ def completions(
     sequence = sequence_ids.to(input_ids.device)[row]
     with _evaluating(denoiser):
         hidden = denoiser.hidden(input_ids.masked_fill(masked, denoiser.mask_id), attention_mask)[row, column]
-        drawn = [input_ids.new_empty(0, count)]
+        drawn, head = [input_ids.new_empty(0, count)], native_head(denoiser, hidden.dtype)
         for part in torch.arange(len(row), device=row.device).split(max(1, LOGITS // denoiser.vocab_size)):
             stream = Stream(seed, Purpose.CANDIDATE, sequence[part], position[part])
-            drawn.append(draw_candidates(denoiser.head(hidden[part]), count, stream=stream).tokens)
+            drawn.append(draw_candidates(head(hidden[part]), count, stream=stream).tokens)
     out = input_ids[:, None].repeat(1, count, 1)
     out[row, :, column] = torch.cat(drawn)
     return out

@@ -5,6 +5,8 @@ Letters: B texts, T columns, b texts with something to fill in a window, W posit
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -13,20 +15,26 @@ from pyquiet.diffusion.plan import schedule_first
 from pyquiet.diffusion.session import Session
 
 
-def slide(session: Session, steps: int, context: int, stride: int) -> None:
-    """Fills the texts of a session window by window, K steps each, by the schedule-first sampler.
+def windows(texts: Texts, context: int, stride: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The windows with anything left to fill: number, the texts' rows int64 [b], and their columns int64 [b, W].
 
     Windows begin every `stride` positions, padding not counted; the last one is the first that reaches the end.
     """
-    texts = session.texts
     # Padding goes last, so that windows of all texts stand in the same columns.
-    columns = (~texts.real).byte().argsort(dim=1, stable=True)
+    columns, left = (~texts.real).byte().argsort(dim=1, stable=True), texts.fill.clone()
     longest = int(texts.real.sum(1).max())
     for number, start in enumerate(range(0, max(longest - context + stride, 1), stride)):
         where = columns[:, start : start + context]
-        rows = (texts.real & session.masked).gather(1, where).any(1).nonzero().flatten()
+        rows = left.gather(1, where).any(1).nonzero().flatten()
         if len(rows):
-            _fill_window(session, rows, where[rows], steps, number * steps)
+            left[rows[:, None], where[rows]] = False
+            yield number, rows, where[rows]
+
+
+def slide(session: Session, steps: int, context: int, stride: int) -> None:
+    """Fills the texts of a session window by window, K steps each, by the schedule-first sampler."""
+    for number, rows, where in windows(session.texts, context, stride):
+        _fill_window(session, rows, where, steps, number * steps)
 
 
 def _fill_window(session: Session, rows: Tensor, where: Tensor, steps: int, first: int) -> None:

@@ -19,6 +19,7 @@ from transformers import (
 
 import pyquiet
 from pyquiet.diffusion.ar_energy import AREnergy, check_tokenizers
+from pyquiet.diffusion.sampling import diffuse
 
 from .networks import network
 
@@ -298,6 +299,39 @@ def test_bad_arguments_are_named():
     lm.train()
     with pytest.raises(ValueError, match=r"lm is in training mode.*call lm.eval"):
         energy(candidates, input_ids, time, log_mu)
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "named"),
+    [
+        (33, {}, "33 tokens to score, but lm was made for 32"),
+        (40, {"sampler": "semi_autoregressive", "context": 33}, "33 tokens to score"),
+        (9, {"given": {3: 20}}, "candidates hold the id 20, no token of lm, which knows 17"),
+        (9, {"mask_id": 5}, "its mask_id is 5, but the denoiser's is 7"),
+        (9, {"train": True}, "lm is in training mode"),
+        # What is right is computed, which here cannot be.
+        (32, {}, None),
+        (33, {"given": {0: BOS}}, None),
+        (33, {"fill": 0, "given": {0: BOS}}, None),  # too long only where there is nothing to fill
+        (33, {"candidates": 1}, None),
+        (33, {"padding": 1}, None),
+        (40, {"sampler": "semi_autoregressive", "context": 32}, None),
+    ],
+    ids=str,
+)
+def test_what_it_cannot_read_is_found_before_anything_is_computed(length, options, named):
+    denoiser, options = network(), dict(options)
+    denoiser.hidden = None
+    ids = torch.full((2, length), denoiser.mask_id)
+    for place, token in options.pop("given", {}).items():
+        ids[:, place] = token
+    ids[1, options.pop("fill", length) :] = 9  # the second text is all given, or all masked
+    attention = torch.ones_like(ids)
+    attention[:, : options.pop("padding", 0)] = 0
+    lm = causal().train(options.pop("train", False))
+    energy = AREnergy(lm, bos_id=BOS, mask_id=options.pop("mask_id", None))
+    with pytest.raises(ValueError if named else TypeError, match=named or "'NoneType' object is not callable"):
+        diffuse(denoiser, energy, input_ids=ids, attention_mask=attention, **options)
 
 
 def test_tokenizers_must_be_the_same_but_for_the_mask():

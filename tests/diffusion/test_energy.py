@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyquiet.diffusion.energy import Energy, as_energy, check_candidates, leftward
@@ -44,6 +47,32 @@ def test_a_function_gets_four_arguments_and_gives_floats(dtype):
     assert all(mine is theirs for mine, theirs in zip(given, CALL, strict=True))
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert (found == 4).all()
+
+
+class Module(nn.Module):
+    def forward(self, candidates, input_ids, time, log_mu, attention_mask):
+        return (candidates * attention_mask[:, None]).sum(-1).float()
+
+
+@pytest.mark.parametrize(
+    "energy",
+    [
+        lambda c, x, t, m, *, attention_mask: (c * attention_mask[:, None]).sum(-1).float(),
+        partial(lambda factor, c, x, t, m, attention_mask=None: factor * (c * attention_mask[:, None]).sum(-1), 1.0),
+        Module().eval(),
+    ],
+    ids=["function", "partial", "module"],
+)
+def test_a_function_that_names_the_attention_mask_gets_it(energy):
+    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1]])
+    assert as_energy(energy)(*CALL, attention_mask=mask).tolist() == [[2.0] * 3, [4.0] * 3]
+    assert as_energy(energy)(*CALL).tolist() == [[4.0] * 3] * 2
+
+
+def test_a_function_without_the_name_does_not_get_it():
+    given = {}
+    as_energy(lambda *arguments, **more: given.update(more) or arguments[3])(*CALL, attention_mask=torch.ones(2, 4))
+    assert not given
 
 
 def test_bad_energies_are_named():

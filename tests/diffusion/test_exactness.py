@@ -14,6 +14,8 @@ from pyquiet.diffusion.sampling import diffuse
 from pyquiet.diffusion.schedule import Schedule
 from pyquiet.testing import enumerate_diffusion, exactness_test, resampled_law
 
+from .networks import MASK as NETWORK_MASK
+from .networks import PairEnergy, network
 from .toys import PROPOSAL, SOURCE, ExactMarginals, LawEnergy, Product, kl, spread, tv
 
 MASK = 1
@@ -141,6 +143,17 @@ def test_draws_follow_the_enumerated_law(case):
     energy = options.pop("energy")
     denoiser = PRODUCT if case in ("two candidates", "banned") or "reveal set" in case else MARGINALS
     check(enumerated(denoiser, energy, options), sampler(denoiser, energy, **options))
+
+
+def test_so_do_draws_from_half_precision():
+    denoiser, ids = network(), torch.tensor([4, NETWORK_MASK, NETWORK_MASK, 9])
+    denoiser.model.bfloat16()
+    options = {"candidates": 4, "steps": 2, "temperature": 0.8}
+    law = enumerated(denoiser, PairEnergy(), options, ids)
+    draw = sampler(denoiser, PairEnergy(), input_ids=ids, **options)
+    result = exactness_test(draw, law, samples=SAMPLES, input_ids=ids, known=ids != NETWORK_MASK)
+    assert result.p_value > 1e-4, result
+    assert result.cells > 100
 
 
 @pytest.mark.parametrize("name", ["ancestral", "cached", "first_hitting", "semi_autoregressive"])

@@ -21,6 +21,7 @@ from pyquiet.diffusion.likelihood import StepCosts, nll
 from pyquiet.diffusion.modeling import MaskedDenoiser
 from pyquiet.diffusion.nce_energy import NCEEnergy
 from pyquiet.diffusion.schedule import Schedule
+from pyquiet.evaluation.estimates import Estimate
 from pyquiet.kernels.importance_resampling import Candidates
 
 from .networks import network
@@ -325,6 +326,49 @@ def test_it_prints_all_sides_and_converts():
     assert nll(Quarters(), TEXTS, LawEnergy(SOURCE, MASK), n=4, log_z="upper").nats_per_token == pytest.approx(
         expected[2]
     )
+
+
+@pytest.mark.parametrize("side", ["lower", "upper"])
+def test_the_error_by_draws_is_how_much_an_estimate_of_a_text_varies(side):
+    """Noises of "K_step" are independent of each other, so that nothing is spread evenly and the error is no bound."""
+    copies, energy = 500, LawEnergy(SOURCE, MASK)
+    options = {"kind": "K_step", "steps": 2, "n": 4, "samples": 6, "log_z": side}
+    found = nll(ExactMarginals(SOURCE, MASK), TEXTS[5:6].repeat(copies, 1), energy, **options)
+    spread = float(found.nats.std())
+    assert float(found.draws_error.square().mean()) ** 0.5 == pytest.approx(spread, rel=0.15)
+    assert spread > 0.02
+    assert found.nats_per_token_draws_error == pytest.approx(spread / T / copies**0.5, rel=0.15)
+    # Copies of one text differ by their draws alone.
+    assert found.nats_per_token_error == pytest.approx(found.nats_per_token_draws_error, rel=0.15)
+    assert f"by draws alone {found.nats_per_token_draws_error:.2g}" in str(found)
+
+
+def test_the_error_over_texts_is_what_leaving_one_out_says():
+    mu, _ = networks()
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.randint(8, 23, (40, 8), generator=generator)
+    mask = (torch.arange(8) < torch.randint(3, 9, (40, 1), generator=generator)).long()
+    found = nll(mu, texts, attention_mask=mask, samples=2)
+    without = (found.nats.sum() - found.nats) / (found.tokens.sum() - found.tokens)
+    assert found.nats_per_token_error == pytest.approx(Estimate.jackknife(0.0, without).error, rel=0.05)
+    assert found.nats_per_token_error > 1.2 * found.nats_per_token_draws_error > 0
+    one = nll(mu, texts[:1])
+    assert math.isnan(one.nats_per_token_error)
+    assert one.draws_error.isnan().all()
+    assert len(nll(mu, texts[:3], mask=torch.arange(8).expand(3, -1) < 2).draws_error) == 3
+
+
+def test_what_an_energy_cannot_read_is_found_before_anything_is_computed():
+    mu, energies = networks()
+    mu.hidden = None
+    texts = torch.full((2, 9), 9)
+    energies[1]._context = 8
+    with pytest.raises(ValueError, match="9 tokens to score, but lm was made for 8"):
+        nll(mu, texts, energies[1])
+    energies[1].vocab_size = 9
+    for mask in (None, torch.arange(8).expand(2, -1) > 3):  # a graded token, and a given one
+        with pytest.raises(ValueError, match="candidates hold the id 9, no token of lm"):
+            nll(mu, texts[:, :8], energies[1], mask=mask)
 
 
 def test_the_joint_cost_says_that_it_is_no_bound_once():

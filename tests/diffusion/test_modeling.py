@@ -23,7 +23,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from pyquiet.diffusion.modeling import MaskedDenoiser, as_denoiser, backbone, masked_positions
+from pyquiet.diffusion.modeling import MaskedDenoiser, as_denoiser, backbone, masked_positions, native_head
 
 from .toys import SOURCE, ExactMarginals
 
@@ -143,6 +143,29 @@ def test_half_precision_models_give_float32_rows(model):
     assert denoiser.log_probs(IDS, ATTENDED).dtype == torch.float32
     exact = denoiser.log_probs(IDS, ATTENDED).exp().sum(-1)
     torch.testing.assert_close(exact, torch.ones(5), rtol=0, atol=1e-5)  # normalised in float32, not in bfloat16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "drawn_from"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),  # which no kernel of the CPU reads
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+@torch.no_grad()
+def test_draws_are_from_the_models_own_dtype_where_kernels_read_it(dtype, drawn_from):
+    denoiser = denoiser_of(model_of("bert").to(dtype))
+    rows = denoiser.hidden(IDS, ATTENDED)[0]
+    found, wide = native_head(denoiser, rows.dtype)(rows), denoiser.head(rows)
+    assert found.dtype == drawn_from
+    assert torch.equal(found.to(wide.dtype), wide)
+
+
+def test_what_passes_for_a_denoiser_need_not_have_another_head():
+    toy = ExactMarginals(SOURCE)
+    assert native_head(toy, torch.bfloat16) == native_head(toy, torch.float32) == toy.head
 
 
 @torch.no_grad()

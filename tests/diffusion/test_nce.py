@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+from pyquiet.diffusion import training
 from pyquiet.diffusion.modeling import MaskedDenoiser
 from pyquiet.diffusion.training import completions, nce_loss
 from pyquiet.kernels import draw_candidates
@@ -123,6 +124,18 @@ def test_completions_do_not_depend_on_where_the_padding_is():
         drawn = completions(denoiser, ids, masked=masked, **options)
         found.append(drawn[mask.bool()[:, None].expand_as(drawn)])
     assert torch.equal(*found)
+
+
+def test_completions_are_drawn_from_half_precision_as_it_is(monkeypatch):
+    denoiser, (ids, mask, masked) = MaskedDenoiser(model().bfloat16()), texts()
+    options = {"masked": masked, "attention_mask": mask, "sequence_ids": torch.arange(3), "count": 3, "seed": 9}
+    dtypes = []
+    spy = lambda logits, *a, **k: dtypes.append(logits.dtype) or draw_candidates(logits, *a, **k)  # noqa: E731
+    monkeypatch.setattr(training, "draw_candidates", spy)
+    drawn = completions(denoiser, ids, **options)
+    monkeypatch.setattr(training, "native_head", lambda denoiser, dtype: denoiser.head)
+    assert torch.equal(drawn, completions(denoiser, ids, **options))
+    assert dtypes == [torch.bfloat16, torch.float32]
 
 
 def test_completions_have_the_denoisers_law():

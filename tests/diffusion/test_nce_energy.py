@@ -20,6 +20,7 @@ import pyquiet
 from pyquiet.diffusion.energy import Energy
 from pyquiet.diffusion.modeling import MaskedDenoiser, backbone
 from pyquiet.diffusion.nce_energy import NCEEnergy, NCEEnergyConfig
+from pyquiet.diffusion.sampling import diffuse
 
 V, MASK, PAD = 19, 18, 1
 SIZES = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -252,6 +253,26 @@ def test_bad_arguments_are_named():
     candidates, input_ids, *_ = problem()
     with pytest.raises(ValueError, match=r"candidates must be \[B, k, T\]"):
         energy()(candidates[0], input_ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"mask_id": 3}, f"its mask_id is 3, but the denoiser's is {MASK}"),
+        ({"token": 28}, "a text holds the id 28, but its trunk knows"),
+        ({"length": 25}, "texts of 25 columns are longer than the"),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_what_it_cannot_read_is_found_before_anything_is_computed(change, named):
+    mu, ids = denoiser("bert"), torch.full((1, change.get("length", 6)), MASK)
+    ids[:, 2] = change.get("token", 4)
+    found = NCEEnergy.from_denoiser(mu)
+    found.mask_id = change.get("mask_id", MASK)
+    mu.hidden, mu.context, mu.vocab_size = None, None, 40
+    with pytest.raises(ValueError if named else TypeError, match=named or "'NoneType' object is not callable"):
+        diffuse(mu, found, input_ids=ids)
 
 
 def test_the_package_registers_it():

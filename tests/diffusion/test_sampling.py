@@ -2,10 +2,13 @@
 
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from pyquiet.diffusion import steps
+from pyquiet.diffusion.hooks import by_confidence
 from pyquiet.diffusion.sampling import diffuse
 from pyquiet.diffusion.schedule import Schedule
 from pyquiet.kernels.importance_resampling import draw_candidates, resample
@@ -74,6 +77,18 @@ def test_five_texts_together_are_five_alone(sampler, side):
         assert torch.equal(alone.trace.opened, out.trace.opened[entries])
         corrected += int(out.trace.corrected[entries].sum())
     assert corrected > 5
+
+
+@pytest.mark.parametrize("sampler", ["schedule_first", "semi_autoregressive"])
+def test_a_function_that_reads_the_attention_mask_is_no_worse_than_an_energy(sampler):
+    """Padding may hold anything; of a function that is told where it is, it has no say."""
+    (ids, real), pairs = ragged("left"), PairEnergy()
+    function = lambda c, x, t, m, attention_mask: pairs(c, x, t, m, attention_mask=attention_mask)  # noqa: E731
+    options = {"attention_mask": real, "sampler": sampler, "candidates": 5} | SAMPLERS[sampler]
+    found = [diffuse(network(), function, input_ids=ids.masked_fill(real == 0, pad), **options) for pad in (2, 9)]
+    fill = (ids == MASK) & (real == 1)
+    assert torch.equal(found[0].tokens[fill], found[1].tokens[fill])
+    assert torch.equal(found[0].tokens, diffuse(network(), PairEnergy(), input_ids=ids, **options).tokens)
 
 
 def test_texts_in_another_order_are_the_same_texts(denoiser):
@@ -560,6 +575,26 @@ def test_other_schedules_and_generators_of_models():
     out = diffuse(model, length=6, steps=3, seed=1, schedule=Schedule("cosine"))
     assert torch.equal(out.tokens, diffuse(network(), length=6, steps=3, seed=1, schedule=Schedule("cosine")).tokens)
     assert out.seconds > 0
+
+
+@pytest.mark.parametrize("order", [None, by_confidence(2)], ids=["plain", "after a hook's look"])
+@pytest.mark.parametrize("chunk", [3 * V, 1 << 22], ids=["portions", "whole"])
+def test_half_precision_is_not_widened_to_be_drawn_from(order, chunk, monkeypatch):
+    """A copy of the logits in float32 is made for who computes with them alone; the texts are the same."""
+    denoiser = network()
+    denoiser.model.bfloat16()
+    options = {"length": 6, "num_samples": 3, "steps": 3, "candidates": 4, "order": order, "seed": 2}
+    names = ("mask_id", "vocab_size", "device", "training", "hidden", "head")
+    expected = diffuse(SimpleNamespace(**{name: getattr(denoiser, name) for name in names}), PairEnergy(), **options)
+    dtypes = set()
+    monkeypatch.setattr(steps, "_CHUNK", chunk)
+    monkeypatch.setattr(
+        steps, "draw_candidates", lambda logits, *a, **k: dtypes.add(logits.dtype) or draw_candidates(logits, *a, **k)
+    )
+    found = diffuse(denoiser, PairEnergy(), **options)
+    assert torch.equal(found.tokens, expected.tokens)
+    # What a hook has looked at, all in one portion, is drawn from as it is.
+    assert dtypes == {torch.float32 if order and chunk > 3 * V else torch.bfloat16}
 
 
 def test_no_tensor_of_all_candidates_over_the_vocabulary():
