@@ -7,19 +7,21 @@ a bank of earlier scores, a conformal p-value, so that no chain waits for anothe
 import itertools
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from pyquiet.checks import check_count
 from pyquiet.scaling import answers
 from pyquiet.scaling.answers import Vote
 from pyquiet.scaling.backends.connect import Model, connect
-from pyquiet.scaling.calibration import BUCKETS, Calibrator, Hierarchical, Kind, PerQuestion, PerTurn, Pooled, fit
+from pyquiet.scaling.calibration import BUCKETS, Calibrator, Hierarchical, Kind, PerQuestion, PerTurn, Pooled, fit, keep
 from pyquiet.scaling.calibration_files import check_taxonomy, load_calibrator, save_calibrator
 from pyquiet.scaling.calls import Retry
 from pyquiet.scaling.cells import Cell
+from pyquiet.scaling.cold import ColdStart
 from pyquiet.scaling.conformal import Rule, Tail
+from pyquiet.scaling.drift import DriftMonitor
 from pyquiet.scaling.engine import run_async, run_sync
 from pyquiet.scaling.identity import header, made_with, taxonomy
 from pyquiet.scaling.journal import Journal
@@ -39,6 +41,7 @@ from pyquiet.scaling.views import Template, Views
 Engine = Literal["async", "sync"]
 OnRecord = Callable[[Record], None]
 Select = Literal["majority", "weighted", "first"]
+OnCold = Literal["takeover", "accept", "presample"]
 
 
 class ATTS:
@@ -54,12 +57,21 @@ class ATTS:
         draft, target: a backend, a (model, tokenizer), an embedded model's name, a folder, or a server's address; see
             `backends.connect`.
         takeover_rate: rho, in (0, 1); the paper's alpha is 1 - rho, and a budget of B takeovers of m chains is B / m.
+        discard_rate: in [0, takeover_rate]: the worst of the chunks that rho stands for, in this share of all, are
+            thrown away and drafted again, up to `resamples` times in a turn; then the target takes over. The promise is
+            that of rho for a turn's first draft: to be kept or not.
         chains, turns: m and T; None: those of `plan`.
         calibration: a calibrator, or the folder of one that was saved, made under the same settings. None: for every
             question as many chunks as it has chains are drafted and scored first, which is exact for its first turn
             alone; later turns are ranked among these first chunks, and may be taken over seldom or always.
         tail: which promise; None is "budget". on_takeover: what a takeover is: the target continues behind the draft's
-            chunk, it replaces the chunk, or the draft tries again (at most twice) and the best of its chunks stays.
+            chunk, it replaces the chunk, or the draft tries again, up to `resamples` times, and the best of its chunks
+            stays.
+        on_cold: what becomes of a chunk that there is no bank for, since the calibrator holds fewer scores than its
+            `n_min`: "takeover", "accept", or "presample", by which such a question gets a bank of its own first chunks
+            before, as without any calibration.
+        drift: watches a run for scores that leave the bank behind, and warns. A turn at which that happened is not
+            guaranteed in `ATTSResult` and `Report`, and `Report.drift` tells when. Every run has a fresh one.
         on_score_failure: what becomes of a chunk that could not be scored: "takeover", "accept", or "fail", which ends
             its chain.
         preset: "paper" makes the released settings the defaults: `tail="coverage"`, answers from rejected chunks, and
@@ -91,7 +103,10 @@ class ATTS:
         turns: int | None = None,
         calibration: Calibrator | str | os.PathLike[str] | None = None,
         tail: Tail | None = None,
+        discard_rate: float = 0.0,
         on_takeover: OnTakeover = "continue",
+        resamples: int = 2,
+        on_cold: OnCold = "takeover",
         on_score_failure: OnScoreFailure = "takeover",
         preset: Literal["paper"] | None = None,
         policy: Policy | None = None,
@@ -103,6 +118,7 @@ class ATTS:
         select: Select = "majority",
         retry: Retry | None = None,
         limit: TakeoverLimit | None = None,
+        drift: DriftMonitor | None = None,
         degrade: Literal["stop", "draft_only"] = "stop",
     ) -> None:
         if select not in ("majority", "weighted", "first"):
@@ -111,6 +127,8 @@ class ATTS:
             raise ValueError('select="weighted" weighs votes by scores: use AcceptAll(scored=True)')
         check_on_takeover(on_takeover)
         check_on_score_failure(on_score_failure)
+        if on_cold not in get_args(OnCold):
+            raise ValueError(f'on_cold must be "takeover", "accept" or "presample", got {on_cold!r}')
         if preset not in (None, "paper"):
             raise ValueError(f'preset must be "paper" or None, got {preset!r}')
         if degrade not in ("stop", "draft_only"):
@@ -121,8 +139,12 @@ class ATTS:
         self.preset: Literal["paper"] | None = preset
         if preset == "paper":
             self.plan, tail = replace(self.plan, answer_from_rejected=True), tail or "coverage"
-        self.rule, self.on_takeover = Rule(takeover_rate, tail or "budget"), on_takeover
+        if drift is not None and self.plan.no_promise:
+            raise ValueError(f"drift watches what is promised, and nothing is ({self.plan.no_promise}): leave one out")
+        self.rule, self.on_takeover = Rule(takeover_rate, tail or "budget", discard_rate), on_takeover
+        self.resamples = check_count("resamples", resamples, least=0)
         self.policy, self.on_score_failure = policy, on_score_failure
+        self.on_cold, self.drift = on_cold, drift
         self._saved = calibration if isinstance(calibration, str | os.PathLike) else None
         self.calibrator = None if isinstance(calibration, str | os.PathLike) else calibration
         self.score, self.extract, self.select = score or MeanNLL(), extract, select
@@ -181,23 +203,24 @@ class ATTS:
             done[panel.index] = self._result(panel)
 
         async with self._open():
-            calibrator = self.calibrator if self.calibrator is not None else PerQuestion()
-            policy = self.policy or self._policy(calibrator)
+            calibrator = PerQuestion() if self.calibrator is None else self.calibrator
+            policy = self.policy or self._policy(calibrator, self.drift)
             self._check_bank(policy)
             begin = header(self, asked, policy, engine)
-            with journalled(journal, begin) as (file, records):
+            with journalled(journal, begin) as (file, records), _kept(policy, lambda: len(done) == len(asked)):
                 tally = Tally(begin)
                 listeners = [tally.add, promises.add, *([on_record] if on_record else [])]
                 for record, listen in itertools.product(records, listeners):
                     listen(record)
                 session = self._session(policy, file, records, listeners, take)
                 with interruptible(session, grace):
-                    for batch in _batches(asked, calibrator):
+                    for batch in _batches(asked, policy):
                         session.recall(q for _, q in batch)
                         await drive(session, (self._panel(i, q) for i, q in batch))
-                        calibrator.advance()
-        results = tuple(done[i] for i in sorted(done))
-        return ATTSResult(results, tally.report(), promises.by_turn(), len(done) == len(asked))
+                        if isinstance(policy, ConformalPolicy):
+                            policy.advance()
+        results, report = tuple(done[i] for i in sorted(done)), tally.report()
+        return ATTSResult(results, report, promises.by_turn(report.drift), len(done) == len(asked))
 
     def calibrate(
         self,
@@ -206,6 +229,7 @@ class ATTS:
         kind: Kind | None = None,
         chains: int = 4,
         turns: int | None = None,
+        n_min: int = 1,
         journal: str | os.PathLike[str] | None = None,
         on_record: OnRecord | None = None,
     ) -> Calibrator:
@@ -220,11 +244,15 @@ class ATTS:
             turns: with "per_turn", so many turns get a bank each and with it a promise, from one T-th of the questions;
                 later ones are ranked in the last bank without a promise. None: banks for turns 0, 1, 2-3, 4-7 and 8-,
                 larger ones, of which those that turns share promise none of them its own rate.
+            n_min: fewer scores of a turn (questions, for hierarchical banks) are no bank: a later turn is then ranked
+                in the one before, without a promise; for a first turn see `on_cold`.
 
         Raises:
             ValueError: bad questions, or none of their chunks could be scored.
         """
-        work = self.acalibrate(questions, kind=kind, chains=chains, turns=turns, journal=journal, on_record=on_record)
+        work = self.acalibrate(
+            questions, kind=kind, chains=chains, turns=turns, n_min=n_min, journal=journal, on_record=on_record
+        )
         return blocking(work)
 
     async def acalibrate(
@@ -234,6 +262,7 @@ class ATTS:
         kind: Kind | None = None,
         chains: int = 4,
         turns: int | None = None,
+        n_min: int = 1,
         journal: str | os.PathLike[str] | None = None,
         on_record: OnRecord | None = None,
     ) -> Calibrator:
@@ -241,6 +270,7 @@ class ATTS:
         asked = as_questions(questions)
         kind = kind or ("pooled" if self.preset == "paper" else "per_turn")
         check_count("chains", chains, least=1)
+        check_count("n_min", n_min, least=1)
         if turns is not None and kind != "per_turn":
             raise ValueError(f'turns goes with kind="per_turn", got turns={turns} with {kind!r}')
         calibrated = check_count("turns", self.plan.turns if turns is None else turns, least=1)
@@ -250,13 +280,14 @@ class ATTS:
         known = {question.id: question for question in asked}
 
         def collect(record: Record) -> None:
-            if record.decision is not None and record.decision.reason == "calibration" and record.score is not None:
+            reason = "" if record.decision is None else record.decision.reason
+            if record.key.phase == "calibrate" and reason == "calibration" and record.score is not None:
                 collected.append((record.score, Cell.of(known[record.key.question], record.key.turn)))
             if on_record is not None:
                 on_record(record)
 
         async with self._open():
-            made = {"kind": kind, "chains": chains} | ({} if turns is None else {"turns": turns})
+            made = {"kind": kind, "chains": chains, "n_min": n_min} | ({} if turns is None else {"turns": turns})
             begin = header(self, asked, None, "async") | {"calibration": made}
             with journalled(journal, begin) as (file, records):
                 calibrator: Pooled | Hierarchical | PerTurn | None = None
@@ -272,7 +303,7 @@ class ATTS:
                     panels = (Panel(q, i, numbers, phase="calibrate", last_score=turn) for i, q in enumerate(mine))
                     await run_async(session, panels)
                     if len(collected) > before:
-                        calibrator = fit(kind, collected, buckets=buckets)
+                        calibrator = fit(kind, collected, buckets=buckets, n_min=n_min)
         if calibrator is None:
             raise ValueError("questions: none of the drafts could be scored (too short?), so there is no bank")
         calibrator.taxonomy = made_with(self, calibrator)
@@ -298,14 +329,24 @@ class ATTS:
         """ValueError where the bank that the policy uses was made under other settings."""
         if not isinstance(policy, ConformalPolicy):
             return
-        bank = policy.calibrator
+        bank = policy.calibrator.base if isinstance(policy.calibrator, ColdStart) else policy.calibrator
         if isinstance(bank, PerQuestion) and not bank.banks:  # filled by this run
             bank.taxonomy = made_with(self, bank)
-        check_taxonomy(getattr(bank, "taxonomy", {}), taxonomy(self, policy), "calibration")
+        own = self.policy if isinstance(self.policy, ConformalPolicy) else None
+        check_taxonomy(getattr(bank, "taxonomy", {}), taxonomy(self, own), "calibration")
 
-    def _policy(self, calibrator: Calibrator) -> ConformalPolicy:
-        failed = self.on_score_failure
-        return ConformalPolicy(calibrator, self.rule, self.on_takeover, on_score_failure=failed)
+    def _policy(self, calibrator: Calibrator, drift: DriftMonitor | None = None) -> ConformalPolicy:
+        if self.on_cold == "presample" and not isinstance(calibrator, PerQuestion):
+            calibrator = ColdStart(calibrator)
+        return ConformalPolicy(
+            calibrator,
+            self.rule,
+            self.on_takeover,
+            resamples=self.resamples,
+            on_cold="takeover" if self.on_cold == "presample" else self.on_cold,
+            on_score_failure=self.on_score_failure,
+            drift=None if drift is None else drift.fresh(),
+        )
 
     def _panel(self, index: int, question: Question) -> Panel:
         return Panel(question, index, range(self.plan.chains), self.plan.early_majority)
@@ -323,7 +364,7 @@ class ATTS:
                 listen(record)
 
         own = policy.calibrator if isinstance(policy, ConformalPolicy) else None
-        presampled = own if isinstance(own, PerQuestion) else None
+        filled = own if isinstance(own, PerQuestion | ColdStart) else None
         setting = Setting(
             self.plan,
             self.draft,
@@ -334,9 +375,7 @@ class ATTS:
             self._stops,
             self.extract,
             retry=self._retry,
-            presample=self.plan.chains if presampled is not None else 0,
-            presampled=() if presampled is None else presampled.banks,
-            take_presampled=None if presampled is None else lambda q, scores: presampled.set(Cell.of(q).name, scores),
+            **({} if filled is None else _presampling(filled, self.plan.chains)),
             limit=self.limit,
             degrade=self._degrade,
             on_record=tell,
@@ -366,9 +405,25 @@ class ATTS:
             yield
 
 
-def _batches(asked: Sequence[Question], calibrator: Calibrator) -> Iterator[list[tuple[int, Question]]]:
+def _presampling(filled: PerQuestion | ColdStart, chains: int) -> dict[str, Any]:
+    return {"presample": chains, "has_bank": filled.has_bank, "take_presampled": filled.set}
+
+
+@contextmanager
+def _kept(policy: Policy, finished: Callable[[], bool]) -> Iterator[None]:
+    """Takes back what a calibrator has learned if the run does not finish: its journal teaches that again."""
+    undo = keep(policy.calibrator) if isinstance(policy, ConformalPolicy) else lambda: None
+    try:
+        yield
+    finally:
+        if not finished():
+            undo()
+
+
+def _batches(asked: Sequence[Question], policy: Policy) -> Iterator[list[tuple[int, Question]]]:
     """Questions with their places, in the batches that the calibrator learns between; all at once for most."""
-    size = getattr(calibrator, "batch", None) or len(asked)
+    learns = policy.calibrator if isinstance(policy, ConformalPolicy) else None
+    size = getattr(learns, "batch", None) or len(asked)
     for start in range(0, len(asked), size):
         yield list(enumerate(asked))[start : start + size]
 

@@ -4,7 +4,8 @@ import bisect
 import hashlib
 import itertools
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
@@ -145,6 +146,10 @@ class PerQuestion(_Still):
     @property
     def version(self) -> str:
         return hashed(sorted((name, bank.version) for name, bank in self.banks.items()))
+
+    def has_bank(self, cell: Cell) -> bool:
+        """Whether the question has its bank."""
+        return cell.name in self.banks
 
     def set(self, question: str, scores: Sequence[float]) -> None:
         """Gives a question, by its name in `banks`, its bank."""
@@ -289,7 +294,7 @@ class Online(_Ours):
             return None
         below, upto = bisect.bisect_left(self._sorted, score), bisect.bisect_right(self._sorted, score)
         why = "exact only if first chunks come one by one, in an order that does not depend on their scores"
-        return PValue(*p_values(below, upto, n, uniform), n, self.version, False, why)
+        return PValue(*p_values(below, upto, n, uniform), n, self.version, False, why, watch=not cell.turn)
 
     def observe(self, score: float, cell: Cell, took_over: bool) -> None:
         if cell.turn:
@@ -337,6 +342,11 @@ class Adaptive(_Ours):
     def version(self) -> str:
         return f"{self.base.version}-{self.seen}-{self.taken}"
 
+    @property
+    def batch(self) -> int | None:
+        """Questions between which the base learns, if that is so."""
+        return getattr(self.base, "batch", None)
+
     def p_value(self, score: float, cell: Cell, uniform: float) -> PValue | None:
         p = self.base.p_value(score, cell, uniform)
         if p is None:
@@ -353,6 +363,23 @@ class Adaptive(_Ours):
 
     def rate(self, takeover_rate: float) -> float:
         return takeover_rate + self.step * (self.seen * takeover_rate - self.taken)
+
+
+def keep(calibrator: Calibrator) -> Callable[[], None]:
+    """What takes a calibrator of this package back to what it knows now."""
+    if isinstance(calibrator, Adaptive):
+        base, seen, taken = keep(calibrator.base), calibrator.seen, calibrator.taken
+
+        def take_back() -> None:
+            base()
+            calibrator.seen, calibrator.taken = seen, taken
+
+        return take_back
+    if isinstance(calibrator, Online):
+        return partial(calibrator.restore, *calibrator.state())
+    if isinstance(calibrator, PerQuestion):
+        return partial(setattr, calibrator, "banks", dict(calibrator.banks))
+    return lambda: None
 
 
 def fit(

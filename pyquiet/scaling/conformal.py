@@ -101,6 +101,7 @@ class PValue:
         low, high, smoothed: as the functions of that name. version: of the bank.
         guaranteed: whether a rule's promise holds exactly for it. why: one line that says why or why not.
         uniform: whether the smoothed one is exactly uniform where the scores are exchangeable.
+        watch: whether it is worth a drift monitor's while though nothing is guaranteed.
     """
 
     low: float
@@ -111,6 +112,7 @@ class PValue:
     guaranteed: bool
     why: str
     uniform: bool = True
+    watch: bool = False
 
 
 def rank(bank: Bank, score: float, uniform: float, *, guaranteed: bool, why: str) -> PValue:

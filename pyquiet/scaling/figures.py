@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from pyquiet.scaling import answers
 from pyquiet.scaling.conformal import Floats, Rule, band, total_law
+from pyquiet.scaling.drift import Alarm, DriftMonitor, e_value
 from pyquiet.scaling.slots import POOLS, extremes
-from pyquiet.scaling.table import Rows, Table
+from pyquiet.scaling.table import DISCARD, Rows, Table
 
 RESAMPLES = 2000
 _AT_ONCE = 2**20  # numbers drawn together
@@ -42,6 +43,7 @@ class Turn:
         ks, critical: largest distance of the p-values' law from the uniform one, and its 1 % point for as many
             independent ones.
         near_ties: decisions that a change of the score by 1e-6 would have turned.
+        discarded: of `taken`, those whose draft was thrown away for another one.
     """
 
     decisions: int
@@ -54,6 +56,19 @@ class Turn:
     ks: float | None = None
     critical: float | None = None
     near_ties: int = 0
+    discarded: int = 0
+
+
+@dataclass(frozen=True)
+class Drift:
+    """A turn whose p-values were watched: how many, the capital of the game against them, and its alarm if any.
+
+    The capital stays below 1 / level with probability 1 - level where nothing drifts.
+    """
+
+    watched: int
+    e_value: float
+    alarm: Alarm | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +111,9 @@ def turn(config: Mapping[str, Any], rows: Rows, seed: int) -> Turn:
     taken, question = decided.taken, decided.groups("question")
     rate = bootstrap(np.bincount(question, taken), np.bincount(question), seed)
     judged = decided.where(~np.isnan(decided["p"]))
-    found = Turn(len(decided), int(taken.sum()), rate, len(judged), int(judged["guaranteed"].sum()))
+    discarded = int((decided["action"] == DISCARD).sum())
+    sure = int(judged["guaranteed"].sum())
+    found = Turn(len(decided), int(taken.sum()), rate, len(judged), sure, discarded=discarded)
     if not len(judged):
         return found
     ks, critical = ks_distance(judged["p"]), 1.628 / len(judged) ** 0.5
@@ -106,6 +123,19 @@ def turn(config: Mapping[str, Any], rows: Rows, seed: int) -> Turn:
     rule = Rule(config["takeover_rate"], config.get("tail", "budget"))
     promised, law = _promise(rule, judged)
     return replace(found, promised=promised, band=band(law))
+
+
+def drift(settings: Mapping[str, Any] | None, table: Table, run: Rows) -> dict[int, Drift]:
+    """What a monitor of these settings saw, by turn, from the p-values that it was shown, in their order."""
+    if settings is None:
+        return {}
+    monitor, shown, names = DriftMonitor(**settings), run.where(~np.isnan(run["watched"])), table.versions.all
+    for turn, p, n, version in zip(*(shown[c].tolist() for c in ("turn", "watched", "n", "version")), strict=True):
+        monitor.see(p, n=n, bank=names[version], turn=turn)
+    return {
+        turn: Drift(count, e_value(monitor.log_capital(turn)), monitor.alarms.get(turn))
+        for turn, count in sorted(monitor.seen.items())
+    }
 
 
 def _promise(rule: Rule, judged: Rows) -> tuple[float, Floats]:

@@ -7,6 +7,8 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from pyquiet.scaling.calibration import Calibrator, PerTurn
+from pyquiet.scaling.cells import Cell
+from pyquiet.scaling.cold import ColdStart, is_warm
 from pyquiet.scaling.policy import ConformalPolicy, Policy
 from pyquiet.scaling.records import Question
 
@@ -14,19 +16,21 @@ if TYPE_CHECKING:
     from pyquiet.scaling.atts import ATTS
 
 # What scores of first chunks do not depend on.
-LATER = ("rule", "chains", "extract", "on_score_failure", "closing_turn", "limit")
+LATER = ("rule", "chains", "extract", "on_score_failure", "on_cold", "closing_turn", "limit")
 
 
 def header(atts: "ATTS", questions: Sequence[Question], policy: Policy | None, engine: str) -> dict[str, Any]:
     """What a journal begins with: everything that must be the same for a run to go on. JSON values."""
     rule = {
-        "takeover_rate": atts.rule.takeover_rate, "tail": atts.rule.tail, "on_takeover": atts.on_takeover,
-        "on_score_failure": atts.on_score_failure,
+        "takeover_rate": atts.rule.takeover_rate, "tail": atts.rule.tail, "discard_rate": atts.rule.discard_rate,
+        "on_takeover": atts.on_takeover, "resamples": atts.resamples, "on_cold": atts.on_cold,
+        "on_score_failure": atts.on_score_failure, "drift": None if atts.drift is None else atts.drift.settings,
     }  # fmt: skip
     decides: dict[str, Any] = {"policy": "calibration" if policy is None else type(policy).__name__}
     decides |= rule if atts.policy is None else {"policy_settings": getattr(policy, "identity", {})}
     if isinstance(policy, ConformalPolicy):
-        decides["calibrator"] = _kind(policy.calibrator)
+        bank = policy.calibrator
+        decides["calibrator"] = _kind(bank.base if isinstance(bank, ColdStart) else bank)
     others = {"score": atts.score.name, "select": atts.select, "extract": _called(atts.extract), "limit": _limit(atts)}
     return {
         "version": 1,
@@ -50,6 +54,8 @@ def taxonomy(atts: "ATTS", policy: ConformalPolicy | None = None) -> dict[str, s
     ends = ("target", "chain_tokens", "answer_from_rejected", "closing_cue")
     rule = decides.rule
     discards = f" discard {rule.discard_rate:g}" if rule.discard_rate else ""
+    again = decides.on_takeover == "resample" or rule.discard_rate > 0
+    tries = f" resamples {decides.resamples}" if again and decides.resamples != 2 else ""  # 2: as banks made before say
     return {
         "draft": _digest(dict(atts.draft.identity)),
         "target": _digest(dict(atts.target.identity)),
@@ -57,10 +63,11 @@ def taxonomy(atts: "ATTS", policy: ConformalPolicy | None = None) -> dict[str, s
         "score": atts.score.name,
         "template": _template(atts),
         "chain_seconds": str(atts.plan.chain_seconds),
-        "rule": f"{rule.tail} {rule.takeover_rate:g} {decides.on_takeover}{discards}",
+        "rule": f"{rule.tail} {rule.takeover_rate:g} {decides.on_takeover}{discards}{tries}",
         "chains": _digest({name: plan[name] for name in ends}),
         "extract": _called(atts.extract),
         "on_score_failure": decides.on_score_failure,
+        "on_cold": decides.on_cold,
         "closing_turn": "" if atts.plan.closing_cue is None else str(atts.plan.turns),
         "limit": "" if atts.limit is None else json.dumps(_limit(atts)),
     }
@@ -69,9 +76,10 @@ def taxonomy(atts: "ATTS", policy: ConformalPolicy | None = None) -> dict[str, s
 def made_with(atts: "ATTS", calibrator: Calibrator) -> dict[str, str]:
     """What the scores in such a calibrator depend on when it is made by `atts`: all, or only what first chunks do."""
     everything = taxonomy(atts)
-    if isinstance(calibrator, PerTurn):
-        return everything
-    return {name: value for name, value in everything.items() if name not in LATER}
+    later: tuple[str, ...] = () if isinstance(calibrator, PerTurn) else LATER
+    if is_warm(calibrator, Cell("", "", 0)):
+        later += ("on_cold",)  # it decided nothing
+    return {name: value for name, value in everything.items() if name not in later}
 
 
 def _kind(calibrator: Calibrator) -> list[Any]:

@@ -1,5 +1,6 @@
 """Policies: what becomes of a draft's chunk."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
@@ -13,6 +14,8 @@ from pyquiet.scaling.plan import OnScoreFailure, OnTakeover, check_on_score_fail
 from pyquiet.scaling.records import TAKEOVERS, Action, Decision, Key
 
 Takeover = Literal["continue", "replace"]
+OnCold = Literal["takeover", "accept"]
+_LEARNED = ("p", "discard", "cold")  # reasons of decisions whose scores calibrators see
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +87,8 @@ class ConformalPolicy(_Alone):
         on_cold: what to do with a score that there is no bank for. on_score_failure: with a chunk whose scoring failed
             for good ("fail" ends its chain). on_short: with one too short to be scored. None of these decisions has a
             p-value.
-        drift: watches the p-values of guaranteed decisions on each question's first chain, warns when they stop being
-            uniform, and may freeze the calibrator.
+        drift: watches the p-values of guaranteed decisions, and of first turns in a bank that grows, on each question's
+            first chain; the policy warns when they stop being uniform, and the monitor may freeze the calibrator.
     """
 
     def __init__(
@@ -95,7 +98,7 @@ class ConformalPolicy(_Alone):
         on_takeover: OnTakeover = "continue",
         *,
         resamples: int = 2,
-        on_cold: Literal["takeover", "accept"] = "takeover",
+        on_cold: OnCold = "takeover",
         on_score_failure: OnScoreFailure = "takeover",
         on_short: Literal["takeover", "accept"] = "accept",
         drift: DriftMonitor | None = None,
@@ -106,6 +109,7 @@ class ConformalPolicy(_Alone):
             if value not in ("takeover", "accept"):
                 raise ValueError(f'{name} must be "takeover" or "accept", got {value!r}')
         self.calibrator, self.rule, self.on_takeover = calibrator, rule, on_takeover
+        self.on_cold: OnCold = on_cold
         self.on_score_failure, self.fail_unscored = on_score_failure, on_score_failure == "fail"
         self.resamples, self.drift = check_count("resamples", resamples, least=0), drift
         for n in getattr(calibrator, "sizes", ()):
@@ -116,7 +120,8 @@ class ConformalPolicy(_Alone):
     def identity(self) -> dict[str, Any]:
         """Its settings, and the bank as it is now."""
         settings = {"resamples": self.resamples, "on_takeover": self.on_takeover, "without": self._without}
-        return asdict(self.rule) | settings | {"bank": self.calibrator.version}
+        drift = None if self.drift is None else self.drift.settings
+        return asdict(self.rule) | settings | {"bank": self.calibrator.version, "drift": drift}
 
     def decide(self, chunk: Chunk, uniform: float) -> Decision:
         if chunk.score is None:
@@ -132,16 +137,33 @@ class ConformalPolicy(_Alone):
         elif self.rule.tail == "smoothed" and not p.uniform:
             sure, why = False, "smoothed p-values are exact only where a question has one score in the bank"
         # One chain of a question, since those of one question are alike.
-        if self.drift is not None and p.guaranteed and not chunk.key.attempt and not chunk.key.chain:
-            self.drift.see(p.smoothed, n=p.n, bank=p.version, turn=chunk.cell.turn)
+        shown = self.drift is not None and (p.guaranteed or p.watch) and not chunk.key.attempt and not chunk.key.chain
         around = (self.calibrator.p_value(chunk.score + step, chunk.cell, uniform) for step in (-NEAR, NEAR))
         near = any(other is None or self._label(other) != label for other in around)
-        return Decision(action, reason, self.rule.p(p), p.n, p.version, sure, why, near)
+        watched = p.smoothed if shown else None
+        return Decision(action, reason, self.rule.p(p), p.n, p.version, sure, why, near, watched)
 
     def observe(self, chunk: Chunk, decision: Decision) -> None:
-        """Shows the calibrator the score of a first draft that was decided on, or met no bank yet."""
-        if chunk.score is not None and not chunk.key.attempt and decision.reason in ("p", "cold"):
+        """Shows the monitor a p-value, and the calibrator the score of a first draft that was judged or met no bank.
+
+        Warns (UserWarning) at an alarm.
+        """
+        if self.drift is not None and decision.watched is not None:
+            turn = chunk.cell.turn
+            alarm = self.drift.see(decision.watched, n=decision.n, bank=decision.version, turn=turn)
+            if alarm is not None:
+                warnings.warn(str(alarm), stacklevel=2)
+        if chunk.score is not None and not chunk.key.attempt and decision.reason in _LEARNED and not self._frozen:
             self.calibrator.observe(chunk.score, chunk.cell, decision.action in (*TAKEOVERS, "resample"))
+
+    def advance(self) -> None:
+        """A batch of questions has ended: the calibrator may take in what it has seen."""
+        if not self._frozen:
+            self.calibrator.advance()
+
+    @property
+    def _frozen(self) -> bool:
+        return self.drift is not None and self.drift.frozen
 
     def _label(self, p: PValue) -> Label:
         return self.rule.label(p, self.calibrator.rate(self.rule.takeover_rate))
@@ -150,7 +172,7 @@ class ConformalPolicy(_Alone):
         if label == "accept":
             return "accept", "p"
         if (label == "discard" or self.on_takeover == "resample") and attempt < self.resamples:
-            return "resample", "p"
+            return "resample", "discard" if label == "discard" else "p"
         if self.on_takeover == "resample":
             return "accept", "resampled"
         return self.on_takeover, "p"

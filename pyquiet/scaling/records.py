@@ -62,6 +62,7 @@ class Decision:
         version: of the bank. guaranteed: whether the promised rate holds exactly for this decision, and why.
         reason: one or a few words: "p", "cold", "no score", "rank", "forced", ...
         near_tie: whether a change of the score by 1e-6 would have made another decision.
+        watched: the smoothed p-value that a drift monitor is shown, None where it is shown none.
     """
 
     action: Action
@@ -72,6 +73,7 @@ class Decision:
     guaranteed: bool = False
     why: str = ""
     near_tie: bool = False
+    watched: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

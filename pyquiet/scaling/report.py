@@ -8,10 +8,10 @@ import numpy as np
 
 from pyquiet.scaling import figures
 from pyquiet.scaling.conformal import NEAR
-from pyquiet.scaling.figures import Cost, Share, Turn
+from pyquiet.scaling.figures import Cost, Drift, Share, Turn
 from pyquiet.scaling.records import Record
 from pyquiet.scaling.slots import POOLS, barrier_seconds, peak_tokens, service_seconds
-from pyquiet.scaling.table import Names, Rows, Table
+from pyquiet.scaling.table import DISCARD, Names, Rows, Table
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Report:
 
     Attributes:
         takeovers, turns, questions: overall, by turn, and the rate of each question.
+        discards: drafts that were thrown away for another one, second ones too. drift: what a monitor saw, by turn; a
+            turn with an alarm counts no decision as guaranteed.
         reasons, outcomes: how decisions came about (p, cold, forced, failed, ...) and how chains ended.
         accuracy: "pass@1", "maj@m", "weighted@m", "pass@k": over questions whose answer is known.
         cost, calibration_cost: by stage. target_share: of the tokens written, the target's.
@@ -33,6 +35,8 @@ class Report:
     takeovers: Turn
     turns: dict[int, Turn]
     questions: dict[str, float]
+    discards: int
+    drift: dict[int, Drift]
     reasons: dict[str, int]
     outcomes: dict[str, int]
     accuracy: dict[str, Share]
@@ -74,15 +78,23 @@ class Report:
         run, before = everything.where(in_run), everything.where(~in_run)
         cost, wall = figures.cost(run), figures.span(everything)  # what was drafted first within the run is part of it
         config, sizes = header.get("config", {}), _pools(header, run)
+        drift = figures.drift(_drift_settings(config), table, run)
+        turns = {turn: figures.turn(config, run.where(run["turn"] == turn), seed) for turn in _turns(run)}
+        broken = [turn for turn, watch in drift.items() if watch.alarm is not None]
+        turns |= {turn: replace(turns[turn], guaranteed=0) for turn in broken}
+        takeovers = figures.turn(config, run, seed)
+        takeovers = replace(takeovers, guaranteed=sum(row.guaranteed for row in turns.values()))
         written = sum(cost[stage].completion_tokens for stage in ("draft", "target"))
         ends = run.stage("end")
         answered = int((ends["answer"] >= 0).sum())
         gold = {q["id"]: q["answer"] for q in header.get("questions", []) if q.get("answer") is not None}
         return cls(
             engine=str(header.get("engine", "")),
-            takeovers=figures.turn(config, run, seed),
-            turns={turn: figures.turn(config, run.where(run["turn"] == turn), seed) for turn in _turns(run)},
+            takeovers=takeovers,
+            turns=turns,
             questions=_rates(table.questions, run.first_decisions),
+            discards=int((run["action"] == DISCARD).sum()),
+            drift=drift,
             reasons=_counts(table.reasons, run.where(run["action"] >= 0)["reason"]),
             outcomes=_counts(table.outcomes, ends["outcome"]),
             accuracy=figures.accuracy(gold, table, ends, run, seed),
@@ -125,7 +137,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return asdict(self) | {"turns": {str(turn): asdict(row) for turn, row in self.turns.items()}}
+        return asdict(self) | {
+            name: {str(turn): asdict(row) for turn, row in getattr(self, name).items()} for name in ("turns", "drift")
+        }
 
     def __str__(self) -> str:
         lines = [f"{'turn':>5}{'decisions':>11}{'takeovers':>11}  {'rate [95 % interval]':<26}{'promised':>9}  band"]
@@ -152,6 +166,14 @@ class Report:
             lines.append(
                 f"not counted: requests that did not come back, of chains that ended by {', '.join(uncounted)}"
             )
+        if self.discards:
+            lines.append(
+                f"{self.discards} drafts thrown away for another one, {self.takeovers.discarded} of them first"
+            )
+        lines += map(str, (watch.alarm for watch in self.drift.values() if watch.alarm is not None))
+        if self.drift:
+            told = ", ".join(f"turn {turn} {watch.e_value:.3g} ({watch.watched})" for turn, watch in self.drift.items())
+            lines.append(f"drift, e-values (of so many p-values): {told}")
         if self.takeovers.near_ties:
             lines.append(f"{self.takeovers.near_ties} decisions within {NEAR:.0e} of a cut")
         if self.intensity is not None:
@@ -179,6 +201,10 @@ def _pools(header: Mapping[str, Any], run: Rows) -> dict[str, int]:
     config = header.get("config", {})
     told = config.get("pools") or config.get("plan", {}).get("pools") or {}
     return {pool: int(told.get(pool, 1 + run.stage(pool)["slot"].max(initial=0))) for pool in POOLS}
+
+
+def _drift_settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return config.get("drift") or (config.get("policy_settings") or {}).get("drift")
 
 
 def _turns(run: Rows) -> list[int]:

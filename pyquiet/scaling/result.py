@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pyquiet.scaling.figures import Drift
 from pyquiet.scaling.panel import ChainResult
 from pyquiet.scaling.records import Question, Record
 from pyquiet.scaling.report import Report
@@ -22,7 +23,8 @@ class ATTSResult:
     """Questions in the order they were asked, what the run cost, and what was promised.
 
     Attributes:
-        guaranteed: for each turn that was decided on, whether the promised rate holds there exactly, and why.
+        guaranteed: for each turn that was decided on, whether the promised rate holds there exactly, and why. Not where
+            scores have drifted.
         finished: False after an interruption; the journal then resumes the run.
     """
 
@@ -50,5 +52,6 @@ class Promises:
         if self._turns.get(turn, (True, ""))[0]:
             self._turns[turn] = (decision.guaranteed, decision.why or f"decided otherwise: {decision.reason}")
 
-    def by_turn(self) -> dict[int, tuple[bool, str]]:
-        return dict(sorted(self._turns.items()))
+    def by_turn(self, drift: Mapping[int, Drift]) -> dict[int, tuple[bool, str]]:
+        broken = {turn: (False, str(watch.alarm)) for turn, watch in drift.items() if watch.alarm is not None}
+        return dict(sorted((self._turns | broken).items()))

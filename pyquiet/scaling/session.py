@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
@@ -32,8 +32,8 @@ class Setting:
 
     Attributes:
         views: makes a question's text as draft and target are to see it. extract, final: find the answer, see `Chain`.
-        presample: chunks that are drafted and scored for each question before its first decision, 0 for none.
-        presampled: questions that need none any more, by `Cell.of(question).name`. take_presampled: gets their scores.
+        presample: chunks that are drafted and scored for a question before its first decision, 0 for none. has_bank:
+            whether a question, by its `Cell`, needs none. take_presampled: gets its name in banks and their scores.
         limit: a cap on takeovers.
         degrade: what happens when the target stays away: the run stops and can be resumed, or all further drafts are
             accepted.
@@ -50,8 +50,8 @@ class Setting:
     final: Extract | None = None
     retry: Retry = field(default_factory=Retry)
     presample: int = 0
-    presampled: Container[str] = ()
-    take_presampled: Callable[[Question, Sequence[float]], None] | None = None
+    has_bank: Callable[[Cell], bool] = lambda cell: False
+    take_presampled: Callable[[str, Sequence[float]], None] = lambda name, scores: None
     limit: TakeoverLimit | None = None
     degrade: Literal["stop", "draft_only"] = "stop"
     on_record: Callable[[Record], None] | None = None
@@ -107,12 +107,12 @@ class Session:
 
     async def prepare(self, question: Question) -> None:
         """Drafts and scores what the question's own bank is made of: once, whoever asks first."""
-        name = Cell.of(question).name
-        if not self.setting.presample or name in self.setting.presampled:
+        cell = Cell.of(question)
+        if not self.setting.presample or self.setting.has_bank(cell):
             return
-        task = self._prepared.get(name)
+        task = self._prepared.get(cell.name)
         if task is None:
-            task = self._prepared[name] = asyncio.ensure_future(self._presample(question))
+            task = self._prepared[cell.name] = asyncio.ensure_future(self._presample(question))
         await asyncio.shield(task)
 
     async def advance(self, chain: Chain, rank: Rank = ()) -> None:
@@ -243,8 +243,7 @@ class Session:
     async def _presample(self, question: Question) -> None:
         chains = [self._chain(question, i, "presample", 0) for i in range(self.setting.presample)]
         scores = [score for score in await asyncio.gather(*map(self._first_score, chains)) if score is not None]
-        if self.setting.take_presampled is not None:
-            self.setting.take_presampled(question, scores)
+        self.setting.take_presampled(Cell.of(question).name, scores)
 
     async def _first_score(self, chain: Chain) -> float | None:
         while chain.step() is not None:

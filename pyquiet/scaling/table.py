@@ -11,7 +11,7 @@ from pyquiet.scaling.records import Record
 
 STAGES = ("draft", "score", "target", "end")
 ACTIONS = ("accept", "continue", "replace", "resample")
-ACCEPT = ACTIONS.index("accept")
+ACCEPT, DISCARD = ACTIONS.index("accept"), ACTIONS.index("resample")
 _FIELDS = {
     **dict.fromkeys(("phase", "question", "chain", "turn", "stage", "attempt"), "i"),
     **dict.fromkeys(("prompt_tokens", "cached_tokens", "completion_tokens"), "i"),
@@ -20,13 +20,14 @@ _FIELDS = {
     **dict.fromkeys(("score", "p"), "d"),  # nan: there is none
     **dict.fromkeys(("action", "reason", "n", "version"), "i"),  # action -1: nothing was decided
     **dict.fromkeys(("guaranteed", "near_tie"), "?"),
+    "watched": "d",  # nan: no monitor was shown it
     **dict.fromkeys(("outcome", "answer"), "i"),  # -1: there is none
 }
 _ROW = struct.Struct("=" + "".join(_FIELDS.values()))
 _DTYPE = np.dtype(list(_FIELDS.items()))
 _NAN = float("nan")
 _NO_TIME = (0.0, 0.0, 0.0, -1, 0)
-_UNDECIDED = (_NAN, -1, -1, 0, -1, False, False)
+_UNDECIDED = (_NAN, -1, -1, 0, -1, False, False, _NAN)
 
 
 class Names:
@@ -84,6 +85,7 @@ class Table:
                     self.versions.number(decided.version),
                     decided.guaranteed,
                     decided.near_tie,
+                    _NAN if decided.watched is None else decided.watched,
                 )
             ),
             self.outcomes.number(record.outcome),

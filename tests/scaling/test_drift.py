@@ -2,12 +2,13 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from pyquiet.scaling.calibration import PerTurn
+from pyquiet.scaling.calibration import Online, PerTurn
 from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.conformal import Bank, Rule, rank
 from pyquiet.scaling.drift import DriftMonitor
@@ -22,10 +23,8 @@ def alarms(watch: Callable[[DriftMonitor, np.random.Generator], None], runs: int
     rng, count = np.random.default_rng(8), 0
     for _ in range(runs):
         monitor = DriftMonitor(LEVEL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            watch(monitor, rng)
-        count += monitor.alarmed
+        watch(monitor, rng)
+        count += bool(monitor.alarms)
     return count / runs
 
 
@@ -48,9 +47,13 @@ def test_uniform_p_values_hardly_ever_alarm_and_others_do() -> None:
     assert alarms(see(1.0)) <= LEVEL
     assert alarms(see(3.0), 20) == alarms(see(1 / 3), 20) == 1.0
     monitor = DriftMonitor(0.05)
-    with pytest.warns(UserWarning, match="have drifted"):
-        see(3.0)(monitor, np.random.default_rng(0))
-    assert monitor.log_capital() > np.log(20)
+    see(3.0)(monitor, np.random.default_rng(0))
+    (alarm,) = monitor.alarms.values()
+    assert alarm.e_value >= 2 / 0.05  # as soon as the game of the first turn has won so much
+    assert alarm.seen < monitor.seen[0] == 300
+    assert "drifted" in str(alarm)
+    again = monitor.fresh()
+    assert (again.level, again.alarms, again.log_capital()) == (0.05, {}, 0.0)
 
 
 def test_p_values_that_share_a_bank_alarm_no_more_often_and_drift_is_still_seen() -> None:
@@ -74,23 +77,46 @@ def test_ranks_among_bank_and_forerunners_are_independent_and_uniform() -> None:
 def test_turns_have_games_of_their_own_and_share_the_level() -> None:
     monitor = DriftMonitor(0.5)
     monitor.see(0.5, turn=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        monitor.see(0.004, turn=1)
+    assert monitor.see(0.004, turn=1) is None
     assert np.log(2 / 0.5) < monitor.log_capital(1) < np.log(6 / 0.5)
     assert monitor.log_capital(0) < 0
+    assert monitor.see(1e-9, turn=1) == monitor.alarms[1]
+    assert monitor.see(1e-9, turn=1) is None  # one alarm a turn
+    assert monitor.see(1e-9, turn=0) == monitor.alarms[0]
 
 
-def test_a_policy_shows_what_is_promised_of_first_chains_and_drift_may_freeze() -> None:
-    stopped: list[int] = []
-    monitor = DriftMonitor(0.5, on_drift=lambda: stopped.append(monitor.seen))
+def test_a_policy_shows_what_is_promised_of_first_chains_and_warns() -> None:
+    monitor = DriftMonitor(0.5)
     banks = {turn: Bank(np.arange(9.0) + turn, tuple("abcdefghi")) for turn in (0, 1, 2)}
     policy = ConformalPolicy(PerTurn(banks), Rule(0.4), drift=monitor)
     cells = [Cell(f"q{i // 3}", "", i // 3 % 3) for i in range(90)]
     chunks = [Chunk(Key("run", cell.question, i % 3, cell.turn, "score"), cell, 99.0) for i, cell in enumerate(cells)]
-    with pytest.warns(UserWarning, match="turn 0"):
-        policy.decide_all(chunks, [0.5] * 90)
-    assert monitor.seen == 20  # of 30 first chains those at turns 0 and 1
+    decisions = policy.decide_all(chunks, [0.5] * 90)
+    assert not monitor.seen  # deciding is not yet committing
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for chunk, decision in zip(chunks, decisions, strict=True):
+            policy.observe(chunk, decision)
+    assert [str(warning.message) for warning in told] == [str(alarm) for alarm in monitor.alarms.values()]
+    assert monitor.seen == {0: 10, 1: 10}  # of 30 first chains those at turns 0 and 1, which have banks of their own
     assert monitor.log_capital(0) == pytest.approx(monitor.log_capital(1))
     assert monitor.log_capital(2) == 0
-    assert stopped
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("update", ["stream", "epoch"])
+def test_drift_freezes_a_bank_that_grows(freeze: bool, update: Any) -> None:
+    bank = Online(Bank(np.arange(9.0)), update=update)
+    policy = ConformalPolicy(bank, Rule(0.4), drift=DriftMonitor(0.5, freeze=freeze))
+    taken = 0
+    for i in range(30):
+        cell = Cell(f"q{i}", "", i % 2)
+        chunk = Chunk(Key("run", cell.question, 0, cell.turn, "score"), cell, 99.0 + i)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            policy.observe(chunk, policy.decide(chunk, 0.5))
+        policy.advance()
+        taken += policy.drift.alarms == {}  # type: ignore[union-attr]
+    assert policy.drift.seen == {0: 15}  # type: ignore[union-attr]  # first turns alone
+    assert 0 < taken < 30
+    assert bank.bank.size == 9 + (-(-taken // 2) if freeze else 15)
