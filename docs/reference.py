@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any
 
-from pyquiet.cli import COMMANDS
+from pyquiet.cli import command_line
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -33,15 +33,6 @@ def home(module: Any, name: str) -> str | None:
 def commands() -> str:
     os.environ["COLUMNS"] = "100"  # argparse's width
     return "\n\n".join(f"## {p.prog}\n\n```text\n{p.format_help()}```" for p in parsers(command_line())[1:])
-
-
-def command_line() -> argparse.ArgumentParser:
-    """The parser of `pyquiet`."""
-    root = argparse.ArgumentParser(prog="pyquiet")
-    below = root.add_subparsers(required=True)
-    for command in COMMANDS:
-        command.add_parser(below)
-    return root
 
 
 def parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:

@@ -20,3 +20,10 @@ def check_fraction(name: str, value: float) -> float:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
     return value
+
+
+def check_text(name: str, text: str) -> str:
+    """`text`, if it can be written in UTF-8; else a ValueError that names it."""
+    if any("\ud800" <= character <= "\udfff" for character in text):  # so Python hands on bytes it cannot decode
+        raise ValueError(f"{name}: not UTF-8 text")
+    return text

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and texts that are read or refused by name."""
 
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +20,26 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:
-    """The path, if a file could be written there; OSError, before any work is done, if not."""
+    """The path, if a file can be written there; OSError, before any work is done, if not."""
     target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target}: there is no folder {target.parent}; make it first")
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder; give the name of a file")
+    if target.exists() and not target.is_file():
+        raise OSError(f"{target} is no file that can be replaced; give the name of one")
+    check_writable(target.parent)
     return target
+
+
+def check_writable(folder: str | os.PathLike[str], *, make: bool = False) -> None:
+    """OSError, before any work is done, if no file can be written to the folder, which is made if need be."""
+    if make:
+        os.makedirs(folder, exist_ok=True)
+    elif not os.path.isdir(folder):
+        raise FileNotFoundError(f"there is no folder {folder}; make it first")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"nothing can be written to the folder {folder} ({error.strerror}); name another") from None
 
 
 def read_texts(files: Iterable[str | os.PathLike[str]]) -> list[str]:

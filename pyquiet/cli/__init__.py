@@ -1,18 +1,21 @@
 """The command `pyquiet`: one module a command, with `add_parser(commands)` and `run(args)`."""
 
-import argparse
+import os
 import sys
 from collections.abc import Sequence
 
+from transformers.utils import logging
+
 from pyquiet import __version__
 from pyquiet.cli import bilevel, demo, diffuse, doctor, evaluate, infill, scale, think, train
+from pyquiet.cli.options import Parser
 
 COMMANDS = (demo, think, infill, diffuse, scale, bilevel, train, evaluate, doctor)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code. Bad input is one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
+def command_line() -> Parser:
+    """The parser of `pyquiet` and, below it, those of all commands."""
+    parser = Parser(
         prog="pyquiet",
         description="Language models that think before they speak, fill in any order and write in parallel.",
     )
@@ -20,9 +23,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(commands)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code. Bad input is one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    logging.disable_progress_bar()  # of loading weights
     try:
-        return int(args.run(args))
+        args = command_line().parse_args(argv)
+        code = int(args.run(args))
+        sys.stdout.flush()  # who reads may be gone
+        return code
+    except KeyboardInterrupt:
+        print("pyquiet: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # who reads has seen enough; what Python would still write at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
-        print(f"pyquiet: error: {' '.join(str(error).split())}", file=sys.stderr)
+        words = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"pyquiet: error: {' '.join(words.split())}", file=sys.stderr)
         return 2

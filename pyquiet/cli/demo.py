@@ -3,8 +3,9 @@
 import argparse
 import textwrap
 
+from pyquiet.cli import options
 from pyquiet.cli.reports import STANDARD_OUTPUT, add_json, check_json, give
-from pyquiet.demo import SCENES
+from pyquiet.demo import FIGURES, SCENES
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -14,26 +15,26 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Plays all five systems on the embedded models, offline: each with what it shows and its numbers "
         "beside the plain alternative's, all measured in this run.",
     )
-    parser.add_argument("--only", nargs="+", choices=SCENES, default=SCENES, metavar="SCENE", help=", ".join(SCENES))
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same texts (default: 0)")
+    words = f"some of {', '.join(SCENES)} (default: all)"
+    parser.add_argument("--only", nargs="+", choices=SCENES, default=SCENES, metavar="SCENE", help=words)
+    options.add_seed(parser, "texts")
     parser.add_argument("--html", metavar="FILE", help="write a page with what there is to look at")
     add_json(parser)
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    options.add_quiet(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from transformers.utils import logging
-
     from pyquiet.demo import play
-    from pyquiet.plotting import check_target, write_page
+    from pyquiet.files import check_target
+    from pyquiet.plotting import write_page
     from pyquiet.plotting.figures import check_matplotlib
 
     check_json(args)
     if args.html:
         check_target(args.html)
-        check_matplotlib()
-    logging.disable_progress_bar()
+        if not set(FIGURES).isdisjoint(args.only):
+            check_matplotlib()
     scenes, speaks = [], args.json != STANDARD_OUTPUT
     for name, scene, seconds in play(args.only, seed=args.seed, progress=not args.quiet):
         scenes.append((name, scene, seconds))

@@ -1,28 +1,25 @@
 """`pyquiet diffuse`: write a text, or what is missing of one, by masked diffusion whose steps an energy corrects."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from pyquiet.cli import prompts
-from pyquiet.cli.infill import in_marks, load_tokenizer, memory_in_words
+from pyquiet.cli import options, prompts
 from pyquiet.cli.live import shown
-from pyquiet.cli.reports import STANDARD_OUTPUT, add_json, check_json, give
-from pyquiet.cli.think import check_answer_options, usable_device
+from pyquiet.cli.loading import CAUSAL, DENOISER, load_denoiser, load_energy
+from pyquiet.cli.reports import STANDARD_OUTPUT, add_json, check_json, give, in_marks, memory_in_words
+from pyquiet.diffusion.inputs import SAMPLERS
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from pyquiet.diffusion import MaskedDenoiser
     from pyquiet.diffusion.sampling import Diffusion
     from pyquiet.prompts import Prompt
     from pyquiet.prompts.answers import Cost, Row
-
-DEFAULT_MODEL, DEFAULT_CAUSAL = "tiny-denoiser", "tiny-causal"
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -36,65 +33,59 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", metavar="TEXT", help="what to continue (default: nothing)")
     given.add_argument("--text", help=r"with gaps: ___, or ___3___ for 3 tokens; \_ is an underscore, \\ a backslash")
-    parser.add_argument("--length", type=int, default=64, metavar="N", help="tokens to write (default: 64)")
-    parser.add_argument("--gap-tokens", type=int, default=3, metavar="N", help="of ___ (default: 3)")
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts to write (default: 1)")
+    parser.add_argument("--length", type=options.Whole(), default=64, help="tokens to write, where there is no --text")
+    parser.add_argument("--gap-tokens", type=options.Whole(), default=3, help="of ___")
+    parser.add_argument("--samples", type=options.Whole(), default=1, help="texts to write")
     add_model(parser)
     parser.add_argument(
         "--energy",
         metavar="DIR",
-        help=f"none, ar ({DEFAULT_CAUSAL}), tiny-energy, or the folder of a causal LM or a trained energy (default: ar "
-        f"for {DEFAULT_MODEL}, none for others)",
+        help=f"none, ar ({CAUSAL}), tiny-energy, or the folder of a causal LM or a trained energy (default: ar for "
+        f"{DENOISER}, none for others)",
     )
-    parser.add_argument("--steps", type=int, default=32, metavar="N", help="of the whole text (default: 32)")
-    parser.add_argument("--sampler", default="schedule_first", help=SAMPLER_HELP)
-    parser.add_argument("--context", type=int, metavar="N", help="tokens that semi_autoregressive sees at once")
+    parser.add_argument("--steps", type=options.Whole(), default=32, help="of the whole text")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="schedule_first", help=SAMPLER_HELP)
+    parser.add_argument("--context", type=options.Whole(), help="tokens that semi_autoregressive sees at once")
     add_law(parser)
     add_json(parser)
-    parser.add_argument("--no-live", action="store_true", help="print the end result alone on a terminal too")
     prompts.add_prompts(parser, given, ["prompt", "text"])
     parser.set_defaults(run=run)
 
 
 SAMPLER_HELP = (
-    "schedule_first (default), ancestral, cached, first_hitting, which has no use for the steps, or "
-    "semi_autoregressive, for longer texts than the model sees at once"
+    "in which order the tokens open; first_hitting has no use for --steps, semi_autoregressive is for longer texts "
+    "than the model sees at once"
 )
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that `load_denoiser` takes, and the device."""
-    parser.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        metavar="DIR",
-        help=f"folder of a masked LM, or an embedded one's name (default: {DEFAULT_MODEL})",
-    )
-    parser.add_argument("--tokenizer", metavar="DIR", help="folder or embedded model's name, if not the model's")
-    parser.add_argument("--device", default="cpu", help="where to run, as torch names it (default: cpu)")
+    """Adds the options of what `load_denoiser` takes, and of where it runs."""
+    words = "folder of a masked LM, or an embedded one's name"
+    parser.add_argument("--model", default=DENOISER, metavar="DIR", help=words)
+    options.add_tokenizer(parser)
+    options.add_place(parser)
 
 
 def add_law(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `pyquiet.diffuse` that a command passes on."""
     law = parser.add_argument_group("the law")
-    law.add_argument("--candidates", type=int, default=8, metavar="K", help="of a step, to pick from (default: 8)")
-    law.add_argument(
-        "--window", type=float, default=1.0, metavar="W", help="first share of time that is corrected (default: 1, all)"
-    )
-    law.add_argument("--energy-temperature", type=float, default=1.0, metavar="T", help="1 is exact (default: 1)")
-    law.add_argument("--ess-target", type=float, metavar="N", help="double the candidates of a step up to this ESS")
-    law.add_argument("--temperature", type=float, default=1.0, help="of what is proposed (default: 1)")
-    law.add_argument("--top-k", type=int, metavar="K")
-    law.add_argument("--top-p", type=float, metavar="P")
-    law.add_argument("--seed", type=int, default=0, help="same seed, same tokens (default: 0)")
+    law.add_argument("--candidates", type=options.Whole(), default=8, help="of a step, to pick from")
+    words = "first share of time that is corrected; 1 is all"
+    law.add_argument("--window", type=options.Number(0, 1), default=1.0, help=words)
+    words = "of the energy; 1 is exact"
+    law.add_argument("--energy-temperature", type=options.Number(0, open=True), default=1.0, help=words)
+    words = "double the candidates of a step up to this effective sample size"
+    law.add_argument("--ess-target", type=options.Number(1), help=words)
+    options.add_temperature(law, 1.0, "what is proposed")
+    options.add_top(law)
+    options.add_seed(law, "tokens")
 
 
 LAW = ("candidates", "window", "energy_temperature", "ess_target", "temperature", "top_k", "top_p", "seed")
 
 
 def law(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_law` added, checked."""
-    check_answer_options(args)
+    """What `add_law` added."""
     return {name: getattr(args, name) for name in LAW}
 
 
@@ -103,18 +94,18 @@ def run(args: argparse.Namespace) -> int:
     from pyquiet.gaps import Codec
 
     check_json(args)
-    options, device = law(args), usable_device(args.device)
-    options |= {"steps": args.steps, "sampler": args.sampler, "context": args.context}
-    check_counts(args, "length", "gap_tokens", "samples", "steps", "context")
+    prompts.check(args)
+    device = options.usable_device(args.device)
+    how = law(args) | {"steps": args.steps, "sampler": args.sampler, "context": args.context}
     if args.prompts is not None:
-        return _run_many(args, options, device)
+        return _run_many(args, how, device)
     field = "prompt" if args.text is None else "text"
     parts, lengths = _parts(args, field, getattr(args, field) or "")
     denoiser, tokenizer, energy = _models(args, device)
     codec = Codec(tokenizer)
     gapped = codec.gapped(parts, [range(n, n + 1) for n in lengths], trim=True, close=True)
     ids, given = gapped.tokens(lengths, denoiser.mask_id), gapped.given(lengths)
-    live = sys.stdout.isatty() and not (args.json == STANDARD_OUTPUT or args.no_live)
+    live = sys.stdout.isatty() and not (args.json == STANDARD_OUTPUT or args.quiet)
     with memory_in_words(), shown(codec, given, denoiser.mask_id) if live else nullcontext() as on_step:
         out = diffuse(
             denoiser,
@@ -125,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
             banned=codec.banned(denoiser.vocab_size),
             on_step=on_step,
             progress=False,
-            **options,
+            **how,
         )
     samples = [codec.parts(row, given.tolist()) for row in out.tokens.tolist()]
     report = {"model": args.model, "energy": _energy(args), "seed": args.seed, "tokens": sum(lengths)}
@@ -145,7 +136,7 @@ def _in_words(samples: "list[list[tuple[str, bool]]]", out: "Diffusion") -> str:
     return "\n".join([*lines, f"{words}, {out.seconds:.2f} s"])
 
 
-def _run_many(args: argparse.Namespace, options: dict[str, Any], device: "torch.device") -> int:
+def _run_many(args: argparse.Namespace, how: dict[str, Any], device: "torch.device") -> int:
     """Fills the texts of a file. Sample j of text i has the noise of number i * samples + j."""
     import torch
 
@@ -178,7 +169,7 @@ def _run_many(args: argparse.Namespace, options: dict[str, Any], device: "torch.
                 attention_mask=real.to(device),
                 sequence_ids=numbers,
                 banned=banned,
-                **options,
+                **how,
             )
         rows = zip(out.tokens.tolist(), texts, strict=True)
         samples = [codec.parts(row[: len(given)], given) for row, (_, given) in rows]
@@ -205,7 +196,7 @@ def _run_many(args: argparse.Namespace, options: dict[str, Any], device: "torch.
 def _models(args: argparse.Namespace, device: "torch.device") -> "tuple[MaskedDenoiser, PreTrainedTokenizerBase, Any]":
     """The denoiser, its tokenizer and the energy that the options name."""
     denoiser, tokenizer = load_denoiser(args.model, args.tokenizer)
-    dtype = prompts.precision(args)
+    dtype = options.dtype(args)
     denoiser.to(device, dtype)
     energy = load_energy(_energy(args), denoiser, tokenizer)
     if energy is not None:
@@ -214,7 +205,7 @@ def _models(args: argparse.Namespace, device: "torch.device") -> "tuple[MaskedDe
 
 
 def _energy(args: argparse.Namespace) -> str:
-    return args.energy or ("ar" if args.model == DEFAULT_MODEL else "none")
+    return args.energy or ("ar" if args.model == DENOISER else "none")
 
 
 def _module(energy: Any) -> Any:
@@ -224,10 +215,10 @@ def _module(energy: Any) -> Any:
 
 def _parts(args: argparse.Namespace, field: str, text: str) -> tuple[list[str], list[int]]:
     """The text around the gaps, and how many tokens these have; a prompt has one behind it."""
+    from pyquiet.checks import check_text
     from pyquiet.gaps import parse_gaps
 
-    if any("\ud800" <= character <= "\udfff" for character in text):  # how Python hands on bytes it cannot decode
-        raise ValueError("the text is not UTF-8 text")
+    check_text(f"--{field}", text)
     if field == "prompt":
         return [text, ""], [args.length]
     parts, ranges = parse_gaps(text, range(args.gap_tokens, args.gap_tokens + 1))
@@ -259,81 +250,3 @@ def _cost(out: "Diffusion", tokens: int) -> "Cost":
 
 def _cost_in_words(cost: "Cost") -> str:
     return f"{cost['tokens']} tokens, {cost['denoiser_calls']} denoiser calls, {cost['energy_passes']} energy passes"
-
-
-def check_counts(args: argparse.Namespace, *names: str) -> None:
-    """Raises ValueError for an option that is given and below 1."""
-    for name in names:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(args, name)}")
-
-
-def load_denoiser(name: str, tokenizer: str | None) -> "tuple[MaskedDenoiser, PreTrainedTokenizerBase]":
-    """The masked LM of that name or folder, and its tokenizer or that of another; ValueError says what is wrong."""
-    from transformers import AutoConfig, AutoModelForMaskedLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    from pyquiet.diffusion import MaskedDenoiser
-    from pyquiet.zoo import available, load
-
-    _check_known("--model", name)
-    if name in available():
-        model, words = load(name)
-    else:
-        kind = AutoConfig.from_pretrained(name).model_type
-        if kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-            raise ValueError(f"--model {name}: a model of type {kind!r} is no masked language model")
-        model, words = AutoModelForMaskedLM.from_pretrained(name).eval(), None
-    if tokenizer or words is None:
-        words = load_tokenizer(tokenizer or name)
-    if words.mask_token_id is None:
-        raise ValueError(f"the tokenizer of --model {name} has no mask token; give another by --tokenizer")
-    return MaskedDenoiser(model, words.mask_token_id), words
-
-
-def load_energy(name: str, denoiser: "MaskedDenoiser", tokenizer: "PreTrainedTokenizerBase") -> Any:
-    """The energy of that name: none, ar, a trained one or a causal LM, on the denoiser's device."""
-    from transformers import AutoConfig, AutoModel
-
-    from pyquiet.diffusion import AREnergy, NCEEnergy, check_tokenizers
-    from pyquiet.zoo import available, load
-
-    if name == "none":
-        return None
-    name = DEFAULT_CAUSAL if name == "ar" else name
-    _check_known("--energy", name)
-    if name in available():
-        model, words = load(name)
-    elif AutoConfig.from_pretrained(name).model_type == "pyquiet_energy":
-        model, words = AutoModel.from_pretrained(name).eval(), load_tokenizer(name)
-    else:
-        model, words = load_causal("--energy", name)
-    check_tokenizers(tokenizer, words)
-    model = model.to(denoiser.device)
-    if not isinstance(model, NCEEnergy):
-        return AREnergy(model, bos_id=words.bos_token_id, mask_id=denoiser.mask_id)
-    if model.mask_id != denoiser.mask_id:
-        raise ValueError(f"--energy {name}: its mask has the id {model.mask_id}, the denoiser's {denoiser.mask_id}")
-    return model
-
-
-def load_causal(option: str, name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The causal LM of that name or folder, and its tokenizer; ValueError names the option."""
-    from transformers import AutoModelForCausalLM
-
-    from pyquiet.zoo import available, load
-
-    _check_known(option, name)
-    return (
-        load(name) if name in available() else (AutoModelForCausalLM.from_pretrained(name).eval(), load_tokenizer(name))
-    )
-
-
-def _check_known(option: str, name: str) -> None:
-    from pyquiet.zoo import available
-
-    if name not in available() and not os.path.isfile(os.path.join(name, "config.json")):
-        raise ValueError(
-            f"{option} {name}: no model folder (a folder with a config.json), nor the name of an embedded model "
-            f"({', '.join(available())})"
-        )

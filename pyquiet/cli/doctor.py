@@ -1,9 +1,9 @@
 """`pyquiet doctor`: what this installation has, and what is missing."""
 
 import argparse
-import json
 from typing import Any
 
+from pyquiet.cli.reports import add_json, check_json, give
 from pyquiet.environment import SUPPORTED, examine
 
 
@@ -13,13 +13,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="report what this installation has and what is missing",
         description="Report versions, native code, threads and GPU. Exit code 1 if the native module is missing.",
     )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    check_json(args)
     report = examine()
-    print(json.dumps(report, indent=2) if args.json else "\n".join(in_words(report)))
+    give(args, report, "\n".join(in_words(report)))
     return 0 if report["native"]["found"] else 1
 
 

@@ -3,9 +3,10 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from pyquiet.cli import evaluate_diffusion, evaluate_infilling
+from pyquiet.cli import evaluate_diffusion, evaluate_infilling, options
+from pyquiet.cli.loading import load_thinker
 from pyquiet.cli.reports import add_json, check_json, give
-from pyquiet.cli.think import MODEL_HELP, load_thinker, usable_device
+from pyquiet.cli.think import add_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,18 +36,18 @@ def _add_thoughts(measures: "argparse._SubParsersAction[argparse.ArgumentParser]
         description="Print how much more probable thoughts make the tokens of a text, by decile of difficulty.",
     )
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="plain text, one document a file")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="of each document (default: all)")
-    parser.add_argument("--max-length", type=int, metavar="N", help="tokens read at a time (default: 256 at most)")
+    parser.add_argument("--max-tokens", type=options.Whole(), help="of each document (default: all)")
+    parser.add_argument("--max-length", type=options.Whole(), help="tokens read at a time (default: 256 at most)")
     parser.add_argument(
         "--by",
         choices=["entropy", "loss"],
         default="entropy",
-        help="difficulty: what the base expects to lose at a token, or does lose, which flatters (default: entropy)",
+        help="difficulty: what the base expects to lose at a token, or does lose, which flatters",
     )
     parser.add_argument("--plot", metavar="FILE", help="draw the table to a .png, .svg or .pdf file")
     parser.add_argument("--html", metavar="FILE", help="write a page with every token, its thought on hover")
-    parser.add_argument("--html-tokens", type=int, default=5000, metavar="N", help="tokens on it (default: 5000)")
-    _add_common(parser, batch_size=8)
+    parser.add_argument("--html-tokens", type=options.Whole(), default=5000, help="tokens on it")
+    _add_common(parser, "texts", 8)
     parser.set_defaults(run=run_thoughts)
 
 
@@ -56,40 +57,36 @@ def _add_answers(measures: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="right answers to the questions of GSM8K or CommonsenseQA",
         description="Score direct answers with and without thoughts or, with --majority-vote, those reasoned aloud.",
     )
-    parser.add_argument("--task", choices=["gsm8k", "commonsenseqa"], required=True)
+    parser.add_argument("--task", choices=["gsm8k", "commonsenseqa"], required=True, help="which benchmark")
     parser.add_argument("--data", required=True, metavar="FILE", help="the task's JSON lines")
-    parser.add_argument("--items", type=int, metavar="N", help="the first N; with --majority-vote, of a shuffle (128)")
-    parser.add_argument("--think", choices=["both", "always", "never"], default="both")
-    parser.add_argument("--max-length", type=int, default=256, metavar="N", help="tokens of question and answer (256)")
+    words = "the first ones, with --majority-vote of a shuffle (default: all, then 128)"
+    parser.add_argument("--items", type=options.Whole(), help=words)
+    parser.add_argument("--think", choices=["both", "always", "never"], default="both", help="never: the plain model")
+    parser.add_argument("--max-length", type=options.Whole(), default=256, help="tokens of question and answer")
     vote = parser.add_argument_group("majority vote (gsm8k)")
     vote.add_argument("--majority-vote", action="store_true", help="reason step by step, and count the answers")
-    vote.add_argument("--samples", type=int, default=8, metavar="N", help="votes on a question (default: 8)")
-    vote.add_argument("--temperature", type=float, default=0.9, help="of the samples (default: 0.9)")
-    vote.add_argument("--max-new-tokens", type=int, default=384, metavar="N", help="of reasoning (default: 384)")
-    _add_common(parser, batch_size=16)
+    vote.add_argument("--samples", type=options.Whole(), default=8, help="votes on a question")
+    options.add_temperature(vote, 0.9, "the votes")
+    options.add_max_new_tokens(vote, 384)
+    _add_common(parser, "texts", 16)
     parser.set_defaults(run=run_answers)
 
 
-def _add_common(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    parser.add_argument("--model", metavar="DIR", help=MODEL_HELP)
-    parser.add_argument(
-        "--thoughts-per-token", type=int, metavar="N", help="thoughts to average (default: the model's)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same thoughts (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=batch_size, metavar="N")
-    parser.add_argument("--device", default="cpu", help="where to run, as torch names it (default: cpu)")
+def _add_common(parser: argparse.ArgumentParser, what: str, batch_size: int) -> None:
+    add_model(parser)
+    options.add_thoughts_per_token(parser)
+    options.add_seed(parser, "thoughts")
+    options.add_batch_size(parser, what, batch_size)
+    options.add_place(parser)
     add_json(parser)
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    options.add_quiet(parser)
 
 
 def run_thoughts(args: argparse.Namespace) -> int:
     from pyquiet.evaluation import opening_ids, thinking_gains, token_ids
-    from pyquiet.files import read_texts
-    from pyquiet.plotting import check_figure, check_target, plot_gain_by_decile, write_thoughts_page
+    from pyquiet.files import check_target, read_texts
+    from pyquiet.plotting import check_figure, plot_gain_by_decile, write_thoughts_page
 
-    for name in ("max_tokens", "html_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(args, name)}")
     check_json(args)
     if args.plot:
         check_figure(args.plot)
@@ -118,8 +115,6 @@ def run_thoughts(args: argparse.Namespace) -> int:
 def run_answers(args: argparse.Namespace) -> int:
     from pyquiet.evaluation import TASKS, direct_answers, majority_vote
 
-    if args.items is not None and args.items < 1:
-        raise ValueError(f"--items must be 1 or more, got {args.items}")
     if args.majority_vote and args.task != "gsm8k":
         raise ValueError("--majority-vote counts numbers: use it with --task gsm8k")
     check_json(args)
@@ -157,9 +152,9 @@ def run_answers(args: argparse.Namespace) -> int:
 
 
 def _model(args: argparse.Namespace) -> "tuple[QuietStarForCausalLM, PreTrainedTokenizerBase]":
-    device = usable_device(args.device)
+    device = options.usable_device(args.device)
     model, tokenizer = load_thinker(args.model, None)
-    model.to(device)
+    model.to(device, options.dtype(args))
     return model, tokenizer
 
 

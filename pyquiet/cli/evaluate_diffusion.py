@@ -2,20 +2,10 @@
 
 import argparse
 
-from pyquiet.cli.diffuse import (
-    DEFAULT_CAUSAL,
-    DEFAULT_MODEL,
-    add_law,
-    add_model,
-    check_counts,
-    law,
-    load_causal,
-    load_denoiser,
-    load_energy,
-)
-from pyquiet.cli.infill import memory_in_words
-from pyquiet.cli.reports import add_json, check_json, give
-from pyquiet.cli.think import usable_device
+from pyquiet.cli import options
+from pyquiet.cli.diffuse import add_law, add_model, law
+from pyquiet.cli.loading import CAUSAL, DENOISER, load_causal, load_denoiser, load_energy
+from pyquiet.cli.reports import add_json, check_json, give, memory_in_words
 
 ENERGIES = ("none", "ar", "tiny-energy")  # of the embedded denoiser
 SAMPLERS = ("schedule_first", "ancestral", "cached", "first_hitting")  # of whole texts
@@ -34,40 +24,35 @@ def add_parser(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--energy",
         nargs="+",
         metavar="DIR",
-        help=f"several of none, ar, embedded names, folders (default: {' '.join(ENERGIES)} for {DEFAULT_MODEL}, none "
-        "for others)",
+        help=f"several of none, ar, embedded names, folders (default: {' '.join(ENERGIES)} for {DENOISER}, none for "
+        "others)",
     )
-    parser.add_argument(
-        "--sampler",
-        nargs="+",
-        default=[SAMPLERS[0]],
-        metavar="NAME",
-        help=f"several of {', '.join(SAMPLERS)} (default: the first)",
-    )
-    parser.add_argument("--steps", nargs="+", type=int, default=[8, 16, 32, 64], metavar="N", help="(8 16 32 64)")
+    words = f"several of {', '.join(SAMPLERS)}"
+    parser.add_argument("--sampler", nargs="+", choices=SAMPLERS, default=[SAMPLERS[0]], metavar="NAME", help=words)
+    words = "of the whole text, several"
+    parser.add_argument("--steps", nargs="+", type=options.Whole(), default=[8, 16, 32, 64], help=words)
     add_law(parser)
-    parser.add_argument("--items", type=int, default=16, metavar="N", help="texts to write by each (default: 16)")
-    parser.add_argument("--length", type=int, default=128, metavar="N", help="tokens of a text (default: 128)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts at a time (default: 8)")
+    parser.add_argument("--items", type=options.Whole(), default=16, help="texts to write by each")
+    parser.add_argument("--length", type=options.Whole(), default=128, help="tokens of a text")
+    options.add_batch_size(parser, "texts", 8)
     parser.add_argument(
         "--judge",
-        default=DEFAULT_CAUSAL,
+        default=CAUSAL,
         metavar="DIR",
-        help=f"causal model, whose perplexity flatters texts that it was itself the energy of (default: "
-        f"{DEFAULT_CAUSAL})",
+        help="causal model, whose perplexity is shown; it flatters texts that it was itself the energy of",
     )
-    parser.add_argument("--level", choices=["token", "character"], default="token", help="of n-grams (default: token)")
-    parser.add_argument("--order", type=int, default=2, metavar="N", help="of the n-gram model (default: 2)")
+    parser.add_argument("--level", choices=["token", "character"], default="token", help="of n-grams")
+    parser.add_argument("--order", type=options.Whole(), default=2, help="of the n-gram model")
     parser.add_argument(
         "--match",
         default="ngram_nll",
         metavar="QUALITY",
         help="perplexity, ngram_nll or variation_1, 2, 3, at the best value of which that all methods reach their "
-        "costs are compared (default: ngram_nll)",
+        "costs are compared",
     )
     parser.add_argument("--plot", metavar="FILE", help="draw that quality to a .png, .svg or .pdf file")
     add_json(parser)
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    options.add_quiet(parser)
     parser.set_defaults(run=run)
 
 
@@ -76,10 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from pyquiet.files import read_texts
     from pyquiet.plotting import check_figure, plot_diffusion
 
-    options, device = law(args), usable_device(args.device)
-    check_counts(args, "items", "length", "batch_size", "order")
-    if unknown := [name for name in args.sampler if name not in SAMPLERS]:
-        raise ValueError(f"--sampler must be of {', '.join(SAMPLERS)}, got {unknown[0]!r}")
+    device = options.usable_device(args.device)
     if args.match not in QUALITIES:
         raise ValueError(f"--match must be one of {', '.join(QUALITIES)}, got {args.match!r}")
     if args.plot:
@@ -87,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
     check_json(args)
     texts = read_texts(args.text)
     denoiser, tokenizer = load_denoiser(args.model, args.tokenizer)
-    denoiser.to(device)
-    names = args.energy or (ENERGIES if args.model == DEFAULT_MODEL else ["none"])
+    denoiser.to(device, options.dtype(args))
+    names = args.energy or (ENERGIES if args.model == DENOISER else ["none"])
     energies = {name: load_energy(name, denoiser, tokenizer) for name in names}
     judge, its_words = load_causal("--judge", args.judge)
     with memory_in_words():
@@ -106,10 +88,10 @@ def run(args: argparse.Namespace) -> int:
             order=args.order,
             batch_size=args.batch_size,
             progress=not args.quiet,
-            **options,
+            **law(args),
         )
     matched = table.matched(args.match)
-    about = {"model": args.model, "text": args.text, "judge": args.judge, **options}
+    about = {"model": args.model, "text": args.text, "judge": args.judge, **law(args)}
     words = f"{args.items} texts of {args.length} tokens; judge {args.judge}; means +- standard errors"
     models = {
         f"energy {name}": getattr(energy, "lm", energy) for name, energy in energies.items() if energy is not None

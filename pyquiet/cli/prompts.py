@@ -6,17 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyquiet
+from pyquiet.cli import options
 from pyquiet.cli.reports import give
 
 if TYPE_CHECKING:
-    import torch
-
     from pyquiet.prompts import Prompt
     from pyquiet.prompts.answers import Cost, Row
 
 # Options that do not change what becomes of a prompt; of models and their words, digests count and not names.
 _NO_MATTER = {"run", "command", "fields", "prompts", "prompt", "text", "output", "batch_size", "device", "quiet"}
-_NO_MATTER |= {"json", "no_live"}
+_NO_MATTER |= {"json"}
 _NAMES = {"model", "tokenizer", "energy"}
 
 
@@ -31,34 +30,27 @@ def add_prompts(parser: argparse.ArgumentParser, given: Any, fields: Sequence[st
         help="for the answers, JSON lines in the order of the prompts; a run that was stopped goes on when the command "
         "is given again, and torchrun or accelerate launch spread it over processes",
     )
-    many.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
-    many.add_argument(
-        "--float64",
-        action="store_true",
-        help="compute in float64: slower, and the same file for any batch size, which moves last bits and with them "
-        "draws",
-    )
-    many.add_argument("--quiet", action="store_true", help="no progress bar")
+    options.add_batch_size(many, "prompts", 8)
+    options.add_quiet(many)
     parser.set_defaults(fields=tuple(fields))
 
 
-def precision(args: argparse.Namespace) -> "torch.dtype | None":
-    """What the models are to compute in; None leaves them as they are."""
-    import torch
+def check(args: argparse.Namespace) -> None:
+    """ValueError or OSError, before anything is read, if the answers to the prompts of a file cannot be written."""
+    from pyquiet.files import check_target
 
-    return torch.float64 if args.float64 else None
+    if args.prompts is None:
+        options.check_needed(args, "--prompts", "output")
+    elif args.output is None:
+        raise ValueError("--prompts needs --output, the file for the answers")
+    else:
+        check_target(args.output)
 
 
 def read(args: argparse.Namespace) -> "tuple[list[Prompt], str]":
     """The prompts of `--prompts` and their digest; ValueError or OSError if there is something wrong with the file."""
-    from pyquiet.checks import check_count
-    from pyquiet.files import check_target
     from pyquiet.prompts import read_prompts
 
-    check_count("--batch-size", args.batch_size, least=1)
-    if args.output is None:
-        raise ValueError("--prompts needs --output, the file for the answers")
-    check_target(args.output)
     return read_prompts(args.prompts, args.fields)
 
 

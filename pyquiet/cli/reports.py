@@ -2,7 +2,10 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -11,6 +14,7 @@ from pyquiet.environment import environment_record
 from pyquiet.files import check_target, replacing
 
 STANDARD_OUTPUT = "-"
+_BOLD, _PLAIN = "\033[1m", "\033[0m"
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -49,3 +53,26 @@ def environment(args: argparse.Namespace, models: Mapping[str, nn.Module] | None
     """`environment_record` of a command whose parser set `command` to its name."""
     arguments = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
     return environment_record(args.command, arguments, models)
+
+
+@contextmanager
+def memory_in_words() -> Iterator[None]:
+    """A ValueError in place of torch's complaint that memory is full."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        words = str(error).splitlines()[0]
+        raise ValueError(f"memory is full ({words}); give shorter texts or gaps, or fewer at a time") from None
+
+
+def in_marks(parts: Sequence[tuple[str, bool]]) -> str:
+    """The text of such parts: what was filled in is bold on a terminal with colours and in brackets elsewhere."""
+    marks = (_BOLD, _PLAIN) if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else ("[", "]")
+    return "".join(_marked(part, *marks) if is_filled else part for part, is_filled in parts)
+
+
+def _marked(part: str, opened: str, closed: str) -> str:
+    words = part.lstrip(" ")
+    return f"{part[: len(part) - len(words)]}{opened}{words}{closed}"

@@ -4,20 +4,23 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from pyquiet.cli import training
+from pyquiet.cli.loading import load_for_training, load_tokenizer
+from pyquiet.cli.options import Whole, add_tokenizer
+from pyquiet.cli.training import RATE, SEED, SHARE
 
 if TYPE_CHECKING:
     from pyquiet import AnySubsetTrainingArguments
 
 OPTIONS: training.Options = training.SHARED | {
-    "--max-length": ("max_length", 256, "tokens of a text; documents are packed to it"),
-    "--learning-rate": ("learning_rate", 1e-4, "peak"),
-    "--weight-decay": ("weight_decay", 1e-2, "of AdamW"),
-    "--draft-weight": ("draft_weight", 0.5, "of the drafts' NLL, from 0 to 1; the joint law has the rest"),
-    "--low-mask-rate": ("low_mask_rate", 0.15, "smallest share of a text to be filled"),
-    "--high-mask-rate": ("high_mask_rate", 0.95, "largest share"),
-    "--start-mask-rate": ("start_mask_rate", None, "both at first (default: --low-mask-rate)"),
-    "--mask-warmup-steps": ("mask_warmup_steps", 0, "from there to the range"),
-    "--seed": ("seed", 0, "of a fresh model, order and what is filled"),
+    "--max-length": ("max_length", Whole(2), 256, "tokens of a text; documents are packed to it"),
+    "--learning-rate": ("learning_rate", RATE, 1e-4, "peak"),
+    "--weight-decay": ("weight_decay", RATE, 1e-2, "of AdamW"),
+    "--draft-weight": ("draft_weight", SHARE, 0.5, "of the drafts' NLL, from 0 to 1; the joint law has the rest"),
+    "--low-mask-rate": ("low_mask_rate", SHARE, 0.15, "smallest share of a text to be filled"),
+    "--high-mask-rate": ("high_mask_rate", SHARE, 0.95, "largest share"),
+    "--start-mask-rate": ("start_mask_rate", SHARE, None, "both at first (default: --low-mask-rate)"),
+    "--mask-warmup-steps": ("mask_warmup_steps", Whole(0), 0, "from there to the range"),
+    "--seed": ("seed", SEED, 0, "same seed, same fresh model, order and what is filled"),
 }
 
 
@@ -28,16 +31,15 @@ def add_parser(methods: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         description="Train an XLNet to fill in any part of a text, given the rest (an any-subset autoregressive "
         "model). Given again after it was stopped, the command goes on from the last checkpoint in --output. Start it "
         "with torchrun for several processes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     train.add_argument("--model", metavar="DIR", help="an XLNet's folder or an embedded one's name (default: fresh)")
-    train.add_argument("--tokenizer", metavar="DIR", help="folder or embedded model's name, if not the model's")
+    add_tokenizer(train)
     size = train.add_argument_group("a fresh model")
-    size.add_argument("--layers", type=int, default=4)
-    size.add_argument("--width", type=int, default=192)
-    size.add_argument("--heads", type=int, default=4)
-    size.add_argument("--inner", type=int, default=768, help="width of the MLPs")
-    size.add_argument("--reach", type=int, default=64, help="distance of tokens from which on all are the same")
+    size.add_argument("--layers", type=Whole(), default=4, help="one above the other")
+    size.add_argument("--width", type=Whole(), default=192, help="numbers of a position")
+    size.add_argument("--heads", type=Whole(), default=4, help="of attention")
+    size.add_argument("--inner", type=Whole(), default=768, help="width of the MLPs")
+    size.add_argument("--reach", type=Whole(), default=64, help="distance of tokens from which on all are the same")
     training.add_options(train, OPTIONS)
     train.set_defaults(run=run)
 
@@ -48,11 +50,10 @@ def run(args: argparse.Namespace) -> int:
     from pyquiet.any_subset.trainer import AnySubsetTrainer
     from pyquiet.datasets import packed
 
-    if not (args.model or args.tokenizer):
-        raise ValueError("say which --model to train, or whose --tokenizer a fresh one is to have, e.g. tiny-causal")
+    training.check_start(args)
     settings = training_arguments(args)
     texts, eval_texts = training.read_data(args)
-    tokenizer = training.tokenizer(args.tokenizer or args.model)
+    tokenizer = load_tokenizer("--tokenizer" if args.tokenizer else "--model", args.tokenizer or args.model)
     set_seed(settings.seed)  # a fresh model is random
     trainer = AnySubsetTrainer(
         _model(args, tokenizer),
@@ -91,13 +92,8 @@ def in_words(step: int, logs: dict[str, float]) -> str:
 def _model(args: argparse.Namespace, tokenizer: Any) -> Any:
     from transformers import XLNetConfig, XLNetLMHeadModel
 
-    from pyquiet.zoo import available, load
-
-    if args.model in available():
-        return load(args.model)[0]
     if args.model:
-        training.check_folder(args.model)
-        return XLNetLMHeadModel.from_pretrained(args.model).float()  # in half precision, small steps would be lost
+        return load_for_training("--model", args.model, XLNetLMHeadModel)
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     config = XLNetConfig(
         vocab_size=len(tokenizer), n_layer=args.layers, d_model=args.width, n_head=args.heads, d_inner=args.inner,

@@ -4,22 +4,25 @@ import argparse
 from typing import Any
 
 from pyquiet.cli import training
+from pyquiet.cli.loading import load_for_training, load_tokenizer
+from pyquiet.cli.options import Whole, add_tokenizer
+from pyquiet.cli.training import RATE, SEED, SHARE
 
 NOISE: training.Options = {
-    "--max-length": ("max_length", 256, "tokens of a text; longer ones are cut into several"),
-    "--weight-decay": ("weight_decay", 1e-2, "of AdamW"),
-    "--noise-schedule": ("noise_schedule", "linear", "linear, cosine, cosine_squared or geometric"),
-    "--ema": ("ema_decay", 0.999, "decay of the average of the weights that is evaluated and saved; 0: none"),
+    "--max-length": ("max_length", Whole(2), 256, "tokens of a text; longer ones are cut into several"),
+    "--weight-decay": ("weight_decay", RATE, 1e-2, "of AdamW"),
+    "--noise-schedule": ("noise_schedule", str, "linear", "linear, cosine, cosine_squared or geometric"),
+    "--ema": ("ema_decay", SHARE, 0.999, "decay of the average of weights that is evaluated and saved; 0: none"),
 }
 OPTIONS: training.Options = (
     training.SHARED
     | NOISE
     | {
-        "--learning-rate": ("learning_rate", 1e-3, "peak"),
-        "--objective": ("objective", "low_variance", "low_variance or continuous; both estimate the same bound"),
-        "--start-level": ("start_level", 0.15, "share that is masked in the first step of --level-warmup-steps"),
-        "--level-warmup-steps": ("level_warmup_steps", 0, "from there to all shares; helps a fresh model to begin"),
-        "--seed": ("seed", 0, "of a fresh model, order and noise"),
+        "--learning-rate": ("learning_rate", RATE, 1e-3, "peak"),
+        "--objective": ("objective", str, "low_variance", "low_variance or continuous; both estimate the same bound"),
+        "--start-level": ("start_level", SHARE, 0.15, "share masked in the first step of --level-warmup-steps"),
+        "--level-warmup-steps": ("level_warmup_steps", Whole(0), 0, "from there to all shares, to help a fresh model"),
+        "--seed": ("seed", SEED, 0, "same seed, same fresh model, order and noise"),
     }
 )
 MASK = "<mask>"  # the token that a tokenizer without one gets, behind all others
@@ -32,15 +35,14 @@ def add_parser(methods: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         description="Train a masked language model as the denoiser of masked diffusion. Given again after it was "
         "stopped, the command goes on from the last checkpoint in --output. Start it with torchrun for several "
         "processes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     train.add_argument("--model", metavar="DIR", help="a masked LM's folder or an embedded one's name (default: fresh)")
-    train.add_argument("--tokenizer", metavar="DIR", help="folder or embedded model's name, if not the model's")
+    add_tokenizer(train)
     size = train.add_argument_group("a fresh model")
-    size.add_argument("--layers", type=int, default=4)
-    size.add_argument("--width", type=int, default=192)
-    size.add_argument("--heads", type=int, default=6)
-    size.add_argument("--inner", type=int, default=320, help="width of the MLPs")
+    size.add_argument("--layers", type=Whole(), default=4, help="one above the other")
+    size.add_argument("--width", type=Whole(), default=192, help="numbers of a position")
+    size.add_argument("--heads", type=Whole(), default=6, help="of attention")
+    size.add_argument("--inner", type=Whole(), default=320, help="width of the MLPs")
     add_pieces(train)
     training.add_options(train, OPTIONS)
     train.set_defaults(run=run)
@@ -59,15 +61,14 @@ def run(args: argparse.Namespace) -> int:
     from pyquiet.diffusion.arguments import DiffusionTrainingArguments
     from pyquiet.diffusion.trainer import DiffusionTrainer
 
-    if not (args.model or args.tokenizer):
-        raise ValueError("say which --model to train, or whose --tokenizer a fresh one is to have, e.g. tiny-causal")
+    training.check_start(args)
     settings = training.training_arguments(args, DiffusionTrainingArguments, OPTIONS)
-    tokenizer = training.tokenizer(args.tokenizer or args.model)
+    tokenizer = load_tokenizer("--tokenizer" if args.tokenizer else "--model", args.tokenizer or args.model)
     if tokenizer.mask_token_id is None:
         tokenizer.add_special_tokens({"mask_token": MASK})
     train_dataset, eval_dataset = pieces(args, tokenizer, settings.max_length)
     set_seed(settings.seed)  # a fresh model is random
-    denoiser = load_denoiser(args, args.model, tokenizer) if args.model else _fresh(args, tokenizer)
+    denoiser = start_denoiser(args, "--model", tokenizer) if args.model else _fresh(args, tokenizer)
     trainer = DiffusionTrainer(
         denoiser,
         settings,
@@ -99,18 +100,13 @@ def in_words(step: int, logs: dict[str, float]) -> str:
     return f"step {step:6d}  eval   {bound}  perplexity {logs['eval_perplexity']:.2f}"
 
 
-def load_denoiser(args: argparse.Namespace, source: str, tokenizer: Any) -> Any:
-    """The denoiser of this folder or embedded model's name, in float32, with --attention."""
+def start_denoiser(args: argparse.Namespace, option: str, tokenizer: Any) -> Any:
+    """The denoiser that the option names, in float32, with --attention."""
     from transformers import AutoModelForMaskedLM
 
     from pyquiet.diffusion.modeling import MaskedDenoiser
-    from pyquiet.zoo import available, load
 
-    if source in available():
-        model: Any = load(source)[0]
-    else:
-        training.check_folder(source)
-        model = AutoModelForMaskedLM.from_pretrained(source).float()  # in half precision, small steps would be lost
+    model = load_for_training(option, getattr(args, option[2:]), AutoModelForMaskedLM)
     if args.attention:
         model.set_attn_implementation(args.attention)
     return MaskedDenoiser(model, tokenizer.mask_token_id)

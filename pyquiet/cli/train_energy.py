@@ -3,15 +3,18 @@
 import argparse
 
 from pyquiet.cli import training
+from pyquiet.cli.loading import check_known, load_for_training, load_tokenizer
+from pyquiet.cli.options import Whole
 from pyquiet.cli.train_diffusion import NOISE, add_pieces
+from pyquiet.cli.training import RATE, SEED
 
 OPTIONS: training.Options = (
     training.SHARED
     | NOISE
     | {
-        "--learning-rate": ("learning_rate", 3e-4, "peak"),
-        "--negatives": ("negatives", 1, "completions by the denoiser beside each text"),
-        "--seed": ("seed", 0, "of order, noise and completions"),
+        "--learning-rate": ("learning_rate", RATE, 3e-4, "peak"),
+        "--negatives": ("negatives", Whole(), 1, "completions by the denoiser beside each text"),
+        "--seed": ("seed", SEED, 0, "same seed, same order, noise and completions"),
     }
 )
 
@@ -23,7 +26,6 @@ def add_parser(methods: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         description="Train an energy by noise-contrastive estimation, beginning from the denoiser whose steps it is to "
         "correct. Given again after it was stopped, the command goes on from the last checkpoint in --output. Start it "
         "with torchrun for several processes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     train.add_argument("--denoiser", required=True, metavar="DIR", help="its folder or an embedded one's name")
     train.add_argument("--model", metavar="DIR", help="an energy's folder or name to go on with (default: fresh)")
@@ -36,22 +38,19 @@ def add_parser(methods: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 def run(args: argparse.Namespace) -> int:
     from transformers import set_seed
 
-    from pyquiet.cli.train_diffusion import load_denoiser, pieces
+    from pyquiet.cli.train_diffusion import pieces, start_denoiser
     from pyquiet.diffusion.arguments import NCETrainingArguments
     from pyquiet.diffusion.nce_energy import NCEEnergy
     from pyquiet.diffusion.trainer import NCETrainer
-    from pyquiet.zoo import available, load
 
     settings = training.training_arguments(args, NCETrainingArguments, OPTIONS)
-    tokenizer = training.tokenizer(args.denoiser)
-    denoiser = load_denoiser(args, args.denoiser, tokenizer)
+    check_known("--denoiser", args.denoiser)
+    tokenizer = load_tokenizer("--denoiser", args.denoiser)
+    denoiser = start_denoiser(args, "--denoiser", tokenizer)
     train_dataset, eval_dataset = pieces(args, tokenizer, settings.max_length)
     set_seed(settings.seed)
-    if args.model in available():
-        energy = load(args.model)[0]
-    elif args.model:
-        training.check_folder(args.model)
-        energy = NCEEnergy.from_pretrained(args.model).float()  # in half precision, small steps would be lost
+    if args.model:
+        energy = load_for_training("--model", args.model, NCEEnergy)
     else:
         energy = NCEEnergy.from_denoiser(denoiser, args.pool)
     trainer = NCETrainer(

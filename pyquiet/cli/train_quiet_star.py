@@ -4,21 +4,24 @@ import argparse
 from typing import TYPE_CHECKING
 
 from pyquiet.cli import training
-from pyquiet.cli.think import MODEL_HELP, load_thinker
+from pyquiet.cli.loading import load_thinker
+from pyquiet.cli.options import Whole
+from pyquiet.cli.think import add_model, add_thought_tokens
+from pyquiet.cli.training import RATE, SEED
 
 if TYPE_CHECKING:
     from pyquiet import QuietStarTrainingArguments
 
 OPTIONS: training.Options = training.SHARED | {
-    "--max-length": ("max_length", 256, "tokens of a text; longer ones are cropped at seeded places"),
-    "--learning-rate": ("learning_rate", 1e-5, "peak, of the base"),
-    "--head-learning-rate": ("head_learning_rate", None, "of the mixing head (default: as the base)"),
-    "--meta-learning-rate": ("meta_learning_rate", None, "of START and END as stored (default: as the base)"),
-    "--weight-decay": ("weight_decay", 1e-3, "of AdamW"),
-    "--thoughts-per-token": ("thoughts_per_token", 2, "N"),
-    "--lookahead": ("lookahead", 4, "A, tokens predicted after a thought"),
-    "--policy-weight": ("policy_weight", None, "of REINFORCE (default: 1)"),
-    "--seed": ("seed", 0, "of crops, order and thoughts"),
+    "--max-length": ("max_length", Whole(2), 256, "tokens of a text; longer ones are cropped at seeded places"),
+    "--learning-rate": ("learning_rate", RATE, 1e-5, "peak, of the base"),
+    "--head-learning-rate": ("head_learning_rate", RATE, None, "of the mixing head (default: as the base)"),
+    "--meta-learning-rate": ("meta_learning_rate", RATE, None, "of START and END as stored (default: as the base)"),
+    "--weight-decay": ("weight_decay", RATE, 1e-3, "of AdamW"),
+    "--thoughts-per-token": ("thoughts_per_token", Whole(), 2, "thoughts to average"),
+    "--lookahead": ("lookahead", Whole(), 4, "tokens predicted after a thought"),
+    "--policy-weight": ("policy_weight", RATE, None, "of REINFORCE (default: 1)"),
+    "--seed": ("seed", SEED, 0, "same seed, same crops, order and thoughts"),
 }
 
 
@@ -28,10 +31,9 @@ def add_parser(methods: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="Quiet-STaR: thoughts at every token, rewarded by what they foretell",
         description="Train a causal LM to think after every token (Quiet-STaR). Given again after it was stopped, the "
         "command goes on from the last checkpoint in --output. Start it with torchrun for several processes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    train.add_argument("--model", metavar="DIR", help=MODEL_HELP)
-    train.add_argument("--thought-tokens", type=int, metavar="M", help="tokens of a thought (default: 5)")
+    add_model(train)
+    add_thought_tokens(train)
     train.add_argument("--official", action="store_true", help="the released code's loss, number for number")
     train.add_argument("--curriculum", nargs="+", metavar="M,A:STEPS[:RATE]", help="stages, instead of --steps")
     train.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")

@@ -1,24 +1,26 @@
 """What the methods of `pyquiet train` share: options, data, where to go on, and the lines that they print."""
 
 import argparse
-import os
-import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
-# Options that are training arguments by another name: option -> (argument, default, help).
-Options = dict[str, tuple[str, Any, str]]
+from pyquiet.cli.loading import check_known
+from pyquiet.cli.options import Number, Whole, add_quiet, usable_device
+
+# Options that are training arguments by another name: option -> (argument, its type, default, help).
+Options = dict[str, tuple[str, Callable[[str], Any], Any, str]]
 SHARED: Options = {
-    "--steps": ("max_steps", None, "optimiser steps (default: --epochs)"),
-    "--epochs": ("num_train_epochs", 1, "passes over the data"),
-    "--batch-size": ("per_device_train_batch_size", 8, "texts a micro-batch and process"),
-    "--accumulate": ("gradient_accumulation_steps", 1, "micro-batches a step"),
-    "--schedule": ("lr_scheduler_type", "cosine", "of the learning rates, as transformers names it"),
-    "--warmup-steps": ("warmup_steps", 20, "of the learning rates"),
-    "--log-every": ("logging_steps", 10, "steps"),
-    "--eval-every": ("eval_steps", 100, "steps; needs --eval-text or --eval-dataset"),
-    "--save-every": ("save_steps", 100, "steps; the last two checkpoints are kept"),
+    "--steps": ("max_steps", Whole(), None, "optimiser steps (default: --epochs)"),
+    "--epochs": ("num_train_epochs", Number(0, open=True), 1, "passes over the data"),
+    "--batch-size": ("per_device_train_batch_size", Whole(), 8, "texts at a time, in each process"),
+    "--accumulate": ("gradient_accumulation_steps", Whole(), 1, "batches of a step"),
+    "--schedule": ("lr_scheduler_type", str, "cosine", "of the learning rates, as transformers names it"),
+    "--warmup-steps": ("warmup_steps", Whole(0), 20, "of the learning rates"),
+    "--log-every": ("logging_steps", Whole(), 10, "steps"),
+    "--eval-every": ("eval_steps", Whole(), 100, "steps; needs --eval-text or --eval-dataset"),
+    "--save-every": ("save_steps", Whole(), 100, "steps; the last two checkpoints are kept"),
 }
+RATE, SEED, SHARE = Number(0), Whole(0, 2**32), Number(0, 1)  # types of options that only some methods have
 
 
 def add_options(parser: argparse.ArgumentParser, options: Options) -> None:
@@ -32,25 +34,32 @@ def add_options(parser: argparse.ArgumentParser, options: Options) -> None:
     held_out.add_argument("--eval-dataset", metavar="NAME", help="to evaluate on, as --dataset")
     parser.add_argument("--output", required=True, metavar="DIR", help="for checkpoints and the trained model")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 over float32 weights")
-    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: a GPU if there is one)")
+    add_quiet(parser)
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="further training arguments")
-    for option, (_, default, what) in options.items():
-        parser.add_argument(option, default=default, metavar="X", help=what)
+    for option, (_, kind, default, what) in options.items():
+        parser.add_argument(option, type=kind, default=default, help=what)
 
 
 def training_arguments(args: argparse.Namespace, kind: type, options: Options, *words: str, **more: Any) -> Any:
     """The training arguments of this kind that the options say; ValueError names what transformers does not take."""
     from transformers import HfArgumentParser
 
+    if args.device:
+        usable_device(args.device)
+
     class Parser(HfArgumentParser):
         def error(self, message: str) -> None:
             raise ValueError(message)
 
     evaluates = args.eval_text or args.eval_dataset
-    values = {name: vars(args)[option[2:].replace("-", "_")] for option, (name, _, _) in options.items()}
+    values = {name: vars(args)[option[2:].replace("-", "_")] for option, (name, *_) in options.items()}
     values |= {"output_dir": args.output, "save_total_limit": 2, "report_to": "none", "bf16": args.bf16}
-    values |= {"use_cpu": args.cpu, "eval_strategy": "steps" if evaluates else "no", "disable_tqdm": args.quiet}
+    values |= {
+        "use_cpu": args.device == "cpu",
+        "eval_strategy": "steps" if evaluates else "no",
+        "disable_tqdm": args.quiet,
+    }
     values |= more | dict(pair.split("=", 1) if "=" in pair else (pair, "true") for pair in args.set)
     given = [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
     (training,) = Parser(kind).parse_args_into_dataclasses([*given, *words])
@@ -60,33 +69,23 @@ def training_arguments(args: argparse.Namespace, kind: type, options: Options, *
 def read_data(args: argparse.Namespace) -> tuple[Iterable[str], Iterable[str] | None]:
     """The documents to learn from and those to evaluate on; OSError if the output could not be written."""
     from pyquiet.datasets import read_dataset
-    from pyquiet.files import read_texts
+    from pyquiet.files import check_writable, read_texts
 
     def read(files: list[str] | None, name: str | None) -> Iterable[str] | None:
         if name:
             return read_dataset(name, args.dataset_column)
         return read_texts(files) if files else None
 
-    os.makedirs(args.output, exist_ok=True)
-    tempfile.TemporaryFile(dir=args.output).close()  # an output that cannot be written is known before the training
+    check_writable(args.output, make=True)
     return read(args.text, args.dataset) or [], read(args.eval_text, args.eval_dataset)
 
 
-def tokenizer(source: str) -> Any:
-    """Of an embedded model's name or a model's folder; ValueError if there is none."""
-    from transformers import AutoTokenizer
-
-    from pyquiet.zoo import available, load
-
-    if source in available():
-        return load(source)[1]
-    check_folder(source)
-    return AutoTokenizer.from_pretrained(source)
-
-
-def check_folder(folder: str) -> None:
-    if not os.path.isdir(folder):
-        raise ValueError(f"there is no model folder {folder!r}")
+def check_start(args: argparse.Namespace) -> None:
+    """ValueError where neither a model nor the tokenizer of a fresh one is named, or there is no such model."""
+    if not (args.model or args.tokenizer):
+        raise ValueError("say which --model to train, or whose --tokenizer a fresh one is to have, e.g. tiny-causal")
+    if args.model:
+        check_known("--model", args.model)
 
 
 def train(trainer: Any, in_words: Callable[[int, dict[str, float]], str]) -> int:

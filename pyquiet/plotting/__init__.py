@@ -1,6 +1,5 @@
 """Figures, and pages for the browser."""
 
-from pyquiet.files import check_target
 from pyquiet.plotting.difficulty import plot_gain_by_decile
 from pyquiet.plotting.diffusion import plot_diffusion
 from pyquiet.plotting.figures import as_svg, check_figure
@@ -14,7 +13,6 @@ __all__ = [
     "View",
     "as_svg",
     "check_figure",
-    "check_target",
     "film_view",
     "infilling_view",
     "plot_diffusion",

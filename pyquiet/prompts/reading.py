@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyquiet.checks import check_text
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -76,8 +78,7 @@ def _read(line: bytes, fields: tuple[str, ...], place: str) -> tuple[str | int |
         raise ValueError(f"{place}: {field!r} must be a text, got {_short(text)}")
     if not isinstance(name, str | int | None) or isinstance(name, bool):
         raise ValueError(f"{place}: 'id' must be a text or a whole number, got {_short(name)}")
-    if any("\ud800" <= character <= "\udfff" for character in f"{text}{name}"):  # JSON can write half a character
-        raise ValueError(f"{place}: not UTF-8 text (half of a surrogate pair)")
+    check_text(place, f"{text}{name}")  # JSON can write half a character
     return name, field, text
 
 

@@ -1,12 +1,13 @@
 """`pyquiet demo`: what it prints, writes and refuses; the scenes themselves are tested in tests/demo."""
 
+import importlib.util
 import json
 import re
 
 import pytest
 
 from pyquiet.cli import main
-from pyquiet.demo import Scene, scenes
+from pyquiet.demo import SCENES, Scene, scenes
 from pyquiet.plotting import View
 
 from .one_line import error_line
@@ -61,7 +62,19 @@ def test_what_cannot_be_written_is_told_before_anything_is_played(monkeypatch, c
 
 
 def test_there_are_no_other_scenes(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["demo", "--only", "chess"])
-    assert stopped.value.code == 2
-    assert "thoughts" in capsys.readouterr().err
+    assert main(["demo", "--only", "chess"]) == 2
+    assert error_line(capsys) == f"pyquiet: error: --only must be one of {', '.join(SCENES)}, got 'chess'"
+
+
+def test_no_scene_is_played_twice(played, capsys):
+    assert main(["demo", "--only", "scaling", "diffusion", "scaling"]) == 0
+    assert re.findall(r"Title of (\w+)", capsys.readouterr().out) == ["scaling", "diffusion"]
+
+
+def test_matplotlib_is_needed_for_figures_alone(played, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    page = str(tmp_path / "page.html")
+    assert main(["demo", "--only", "infilling", "diffusion", "--html", page]) == 0
+    capsys.readouterr()
+    assert main(["demo", "--only", "infilling", "scaling", "--html", page]) == 2
+    assert "pip install 'pyquiet[plot]'" in error_line(capsys)

@@ -165,12 +165,12 @@ def test_a_terminal_shows_the_text_filling_in(folder, models, capsys, monkeypatc
         assert "The king" in found[1]
     assert {int((tokens == models[0].mask_id).sum()) > 0 for *_, tokens in seen} == {True, False}
     end = shown.rstrip("\n").split("\n")[-2:]
-    for more in (["--no-live"], ["--json"]):
+    for more in (["--quiet"], ["--json"]):
         assert run(folder, *arguments, *more) == 0
         out = capsys.readouterr().out
         assert "\N{LIGHT SHADE}" not in out
         assert "step 1" not in out
-        if more == ["--no-live"]:
+        if more == ["--quiet"]:
             text, line = out.rstrip("\n").split("\n")
             assert end[0].endswith(text)
             assert line.rsplit(",", 1)[0] == end[1].rsplit(",", 1)[0]
@@ -214,7 +214,7 @@ def test_the_embedded_models_are_the_default(capsys):
         (["--model", "tiny-causal"], "no mask token"),
         (["--model", "DATA/energy"], "pyquiet_energy"),
         (["--model", "DATA/bare", "--tokenizer", "tiny-causal"], "no mask token"),
-        (["--tokenizer", "/no/such/folder"], "/no/such/folder has no tokenizer"),
+        (["--tokenizer", "/no/such/folder"], "--tokenizer /no/such/folder: no tokenizer there"),
         (["--energy", "/no/such/folder"], "--energy /no/such/folder"),
         (["--energy", "tiny-puzzler"], "tokenizers differ"),
         (["--energy", "DATA/other"], "its mask has the id 7"),
@@ -225,11 +225,11 @@ def test_the_embedded_models_are_the_default(capsys):
         (["--gap-tokens", "0"], "--gap-tokens"),
         (["--samples", "0"], "--samples"),
         (["--steps", "0"], "--steps"),
-        (["--candidates", "0"], "candidates"),
-        (["--window", "2"], "window"),
-        (["--energy-temperature", "0"], "energy_temperature"),
-        (["--ess-target", "0.5"], "ess_target"),
-        (["--sampler", "best"], "sampler"),
+        (["--candidates", "0"], "--candidates must be at least 1, got 0"),
+        (["--window", "2"], "--window must be in [0, 1], got 2"),
+        (["--energy-temperature", "0"], "--energy-temperature must be above 0, got 0"),
+        (["--ess-target", "0.5"], "--ess-target must be at least 1, got 0.5"),
+        (["--sampler", "best"], "--sampler must be one of schedule_first, "),
         (["--temperature", "-1"], "--temperature"),
         (["--top-p", "0"], "--top-p"),
         (["--device", "nonsense"], "--device"),
@@ -301,7 +301,7 @@ def test_the_embedded_energies_are_compared_by_default(folder, capsys):
         (["--match", "entropy"], "--match"),
         (["--items", "0"], "--items"),
         (["--order", "0"], "--order"),
-        (["--steps", "0"], "steps"),
+        (["--steps", "8", "0"], "--steps must be at least 1, got 0"),
         (["--plot", "table.jpg"], "table.jpg"),
         (["--json", "/no/folder/x"], "no folder /no/folder"),
         (["--energy", "/no/energy"], "--energy /no/energy"),

@@ -28,9 +28,9 @@ def test_a_text_is_filled_in_windows(capsys):
     ("arguments", "named"),
     [
         (WINDOWS, "context is None"),
-        ([*WINDOWS, "--context", "0"], "--context must be 1 or more"),
+        ([*WINDOWS, "--context", "0"], "--context must be at least 1"),
         (["diffuse", "--energy", "none", "--length", "1025"], "columns are longer than the 1024"),
-        (["evaluate", "diffusion", "--text", "FILE", "--sampler", "semi_autoregressive"], "--sampler must be of"),
+        (["evaluate", "diffusion", "--text", "FILE", "--sampler", "semi_autoregressive"], "--sampler must be one of"),
     ],
 )
 def test_errors_name_the_option(tmp_path, capsys, arguments, named):

@@ -130,8 +130,8 @@ def test_majority_vote(folder, thinker, capsys, monkeypatch):
         ("answers", ["--data", "TEXT"], "line 1: not a GSM8K item"),
         ("answers", ["--items", "0"], "--items"),
         ("answers", ["--majority-vote", "--task", "commonsenseqa"], "--task gsm8k"),
-        ("answers", ["--majority-vote", "--samples", "0"], "samples=0"),
-        ("answers", ["--batch-size", "0"], "batch_size=0"),
+        ("answers", ["--majority-vote", "--samples", "0"], "--samples must be at least 1, got 0"),
+        ("answers", ["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
     ],
 )
 def test_errors_are_one_line_that_names_the_cause(folder, capsys, measure, arguments, named):

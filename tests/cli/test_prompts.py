@@ -89,7 +89,7 @@ def close(a, b):
 @pytest.mark.parametrize("command", LINES)
 def test_batches_change_nothing_and_the_first_row_is_that_of_the_prompt_alone(folder, command, tmp_path, capsys):
     for size in ("1", "4"):
-        assert main(many(folder, command, tmp_path / size, "--batch-size", size, "--float64")) == 0
+        assert main(many(folder, command, tmp_path / size, "--batch-size", size, "--dtype", "float64")) == 0
     assert (tmp_path / "1").read_text() == (tmp_path / "4").read_text()
     found, samples = rows(tmp_path / "4"), 1 if command == "think" else 2
     assert [(row["index"], row["id"]) for row in found] == [
@@ -112,7 +112,7 @@ def test_float64_is_that_of_all_networks(folder, tmp_path, monkeypatch):
         return diffuse(denoiser, energy, **options)
 
     monkeypatch.setattr("pyquiet.diffusion.sampling.diffuse", spied)
-    assert main(many(folder, "diffuse", tmp_path / "out", "--float64")) == 0
+    assert main(many(folder, "diffuse", tmp_path / "out", "--dtype", "float64")) == 0
     assert types == {torch.float64}
 
 
@@ -254,8 +254,10 @@ def test_prompts_need_an_output(folder, tmp_path, capsys):
     assert "there is no folder" in error_line(capsys)
     assert main(words(folder, "think", *given, "--output", folder / "think.jsonl")) == 2
     assert "name another file" in error_line(capsys)
-    with pytest.raises(SystemExit):
-        main(words(folder, "think", *given, "--prompt", "a", "--output", tmp_path / "out.jsonl"))
+    assert main(words(folder, "think", *given, "--prompt", "a", "--output", tmp_path / "out.jsonl")) == 2
+    assert "--prompt: not allowed with argument --prompts" in error_line(capsys)
+    assert main(["think", "--prompt", "a", "--output", "x"]) == 2
+    assert "--output has no use without --prompts" in error_line(capsys)
 
 
 def test_other_weights_are_another_run(folder, tmp_path, capsys):

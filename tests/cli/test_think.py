@@ -90,7 +90,7 @@ def test_a_plain_model_answers_as_it_would_alone_and_says_so(folders, capsys):
         (["--top-k", "0"], "--top-k"),
         (["--device", "nonsense"], "--device"),
         (["--prompt", "\udce4"], "UTF-8"),
-        (["--thought-temperature", "-1"], "thought_temperature"),
+        (["--thought-temperature", "-1"], "--thought-temperature must be at least 0, got -1"),
         (["--thought-tokens", "4"], "--thought-tokens"),
         (["--prompt", ""], "empty prompt"),
         (["--show-thoughts", "--think", "never"], "--show-thoughts"),

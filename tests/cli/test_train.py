@@ -20,7 +20,8 @@ def text(tmp_path):
 
 
 def train(text, folder, *more):
-    options = ["--steps", "2", "--max-length", "24", "--batch-size", "2", "--thought-tokens", "1", "--cpu", "--quiet"]
+    options = ["--steps", "2", "--max-length", "24", "--batch-size", "2", "--thought-tokens", "1", "--quiet"]
+    options += ["--device", "cpu"]
     return main(["train", "quiet-star", "--text", text, "--output", str(folder), *options, *more])
 
 
@@ -68,8 +69,8 @@ def test_weights_in_half_precision_are_trained_in_single(text, tmp_path):
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (["--lookahead", "0"], "lookahead"),
-        (["--lookahead", "many"], "lookahead"),
+        (["--lookahead", "0"], "--lookahead must be at least 1, got 0"),
+        (["--lookahead", "many"], "--lookahead must be a whole number, got 'many'"),
         (["--max-length", "5000"], "context"),
         (["--set", "no_such_argument=1"], "no_such_argument"),
         (["--curriculum", "5"], "curriculum"),
@@ -88,7 +89,8 @@ def test_options_reach_the_arguments(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("pyquiet.cli.train_quiet_star.run", lambda args: seen.append(training_arguments(args)) or 0)
     words = ["--official", "--thoughts-per-token", "3", "--policy-weight", "0.5", "--accumulate", "4", "--bf16"]
-    words += ["--cpu", "--curriculum", "3,2:10", "1,1:5", "--set", "adam_beta2=0.95", "gradient_checkpointing"]
+    words += ["--curriculum", "3,2:10", "1,1:5", "--device", "cpu"]
+    words += ["--set", "adam_beta2=0.95", "gradient_checkpointing"]
     assert main(["train", "quiet-star", "--text", "x", "--output", str(tmp_path), *words]) == 0
     (arguments,) = seen
     assert arguments.objective.official
@@ -98,4 +100,4 @@ def test_options_reach_the_arguments(tmp_path, monkeypatch):
     assert arguments.bf16
     assert arguments.gradient_checkpointing
     assert arguments.adam_beta2 == 0.95
-    assert {name for name, _, _ in OPTIONS.values()} <= set(vars(arguments))
+    assert {name for name, *_ in OPTIONS.values()} <= set(vars(arguments))

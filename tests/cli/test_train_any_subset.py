@@ -24,7 +24,8 @@ def text(tmp_path):
 
 def train(text, folder, *more):
     options = ["--steps", "2", "--max-length", "24", "--batch-size", "2", "--tokenizer", "tiny-causal", *SIZE]
-    return main(["train", "any-subset", "--text", text, "--output", str(folder), "--cpu", "--quiet", *options, *more])
+    options += ["--device", "cpu", "--quiet"]
+    return main(["train", "any-subset", "--text", text, "--output", str(folder), *options, *more])
 
 
 def test_a_fresh_model_is_trained_evaluated_and_saved(text, tmp_path, capsys):
@@ -72,7 +73,7 @@ def test_the_embedded_model_and_data_of_the_datasets_library(tmp_path):
     file.write_text("".join(json.dumps({"body": f"The king said {i}."}) + "\n" for i in range(20)))
     options = ["--dataset", str(file), "--eval-dataset", str(file), "--dataset-column", "body", "--steps", "1"]
     options += ["--model", "tiny-any-subset", "--max-length", "16", "--batch-size", "2", "--eval-every", "1"]
-    assert main(["train", "any-subset", *options, "--output", str(tmp_path / "out"), "--cpu", "--quiet"]) == 0
+    assert main(["train", "any-subset", *options, "--output", str(tmp_path / "out"), "--device", "cpu", "--quiet"]) == 0
     state = json.loads((tmp_path / "out" / "checkpoint-1" / "trainer_state.json").read_text())
     assert any("eval_joint_nll_50" in log for log in state["log_history"])
     model = XLNetLMHeadModel.from_pretrained(tmp_path / "out")
@@ -82,12 +83,12 @@ def test_the_embedded_model_and_data_of_the_datasets_library(tmp_path):
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (["--draft-weight", "2"], "draft_weight"),
-        (["--low-mask-rate", "many"], "low_mask_rate"),
+        (["--draft-weight", "2"], "--draft-weight must be in [0, 1], got 2"),
+        (["--low-mask-rate", "many"], "--low-mask-rate must be a number, got 'many'"),
         (["--low-mask-rate", "0.99"], "high_mask_rate"),
         (["--set", "no_such_argument=1"], "no_such_argument"),
         (["--model", "no/such/folder"], "no model folder"),
-        (["--tokenizer", "no/such/folder"], "no model folder"),
+        (["--tokenizer", "no/such/folder"], "--tokenizer no/such/folder: no tokenizer there"),
         (["--model", "tiny-causal"], "XLNetLMHeadModel"),
         (["--eval-text", "no-such-file.txt"], "no-such-file.txt"),
     ],
@@ -100,7 +101,7 @@ def test_errors_are_one_line(text, tmp_path, capsys, words, match):
 
 
 def test_a_fresh_model_needs_a_tokenizer(text, tmp_path, capsys):
-    assert main(["train", "any-subset", "--text", text, "--output", str(tmp_path / "out"), "--cpu"]) == 2
+    assert main(["train", "any-subset", "--text", text, "--output", str(tmp_path / "out"), "--device", "cpu"]) == 2
     assert "--tokenizer" in capsys.readouterr().err
 
 
@@ -117,11 +118,11 @@ def test_options_reach_the_arguments(tmp_path, monkeypatch):
         "--mask-warmup-steps",
         "9",
     ]
-    words += ["--accumulate", "4", "--bf16", "--cpu", "--set", "adam_beta2=0.95", "largest_block=9"]
+    words += ["--accumulate", "4", "--bf16", "--device", "cpu", "--set", "adam_beta2=0.95", "largest_block=9"]
     assert main(["train", "any-subset", "--text", "x", "--output", str(tmp_path), *words]) == 0
     (arguments,) = seen
     assert (arguments.draft_weight, arguments.high_mask_rate, arguments.start_mask_rate) == (0.25, 0.8, 0.2)
     assert (arguments.mask_warmup_steps, arguments.gradient_accumulation_steps, arguments.largest_block) == (9, 4, 9)
     assert arguments.adam_beta2 == 0.95
     assert arguments.bf16
-    assert {name for name, _, _ in OPTIONS.values()} <= set(vars(arguments))
+    assert {name for name, *_ in OPTIONS.values()} <= set(vars(arguments))

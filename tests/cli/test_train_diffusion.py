@@ -13,7 +13,7 @@ from pyquiet.diffusion import NCEEnergy
 from .one_line import error_line
 
 SIZE = ["--layers", "2", "--width", "16", "--heads", "2", "--inner", "16"]
-FEW = ["--steps", "2", "--max-length", "24", "--batch-size", "2", "--warmup-steps", "0", "--cpu", "--quiet"]
+FEW = ["--steps", "2", "--max-length", "24", "--batch-size", "2", "--warmup-steps", "0", "--device", "cpu", "--quiet"]
 
 
 @pytest.fixture
@@ -110,11 +110,11 @@ def test_documents_stay_apart_on_request(tmp_path, monkeypatch):
     ("method", "words", "message"),
     [
         ("diffusion", [], "say which --model to train"),
-        ("diffusion", ["--model", "nowhere"], "there is no model folder 'nowhere'"),
+        ("diffusion", ["--model", "nowhere"], "nowhere: no model folder"),
         ("diffusion", ["--model", "tiny-causal"], "reads to the left alone"),
         ("diffusion", ["--tokenizer", "tiny-causal", "--objective", "x"], "objective must be one of"),
-        ("energy", ["--denoiser", "nowhere"], "there is no model folder 'nowhere'"),
-        ("energy", ["--denoiser", "tiny-causal", "--negatives", "0"], "negatives must be at least 1"),
+        ("energy", ["--denoiser", "nowhere"], "nowhere: no model folder"),
+        ("energy", ["--denoiser", "tiny-causal", "--negatives", "0"], "--negatives must be at least 1, got 0"),
     ],
 )
 def test_bad_options_are_named(text, tmp_path, capsys, method, words, message):

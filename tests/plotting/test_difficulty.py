@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from pyquiet.evaluation import gain_by_decile
-from pyquiet.files import check_target, replacing
 from pyquiet.plotting import check_figure, plot_gain_by_decile
 
 pytest.importorskip("matplotlib")
@@ -61,31 +60,12 @@ def test_bad_names_are_refused_before_anything_is_drawn(tmp_path):
         check_figure(tmp_path / "gain.jpg")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         check_figure(tmp_path / "nowhere" / "gain.png")
-    with pytest.raises(IsADirectoryError, match="is a folder"):
-        check_target(tmp_path)
 
 
 def test_without_matplotlib_the_extra_is_named(table, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'pyquiet\[plot\]'"):
         plot_gain_by_decile(table, tmp_path / "gain.png")
-
-
-def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
-    path = tmp_path / "page"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), replacing(path) as partial:  # noqa: PT012
-        partial.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-    (tmp_path / "link").hardlink_to(path)
-    with replacing(path) as partial:
-        partial.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
-    assert (tmp_path / "link").read_text() == "old"  # a new file took the name
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_importing_needs_nothing_optional():

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pyquiet.cli.think import usable_device
+from pyquiet.cli.options import usable_device
 from pyquiet.prompts import Ranks, answer_prompts
 
 from .runs import HEADER, PROMPTS, answer

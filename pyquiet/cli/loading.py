@@ -1,0 +1,155 @@
+"""The models and tokenizers that options name: embedded ones by their names, others by their folders."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from pyquiet import AREnergy, MaskedDenoiser, NCEEnergy, QuietStarForCausalLM, zoo
+from pyquiet.any_subset import as_engine, load_released
+from pyquiet.diffusion import check_tokenizers
+
+THINKER, FILLER, DENOISER, CAUSAL = "tiny-causal", "tiny-any-subset", "tiny-denoiser", "tiny-causal"
+
+
+def check_known(option: str, name: str, *, file: bool = False) -> None:
+    """ValueError, before anything is loaded, for what is neither an embedded model's name nor a model's folder.
+
+    Args:
+        file: a file of weights will do as well.
+    """
+    found = name in zoo.available() or os.path.isfile(os.path.join(name, "config.json"))
+    if not found and not (file and os.path.isfile(name)):
+        what = f"no model folder (a folder with a config.json){', no file of weights' if file else ''}"
+        raise ValueError(f"{option} {name}: {what} and no embedded model ({', '.join(zoo.available())})")
+
+
+@contextmanager
+def _weights_of(option: str, name: str) -> Iterator[None]:
+    """A ValueError in place of the complaint that a file of weights is broken."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{option} {name}: its weights cannot be read ({error}); copy the model anew") from None
+
+
+def load_tokenizer(option: str, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of an embedded model or in a folder; ValueError names the option if there is none."""
+    if name in zoo.available():
+        return zoo.load(name)[1]
+    files = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
+    if not any(os.path.isfile(os.path.join(name, file)) for file in files):
+        raise ValueError(f"{option} {name}: no tokenizer there ({', '.join(files)}); name one by --tokenizer")
+    return AutoTokenizer.from_pretrained(name)
+
+
+def load_for_training(option: str, name: str, kind: Any) -> Any:
+    """The model, its weights in float32: in half precision small steps would be lost.
+
+    Args:
+        kind: the class whose `from_pretrained` reads it from a folder.
+    """
+    check_known(option, name)
+    with _weights_of(option, name):
+        return zoo.load(name)[0] if name in zoo.available() else kind.from_pretrained(name).float()
+
+
+def load_thinker(name: str, thought_tokens: int | None) -> tuple[QuietStarForCausalLM, PreTrainedTokenizerBase]:
+    """The thinking model, or a plain causal LM wrapped, and its tokenizer; ValueError says what is wrong.
+
+    Args:
+        thought_tokens: of what is wrapped; a model that thinks brings its own.
+    """
+    check_known("--model", name)
+    wrap: dict[str, Any] = {} if thought_tokens is None else {"thought_tokens": thought_tokens}
+    with _weights_of("--model", name):
+        if name in zoo.available():
+            model, tokenizer = zoo.load(name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            thinks = AutoConfig.from_pretrained(name).model_type == "quiet_star"
+            model = QuietStarForCausalLM.from_pretrained(name) if thinks else name
+        if not isinstance(model, QuietStarForCausalLM):
+            return QuietStarForCausalLM.from_base(model, tokenizer=tokenizer, **wrap).eval(), tokenizer
+    if thought_tokens not in (None, model.config.thought_tokens):
+        raise ValueError(
+            f"--thought-tokens {thought_tokens}: this model learned thoughts of {model.config.thought_tokens} tokens; "
+            "leave the option out"
+        )
+    return model.eval(), tokenizer
+
+
+def load_filler(name: str, tokenizer: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The XLNet of that name, folder or file, and its tokenizer or that of another; ValueError says what is wrong."""
+    check_known("--model", name, file=True)
+    with _weights_of("--model", name):
+        embedded = name in zoo.available()
+        model, words = zoo.load(name) if embedded else (load_released(name, dtype=torch.float32), None)
+    as_engine(model)  # refuses what is no XLNet
+    return model, _tokenizer(words, name, tokenizer)
+
+
+def load_denoiser(name: str, tokenizer: str | None) -> tuple[MaskedDenoiser, PreTrainedTokenizerBase]:
+    """The masked LM of that name or folder, and its tokenizer or that of another; ValueError says what is wrong."""
+    check_known("--model", name)
+    with _weights_of("--model", name):
+        if name in zoo.available():
+            model, words = zoo.load(name)
+        else:
+            kind = AutoConfig.from_pretrained(name).model_type
+            if kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+                raise ValueError(f"--model {name}: a model of type {kind!r} is no masked language model")
+            model, words = AutoModelForMaskedLM.from_pretrained(name).eval(), None
+    words = _tokenizer(words, name, tokenizer)
+    if words.mask_token_id is None:
+        raise ValueError(f"the tokenizer of --model {name} has no mask token; name another by --tokenizer")
+    return MaskedDenoiser(model, words.mask_token_id), words
+
+
+def _tokenizer(own: PreTrainedTokenizerBase | None, model: str, other: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer that `--tokenizer` names, or else the model's own, loaded with it or in its folder."""
+    if other not in (None, model):
+        return load_tokenizer("--tokenizer", other)
+    return own if own is not None else load_tokenizer("--model", model)
+
+
+def load_causal(option: str, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal LM of that name or folder, and its tokenizer; ValueError names the option."""
+    check_known(option, name)
+    with _weights_of(option, name):
+        if name in zoo.available():
+            return zoo.load(name)
+        return AutoModelForCausalLM.from_pretrained(name).eval(), load_tokenizer(option, name)
+
+
+def load_energy(name: str, denoiser: MaskedDenoiser, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The energy of that name: none, ar, a trained one or a causal LM, on the denoiser's device."""
+    if name == "none":
+        return None
+    name = CAUSAL if name == "ar" else name
+    check_known("--energy", name)
+    if name not in zoo.available() and AutoConfig.from_pretrained(name).model_type == "pyquiet_energy":
+        with _weights_of("--energy", name):
+            model, words = AutoModel.from_pretrained(name).eval(), load_tokenizer("--energy", name)
+    else:
+        model, words = load_causal("--energy", name)
+    check_tokenizers(tokenizer, words)
+    model = model.to(denoiser.device)
+    if not isinstance(model, NCEEnergy):
+        return AREnergy(model, bos_id=words.bos_token_id, mask_id=denoiser.mask_id)
+    if model.mask_id != denoiser.mask_id:
+        raise ValueError(f"--energy {name}: its mask has the id {model.mask_id}, the denoiser's {denoiser.mask_id}")
+    return model

@@ -1,0 +1,183 @@
+"""The command line as a whole: an option that several commands have is the same in all, and bad input is one line."""
+
+import argparse
+import importlib.util
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyquiet import cli
+from pyquiet.cli import main
+from pyquiet.cli.options import Number, Whole, given_text
+
+from .one_line import error_line
+
+
+def commands(
+    parser: argparse.ArgumentParser | None = None, path: tuple[str, ...] = ()
+) -> dict[tuple[str, ...], dict[str, argparse.Action]]:
+    """The options of each command, by the words that call it."""
+    actions = (parser or cli.command_line())._actions
+    below = [action for action in actions if isinstance(action, argparse._SubParsersAction)]
+    found = {path: {a.option_strings[-1]: a for a in actions if a.option_strings and a.dest not in ("help", "version")}}
+    for action in below:
+        for name, child in action.choices.items():
+            found |= commands(child, (*path, name))
+    return {path: options for path, options in found.items() if options}
+
+
+COMMANDS = commands()
+# What must stand in front of an option, as little as parsing asks for.
+NEEDED = {
+    ("scale", "report"): ["run.jsonl"],
+    ("train", "energy"): ["--denoiser", "tiny-denoiser", "--text", "x", "--output", "y"],
+    ("evaluate", "thoughts"): ["--text", "x"],
+    ("evaluate", "answers"): ["--task", "gsm8k", "--data", "x"],
+    ("evaluate", "infilling"): ["--table", "x"],
+    ("evaluate", "diffusion"): ["--text", "x"],
+} | {("train", name): ["--text", "x", "--output", "y"] for name in ("quiet-star", "any-subset", "diffusion")}
+# option -> its type or choices, and how its words begin or end; `scale` has words of its own for two models.
+SHARED = {
+    "--seed": (Whole(-(2**63), 2**64), "same seed, same "),
+    "--temperature": (Number(0), "; 0 takes the likeliest token"),
+    "--top-k": (Whole(), "draw from the N likeliest tokens (default: all)"),
+    "--top-p": (Number(0, 1, open=True), "draw from the likeliest tokens that have this probability together"),
+    "--max-new-tokens": (Whole(), "tokens to write at most"),
+    "--batch-size": (Whole(), " at a time"),
+    "--thoughts-per-token": (Whole(), "thoughts to average"),
+    "--device": (None, "where to run"),
+    "--dtype": (None, "to compute in; "),
+    "--tokenizer": (None, "folder or embedded model's name (default: the model's)"),
+    "--quiet": (None, "show no progress"),
+    "--json": (None, "print the report as JSON, or write it to FILE; the environment stands in it"),
+    "--plot": (None, ".png, .svg or .pdf"),
+    "--judge": (None, "causal model, whose perplexity is shown"),
+}
+ELSEWHERE = {"scale", "bilevel"}  # commands whose options are not made by `pyquiet.cli.options`
+
+
+def having(option: str) -> list[tuple[str, ...]]:
+    return [path for path, options in COMMANDS.items() if option in options]
+
+
+@pytest.mark.parametrize("option", SHARED)
+def test_a_shared_option_has_one_type_and_the_same_words_in_all_commands(option: str) -> None:
+    kind, words = SHARED[option]
+    paths = [path for path in having(option) if path[0] not in ELSEWHERE]
+    assert len(paths) > 1
+    for path in paths:
+        action = COMMANDS[path][option]
+        assert words in (action.help or ""), path
+        assert action.type == (Whole(0, 2**32) if path[0] == "train" and option == "--seed" else kind), path
+        same = (action.nargs, action.const, action.metavar)
+        assert same == (COMMANDS[paths[0]][option].nargs, COMMANDS[paths[0]][option].const, action.metavar)
+
+
+def test_every_command_has_the_options_that_go_with_what_it_does() -> None:
+    for path, options in COMMANDS.items():
+        measures = path[0] != "train"
+        assert ("--json" in options) == measures, path
+        assert ("--quiet" in options) == (path not in (("doctor",), ("scale", "report"))), path
+        assert ("--seed" in options) == (path not in (("doctor",), ("scale", "report"))), path
+        assert ("--device" in options) == (path[0] in ("think", "infill", "diffuse", "train", "evaluate")), path
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_each_option_is_described_and_a_default_is_told_once(path: tuple[str, ...], capsys) -> None:
+    for option, action in COMMANDS[path].items():
+        assert action.help or path[0] in ELSEWHERE, option
+    with pytest.raises(SystemExit):
+        main([*path, "--help"])
+    text = capsys.readouterr().out
+    if path[0] not in ELSEWHERE:
+        assert "(default: None)" not in text
+    for part in text.split("\n  -"):
+        assert part.count("(default") <= 1 or path[0] in ELSEWHERE, part
+
+
+def test_numbers_out_of_range_are_told_alike_while_reading_the_line() -> None:
+    parser, seen = cli.command_line(), 0
+    for path, options in COMMANDS.items():
+        for option, action in options.items():
+            if not isinstance(action.type, Whole | Number):
+                continue
+            for word in ("many", "-9.5", "1e400", "nan"):
+                with pytest.raises(ValueError, match=rf"^{option} must be .*, got '?{word}'?$"):
+                    parser.parse_args([*path, *NEEDED.get(path, []), option, word])
+                seen += 1
+    assert seen > 400
+
+
+@pytest.mark.parametrize(
+    ("kind", "word", "words"),
+    [
+        (Whole(), "0", "must be at least 1, got 0"),
+        (Whole(0, 8), "8", "must be in [0, 8), got 8"),
+        (Whole(0), "1.5", "must be a whole number, got '1.5'"),
+        (Number(0), "-1", "must be at least 0, got -1"),
+        (Number(0, open=True), "0", "must be above 0, got 0"),
+        (Number(0, 1), "1.1", "must be in [0, 1], got 1.1"),
+        (Number(0, 1, open=True), "0", "must be in (0, 1], got 0"),
+        (Number(), "inf", "must be finite, got inf"),
+    ],
+)
+def test_types_say_what_they_take(kind, word, words) -> None:
+    with pytest.raises(argparse.ArgumentTypeError) as error:
+        kind(word)
+    assert str(error.value) == words
+
+
+def test_types_take_their_bounds() -> None:
+    assert [Whole()("1"), Whole(0, 8)("7"), Number(0, 1)("0"), Number(0, 1, open=True)("1")] == [1, 7, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["think", "--think", "maybe"], "--think must be one of always, never, got 'maybe'"),
+        (["think", "--device", "nonsense"], "--device nonsense: "),
+        (["think", "--prompt"], "--prompt: expected one argument"),
+        (["train", "quiet-star", "--text", "x"], "the following arguments are required: --output; see "),
+        (["evaluate", "dreams"], "MEASURE must be one of thoughts, answers, infilling, diffusion, got 'dreams'"),
+        (["infill", "--nonsense"], "unrecognized arguments: --nonsense; see pyquiet --help"),
+        (["evaluate", "thoughts", "--text", "/no/such/file"], "/no/such/file: No such file or directory"),
+    ],
+)
+def test_what_is_wrong_is_a_line(arguments, line, capsys) -> None:
+    assert main(arguments) == 2
+    assert error_line(capsys).startswith(f"pyquiet: error: {line}")
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(cli.doctor, "examine", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "pyquiet: stopped\n"
+
+
+@pytest.mark.slow
+def test_a_reader_who_has_seen_enough_is_no_error() -> None:
+    run = f"{sys.executable} -m pyquiet.cli doctor --json | true"
+    done = subprocess.run(["bash", "-c", f"{run}; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert done.stdout == "1\n"
+
+
+def test_a_terminal_is_told_that_its_text_is_awaited(monkeypatch, capsys) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal("Once\n"))
+    assert given_text("--prompt", None) == "Once"
+    assert "--prompt is not given: write it here" in capsys.readouterr().err
+
+
+def test_the_reference_shows_the_same_command_line() -> None:
+    file = Path(__file__).parents[2] / "docs" / "reference.py"
+    spec = importlib.util.spec_from_file_location("reference", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert "same seed, same answer (default: 0)" in module.commands()
