@@ -14,6 +14,7 @@ import pyquiet
 from pyquiet.zoo import held_out
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "story_world"
+MODULES = ("world", "texts", "prepare", "corpus")
 TIMES = {"once": 1, "twice": 2, "three times": 3, "four times": 4}
 COUNT = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 
@@ -24,12 +25,13 @@ def recipe() -> Iterator[SimpleNamespace]:
     if not RECIPE.is_dir():
         pytest.skip(f"no recipe folder {RECIPE}")
     with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(RECIPE.with_name("tiny_any_subset"))
         patch.syspath_prepend(RECIPE)
-        for name in ("world", "texts"):
+        for name in MODULES:
             patch.delitem(sys.modules, name, raising=False)
-        modules = SimpleNamespace(**{name: importlib.import_module(name) for name in ("world", "texts")})
+        modules = SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
         yield modules
-        for name in ("world", "texts"):
+        for name in MODULES:
             sys.modules.pop(name, None)
 
 
@@ -135,6 +137,14 @@ def test_tokens_keep_the_text_and_know_the_answers(recipe):
     assert rows.shape == (4, 64)
     assert (rows == texts.story_rows(0, 5, 4, 64, encode)).all()
     assert (rows != texts.story_rows(0, 6, 4, 64, encode)).any()
+
+
+def test_training_reads_no_shipped_story(recipe, monkeypatch):
+    stories = recipe.prepare.story_texts(5000.0)
+    assert sum(map(len, stories[:-1])) < 5000 <= sum(map(len, stories))
+    assert not set(stories) & {story["text"] for story in held_out("stories")}
+    monkeypatch.setattr(recipe.prepare, "held_out", lambda kind: [{"text": stories[0]}, {"text": stories[2]}])
+    assert recipe.prepare.story_texts(5000.0)[: len(stories) - 2] == [stories[1], *stories[3:]]
 
 
 def test_shipped_stories_are_right_and_their_steps_unwritten():
