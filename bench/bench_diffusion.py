@@ -6,6 +6,7 @@ A GPT-2 sized vocabulary over small random networks: what is compared is how a s
 
 from collections.abc import Callable
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,3 +110,20 @@ def test_text(benchmark: BenchmarkFixture, machine: Machine, kind: str, method: 
     given = text(LENGTH, 1.0)
     table = f"a text of {LENGTH} tokens in {COUNT} steps, {kind} energy, V = {WORDS}"
     record(benchmark, table, f"k{CANDIDATES}", method, run(method, kind, given, CANDIDATES, COUNT), given)
+
+
+@pytest.mark.parametrize("logits", ["as they are", "widened to float32"])
+@pytest.mark.parametrize("width", [64, 768])
+def test_half_precision(benchmark: BenchmarkFixture, machine: Machine, width: int, logits: str) -> None:
+    """One step of a bfloat16 denoiser: what it saves that draws read its logits without a copy in float32."""
+    shape = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 2 * width}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        denoiser = MaskedDenoiser(backbone(WORDS, mask_token_id=MASK, **shape).bfloat16().eval(), MASK)
+    names = ("mask_id", "vocab_size", "device", "training", "hidden", "head")  # all that a denoiser must have
+    drawn: Any = denoiser if logits == "as they are" else SimpleNamespace(**{n: getattr(denoiser, n) for n in names})
+    given, free = text(256, 1.0), energies("free")[0]
+    seconds = best_seconds(benchmark, lambda: diffuse(drawn, free, input_ids=given, steps=1, candidates=16))
+    benchmark.extra_info.update(
+        table=f"one step, T 256, k 16, V = {WORDS}, bfloat16, width {width}", method=logits, milliseconds=seconds * 1e3
+    )
