@@ -134,18 +134,25 @@ def documents(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
         yield ids
 
 
+_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
 def read_dataset(name: str, column: str) -> Iterable[str]:
     """The documents in a column of a dataset's training split: a name or folder, or a json, csv, parquet or txt file.
 
     Raises:
-        ImportError: the datasets library is missing. ValueError: no such column.
+        ImportError: the datasets library is missing. FileNotFoundError: no such file. ValueError: no such column.
     """
     try:
         import datasets
     except ImportError:
         raise ImportError("datasets is needed to read --dataset: pip install 'pyquiet[train]'") from None
-    kind = {".jsonl": "json", ".txt": "text"}.get(Path(name).suffix, Path(name).suffix[1:])
+    kind = _FILES.get(Path(name).suffix)
+    if kind is not None and not Path(name).exists():  # no name of a data set, which would be looked for on the network
+        raise FileNotFoundError(f"there is no file {name}")
     if Path(name).is_file():
+        if kind is None:
+            raise ValueError(f"{name} must be a file that ends in one of {', '.join(_FILES)}")
         rows = datasets.load_dataset(kind, data_files=name, split="train")
     elif (Path(name) / "state.json").exists():
         rows = datasets.load_from_disk(name)

@@ -32,11 +32,12 @@ def check_target(path: str | os.PathLike[str]) -> Path:
 
 def check_writable(folder: str | os.PathLike[str], *, make: bool = False) -> None:
     """OSError, before any work is done, if no file can be written to the folder, which is made if need be."""
-    if make:
-        os.makedirs(folder, exist_ok=True)
-    elif not os.path.isdir(folder):
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise NotADirectoryError(f"{folder} is no folder; give the name of one")
+    if not (make or os.path.isdir(folder)):
         raise FileNotFoundError(f"there is no folder {folder}; make it first")
     try:
+        os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(f"nothing can be written to the folder {folder} ({error.strerror}); name another") from None

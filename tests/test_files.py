@@ -36,6 +36,11 @@ def test_a_folder_is_made_on_request(tmp_path: Path) -> None:
         check_writable(tmp_path / "a" / "b")
     check_writable(tmp_path / "a" / "b", make=True)
     assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file is no folder"):
+        check_writable(tmp_path / "file", make=True)
+    with pytest.raises(OSError, match="nothing can be written to the folder /proc/a"):
+        check_writable("/proc/a", make=True)
 
 
 def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:

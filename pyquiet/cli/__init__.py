@@ -1,6 +1,8 @@
 """The command `pyquiet`: one module a command, with `add_parser(commands)` and `run(args)`."""
 
+import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -29,8 +31,9 @@ def command_line() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. Bad input is one line on stderr and exit code 2, Ctrl-C exit code 130."""
     logging.disable_progress_bar()  # of loading weights
+    args = argparse.Namespace()
     try:
-        args = command_line().parse_args(argv)
+        command_line().parse_args(argv, args)
         code = int(args.run(args))
         sys.stdout.flush()  # who reads may be gone
         return code
@@ -41,6 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
-        words = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        print(f"pyquiet: error: {' '.join(words.split())}", file=sys.stderr)
+        print(f"pyquiet: error: {_in_words(error, args)}", file=sys.stderr)
         return 2
+
+
+def _in_words(error: Exception, args: argparse.Namespace) -> str:
+    """What is wrong, in a line; an argument that the library names by its option, which has the same name."""
+    words = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    named = re.match(r"(\w+)(=| must )", words)
+    if named and named[1] in args:
+        words = f"--{named[1].replace('_', '-')}{named[2].replace('=', ' ')}{words[named.end() :]}"
+    return " ".join(words.split())

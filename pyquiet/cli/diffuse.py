@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_json(args)
     prompts.check(args)
+    _check_windows(args)
     device = options.usable_device(args.device)
     how = law(args) | {"steps": args.steps, "sampler": args.sampler, "context": args.context}
     if args.prompts is not None:
@@ -122,6 +123,14 @@ def run(args: argparse.Namespace) -> int:
     report = {"model": args.model, "energy": _energy(args), "seed": args.seed, "tokens": sum(lengths)}
     give(args, {**report, "samples": _report(samples, out), "seconds": out.seconds}, _in_words(samples, out))
     return 0
+
+
+def _check_windows(args: argparse.Namespace) -> None:
+    """ValueError for windows without their sampler, or it without them."""
+    if args.sampler != "semi_autoregressive":
+        options.check_needed(args, "--sampler semi_autoregressive", "context")
+    elif args.context is None:
+        raise ValueError("--sampler semi_autoregressive needs --context, the tokens that the model sees at once")
 
 
 def _in_words(samples: "list[list[tuple[str, bool]]]", out: "Diffusion") -> str:

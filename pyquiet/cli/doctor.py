@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from pyquiet.cli.reports import add_json, check_json, give
+from pyquiet.cli.reports import add_json, check_json, show
 from pyquiet.environment import SUPPORTED, examine
 
 
@@ -20,7 +20,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(args: argparse.Namespace) -> int:
     check_json(args)
     report = examine()
-    give(args, report, "\n".join(in_words(report)))
+    show(args, report, "\n".join(in_words(report)))
     return 0 if report["native"]["found"] else 1
 
 

@@ -59,6 +59,23 @@ class Number:
         return f"{'above' if self.open else 'at least'} {self.least:g}" if self.least > -math.inf else "finite"
 
 
+@dataclass(frozen=True)
+class Temperature(Number):
+    """The type of a temperature, whose range is that of `pyquiet.randomness`."""
+
+    least: float = 0
+    most: float = 1e37
+
+    def __call__(self, word: str) -> float:
+        value = super().__call__(word)
+        if 0 < value < 1e-37:
+            raise argparse.ArgumentTypeError(f"must be {self}, got {word}")
+        return value
+
+    def __str__(self) -> str:
+        return "0 (greedy) or in [1e-37, 1e37]"
+
+
 class _Help(argparse.HelpFormatter):
     """Ends the help of an option with its default, unless the words name one; the type knows the metavar."""
 
@@ -94,7 +111,7 @@ def add_seed(parser: Any, what: str) -> None:
 def add_temperature(parser: Any, default: float, what: str, prefix: str = "") -> None:
     """Adds `--temperature`, or with a prefix that of something else than the answer."""
     words = f"of {what}; 0 takes the likeliest token"
-    parser.add_argument(f"--{prefix}temperature", type=Number(0), default=default, help=words)
+    parser.add_argument(f"--{prefix}temperature", type=Temperature(), default=default, help=words)
 
 
 def add_top(parser: Any, prefix: str = "") -> None:

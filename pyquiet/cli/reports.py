@@ -38,9 +38,14 @@ def check_json(args: argparse.Namespace) -> None:
 def give(
     args: argparse.Namespace, report: Mapping[str, Any], words: str, models: Mapping[str, nn.Module] | None = None
 ) -> None:
-    """Prints the words, or the report as JSON where `--json` stands alone; with a file it does both."""
+    """`show` of a report, with the environment and these models described in it."""
+    show(args, None if args.json is None else {**report, "environment": environment(args, models)}, words)
+
+
+def show(args: argparse.Namespace, document: Mapping[str, Any] | None, words: str) -> None:
+    """Prints the words, or the document as JSON where `--json` stands alone; with a file it does both."""
     if args.json is not None:
-        text = json.dumps({**report, "environment": environment(args, models)}, indent=2)
+        text = json.dumps(document, indent=2)
         if args.json == STANDARD_OUTPUT:
             words = text
         else:

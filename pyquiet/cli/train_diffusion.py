@@ -7,11 +7,13 @@ from pyquiet.cli import training
 from pyquiet.cli.loading import load_for_training, load_tokenizer
 from pyquiet.cli.options import Whole, add_tokenizer
 from pyquiet.cli.training import RATE, SEED, SHARE
+from pyquiet.diffusion.schedule import KINDS
+from pyquiet.diffusion.training import OBJECTIVES
 
 NOISE: training.Options = {
     "--max-length": ("max_length", Whole(2), 256, "tokens of a text; longer ones are cut into several"),
     "--weight-decay": ("weight_decay", RATE, 1e-2, "of AdamW"),
-    "--noise-schedule": ("noise_schedule", str, "linear", "linear, cosine, cosine_squared or geometric"),
+    "--noise-schedule": ("noise_schedule", KINDS, "linear", "linear, cosine, cosine_squared or geometric"),
     "--ema": ("ema_decay", SHARE, 0.999, "decay of the average of weights that is evaluated and saved; 0: none"),
 }
 OPTIONS: training.Options = (
@@ -19,7 +21,12 @@ OPTIONS: training.Options = (
     | NOISE
     | {
         "--learning-rate": ("learning_rate", RATE, 1e-3, "peak"),
-        "--objective": ("objective", str, "low_variance", "low_variance or continuous; both estimate the same bound"),
+        "--objective": (
+            "objective",
+            OBJECTIVES,
+            "low_variance",
+            "low_variance or continuous, of the same bound",
+        ),
         "--start-level": ("start_level", SHARE, 0.15, "share masked in the first step of --level-warmup-steps"),
         "--level-warmup-steps": ("level_warmup_steps", Whole(0), 0, "from there to all shares, to help a fresh model"),
         "--seed": ("seed", SEED, 0, "same seed, same fresh model, order and noise"),
@@ -38,11 +45,7 @@ def add_parser(methods: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     train.add_argument("--model", metavar="DIR", help="a masked LM's folder or an embedded one's name (default: fresh)")
     add_tokenizer(train)
-    size = train.add_argument_group("a fresh model")
-    size.add_argument("--layers", type=Whole(), default=4, help="one above the other")
-    size.add_argument("--width", type=Whole(), default=192, help="numbers of a position")
-    size.add_argument("--heads", type=Whole(), default=6, help="of attention")
-    size.add_argument("--inner", type=Whole(), default=320, help="width of the MLPs")
+    training.add_size(train, heads=6, inner=320)
     add_pieces(train)
     training.add_options(train, OPTIONS)
     train.set_defaults(run=run)

@@ -1,26 +1,41 @@
 """What the methods of `pyquiet train` share: options, data, where to go on, and the lines that they print."""
 
 import argparse
+import dataclasses
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from transformers import SchedulerType
 
 from pyquiet.cli.loading import check_known
 from pyquiet.cli.options import Number, Whole, add_quiet, usable_device
 
-# Options that are training arguments by another name: option -> (argument, its type, default, help).
-Options = dict[str, tuple[str, Callable[[str], Any], Any, str]]
+SCHEDULES = tuple(str(kind.value) for kind in SchedulerType)
+# Options that are training arguments by another name: option -> (argument, its type or choices, default, help).
+Options = dict[str, tuple[str, Callable[[str], Any] | tuple[str, ...], Any, str]]
 SHARED: Options = {
     "--steps": ("max_steps", Whole(), None, "optimiser steps (default: --epochs)"),
     "--epochs": ("num_train_epochs", Number(0, open=True), 1, "passes over the data"),
     "--batch-size": ("per_device_train_batch_size", Whole(), 8, "texts at a time, in each process"),
     "--accumulate": ("gradient_accumulation_steps", Whole(), 1, "batches of a step"),
-    "--schedule": ("lr_scheduler_type", str, "cosine", "of the learning rates, as transformers names it"),
+    "--schedule": ("lr_scheduler_type", SCHEDULES, "cosine", "of the learning rates, as transformers names it"),
     "--warmup-steps": ("warmup_steps", Whole(0), 20, "of the learning rates"),
     "--log-every": ("logging_steps", Whole(), 10, "steps"),
     "--eval-every": ("eval_steps", Whole(), 100, "steps; needs --eval-text or --eval-dataset"),
     "--save-every": ("save_steps", Whole(), 100, "steps; the last two checkpoints are kept"),
 }
 RATE, SEED, SHARE = Number(0), Whole(0, 2**32), Number(0, 1)  # types of options that only some methods have
+
+
+def add_size(parser: argparse.ArgumentParser, *, heads: int, inner: int) -> "argparse._ArgumentGroup":
+    """Adds the sizes of a fresh model, for `check_start`."""
+    size = parser.add_argument_group("a fresh model")
+    size.add_argument("--layers", type=Whole(), default=4, help="one above the other")
+    size.add_argument("--width", type=Whole(), default=192, help="numbers of a position, a multiple of --heads")
+    size.add_argument("--heads", type=Whole(), default=heads, help="of attention")
+    size.add_argument("--inner", type=Whole(), default=inner, help="width of the MLPs")
+    return size
 
 
 def add_options(parser: argparse.ArgumentParser, options: Options) -> None:
@@ -38,32 +53,44 @@ def add_options(parser: argparse.ArgumentParser, options: Options) -> None:
     add_quiet(parser)
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="further training arguments")
     for option, (_, kind, default, what) in options.items():
-        parser.add_argument(option, type=kind, default=default, help=what)
+        how: dict[str, Any] = {"choices": kind, "metavar": "NAME"} if isinstance(kind, tuple) else {"type": kind}
+        parser.add_argument(option, default=default, help=what, **how)
 
 
-def training_arguments(args: argparse.Namespace, kind: type, options: Options, *words: str, **more: Any) -> Any:
+def training_arguments(args: argparse.Namespace, kind: Any, options: Options, *words: str, **more: Any) -> Any:
     """The training arguments of this kind that the options say; ValueError names what transformers does not take."""
     from transformers import HfArgumentParser
-
-    if args.device:
-        usable_device(args.device)
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> None:
             raise ValueError(message)
 
-    evaluates = args.eval_text or args.eval_dataset
     values = {name: vars(args)[option[2:].replace("-", "_")] for option, (name, *_) in options.items()}
     values |= {"output_dir": args.output, "save_total_limit": 2, "report_to": "none", "bf16": args.bf16}
-    values |= {
-        "use_cpu": args.device == "cpu",
-        "eval_strategy": "steps" if evaluates else "no",
-        "disable_tqdm": args.quiet,
-    }
-    values |= more | dict(pair.split("=", 1) if "=" in pair else (pair, "true") for pair in args.set)
+    values |= _machine(args.device) | {"disable_tqdm": args.quiet}
+    values["eval_strategy"] = "steps" if args.eval_text or args.eval_dataset else "no"
+    further = dict(pair.split("=", 1) if "=" in pair else (pair, "true") for pair in args.set)
+    known = {field.name for field in dataclasses.fields(kind)}
+    if unknown := [name for name in further if name not in known]:
+        raise ValueError(f"--set {unknown[0]}: {kind.__name__} has no such argument")
+    values |= more | further
     given = [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
-    (training,) = Parser(kind).parse_args_into_dataclasses([*given, *words])
+    try:
+        (training,) = Parser(kind).parse_args_into_dataclasses([*given, *words])
+    except ValueError as error:
+        spelled = {name: option for option, (name, *_) in options.items()}
+        raise ValueError(re.sub(r"^\w+", lambda name: spelled.get(name[0], name[0]), str(error))) from None
     return training
+
+
+def _machine(device: str | None) -> dict[str, Any]:
+    """The training arguments of where to run; ValueError for a device that cannot be used."""
+    import torch
+
+    if device is not None:
+        usable_device(device)
+    cpu = device == "cpu" or not torch.accelerator.is_available()
+    return {"use_cpu": cpu, "dataloader_pin_memory": not cpu}
 
 
 def read_data(args: argparse.Namespace) -> tuple[Iterable[str], Iterable[str] | None]:
@@ -81,9 +108,11 @@ def read_data(args: argparse.Namespace) -> tuple[Iterable[str], Iterable[str] | 
 
 
 def check_start(args: argparse.Namespace) -> None:
-    """ValueError where neither a model nor the tokenizer of a fresh one is named, or there is no such model."""
+    """ValueError where no model is named and no tokenizer for a fresh one, for no model at all, or sizes that clash."""
     if not (args.model or args.tokenizer):
         raise ValueError("say which --model to train, or whose --tokenizer a fresh one is to have, e.g. tiny-causal")
+    if not args.model and args.width % args.heads:
+        raise ValueError(f"--width must be a multiple of --heads {args.heads}, got {args.width}")
     if args.model:
         check_known("--model", args.model)
 

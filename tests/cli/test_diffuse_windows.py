@@ -27,7 +27,8 @@ def test_a_text_is_filled_in_windows(capsys):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (WINDOWS, "context is None"),
+        (WINDOWS, "--sampler semi_autoregressive needs --context"),
+        (["diffuse", "--context", "8"], "--context has no use without --sampler semi_autoregressive"),
         ([*WINDOWS, "--context", "0"], "--context must be at least 1"),
         (["diffuse", "--energy", "none", "--length", "1025"], "columns are longer than the 1024"),
         (["evaluate", "diffusion", "--text", "FILE", "--sampler", "semi_autoregressive"], "--sampler must be one of"),

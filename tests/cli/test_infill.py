@@ -137,7 +137,7 @@ def test_a_file_of_weights_with_another_tokenizer(folder, capsys):
         (["--samples", "0"], "--samples"),
         (["--temperature", "-1"], "--temperature"),
         (["--top-p", "0"], "--top-p"),
-        (["--k", "3"], "k=3 goes with a method"),
+        (["--k", "3"], "--k 3 goes with a method"),
         (["--k", "0", "--method", "assd"], "--k must be at least 1, got 0"),
         (["--device", "nonsense"], "--device"),
         (["--code"], "cls_token"),

@@ -11,7 +11,7 @@ import pytest
 
 from pyquiet import cli
 from pyquiet.cli import main
-from pyquiet.cli.options import Number, Whole, given_text
+from pyquiet.cli.options import Number, Temperature, Whole, given_text
 
 from .one_line import error_line
 
@@ -42,7 +42,7 @@ NEEDED = {
 # option -> its type or choices, and how its words begin or end; `scale` has words of its own for two models.
 SHARED = {
     "--seed": (Whole(-(2**63), 2**64), "same seed, same "),
-    "--temperature": (Number(0), "; 0 takes the likeliest token"),
+    "--temperature": (Temperature(), "; 0 takes the likeliest token"),
     "--top-k": (Whole(), "draw from the N likeliest tokens (default: all)"),
     "--top-p": (Number(0, 1, open=True), "draw from the likeliest tokens that have this probability together"),
     "--max-new-tokens": (Whole(), "tokens to write at most"),
@@ -122,6 +122,7 @@ def test_numbers_out_of_range_are_told_alike_while_reading_the_line() -> None:
         (Number(0, 1), "1.1", "must be in [0, 1], got 1.1"),
         (Number(0, 1, open=True), "0", "must be in (0, 1], got 0"),
         (Number(), "inf", "must be finite, got inf"),
+        (Temperature(), "1e-38", "must be 0 (greedy) or in [1e-37, 1e37], got 1e-38"),
     ],
 )
 def test_types_say_what_they_take(kind, word, words) -> None:
@@ -132,6 +133,7 @@ def test_types_say_what_they_take(kind, word, words) -> None:
 
 def test_types_take_their_bounds() -> None:
     assert [Whole()("1"), Whole(0, 8)("7"), Number(0, 1)("0"), Number(0, 1, open=True)("1")] == [1, 7, 0.0, 1.0]
+    assert [Temperature()("0"), Temperature()("1e-37")] == [0.0, 1e-37]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +143,7 @@ def test_types_take_their_bounds() -> None:
         (["think", "--device", "nonsense"], "--device nonsense: "),
         (["think", "--prompt"], "--prompt: expected one argument"),
         (["train", "quiet-star", "--text", "x"], "the following arguments are required: --output; see "),
+        (["bilevel", "demo", "--wrong", "2"], "--wrong must be in [0, 1], got 2.0"),  # checked by the library
         (["evaluate", "dreams"], "MEASURE must be one of thoughts, answers, infilling, diffusion, got 'dreams'"),
         (["infill", "--nonsense"], "unrecognized arguments: --nonsense; see pyquiet --help"),
         (["evaluate", "thoughts", "--text", "/no/such/file"], "/no/such/file: No such file or directory"),

@@ -131,7 +131,7 @@ def test_without_the_shipped_bank_one_is_made_or_each_question_makes_its_own(
     ("options", "words"),
     [
         (["--slots", "1,2"], "--slots must be three numbers"),
-        (["--takeover-rate", "2"], "takeover_rate must lie between 0 and 1"),
+        (["--takeover-rate", "2"], "--takeover-rate must lie between 0 and 1"),
         (["--questions", "missing.jsonl"], "missing.jsonl"),
         (["--draft-tokenizer", "tiny-draft"], "--draft-tokenizer is for servers; tiny-draft brings its own"),
         (["--limit", "-63"], "--limit must be at least 1, got -63"),

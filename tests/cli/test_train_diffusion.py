@@ -112,7 +112,16 @@ def test_documents_stay_apart_on_request(tmp_path, monkeypatch):
         ("diffusion", [], "say which --model to train"),
         ("diffusion", ["--model", "nowhere"], "nowhere: no model folder"),
         ("diffusion", ["--model", "tiny-causal"], "reads to the left alone"),
-        ("diffusion", ["--tokenizer", "tiny-causal", "--objective", "x"], "objective must be one of"),
+        (
+            "diffusion",
+            ["--tokenizer", "tiny-causal", "--objective", "x"],
+            "--objective must be one of low_variance",
+        ),
+        (
+            "diffusion",
+            ["--tokenizer", "tiny-causal", "--heads", "5"],
+            "--width must be a multiple of --heads 5",
+        ),
         ("energy", ["--denoiser", "nowhere"], "nowhere: no model folder"),
         ("energy", ["--denoiser", "tiny-causal", "--negatives", "0"], "--negatives must be at least 1, got 0"),
     ],

@@ -130,6 +130,11 @@ def test_reading(tmp_path):
     assert list(read_dataset(str(tmp_path / "c.jsonl"), "text")) == ["one", "two"]
     with pytest.raises(ValueError, match=r"no column 'body', only text, n"):
         read_dataset(str(tmp_path / "c.jsonl"), "body")
+    with pytest.raises(FileNotFoundError, match=r"there is no file nowhere\.csv"):
+        read_dataset("nowhere.csv", "text")
+    (tmp_path / "c.xml").touch()
+    with pytest.raises(ValueError, match=r"must be a file that ends in one of \.jsonl, "):
+        read_dataset(str(tmp_path / "c.xml"), "text")
 
 
 def test_the_last_whole_checkpoint(tmp_path):
