@@ -108,6 +108,8 @@ def read_texts(
                 f"{name} must have the shape of input_ids, {list(tokens.shape)}"
                 f"{', and be bool' if name == 'mask' else ''}, got {value.dtype} {list(value.shape)}"
             )
+    if attention_mask is not None and (other := attention_mask[(attention_mask != 0) & (attention_mask != 1)]).numel():
+        raise ValueError(f"attention_mask must hold 1, and 0 at padding, got {other[0].item()}")
     real, fill = real.cpu(), fill.cpu()
     if not real.any(1).all():
         raise ValueError(f"attention_mask hides all of text {int((~real.any(1)).nonzero()[0])}; leave it out")

@@ -36,9 +36,13 @@ class Denoiser(Protocol):
     @property
     def training(self) -> bool: ...
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor: ...
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """States [B, T, d] of texts int64 [B, T] with mask_id where they are masked; attention_mask is 0 at padding."""
+        ...
 
-    def head(self, rows: Tensor) -> Tensor: ...
+    def head(self, rows: Tensor) -> Tensor:
+        """Logits [R, V] of states [R, d]; -inf for the mask token."""
+        ...
 
 
 class MaskedDenoiser(nn.Module):
@@ -157,8 +161,13 @@ def as_denoiser(model: Any) -> Denoiser:
     Raises:
         TypeError, ValueError: it is neither; as `MaskedDenoiser`.
     """
-    if all(hasattr(model, name) for name in ("mask_id", "vocab_size", "hidden", "head")):
+    lacking = [
+        name for name in ("mask_id", "vocab_size", "device", "training", "hidden", "head") if not hasattr(model, name)
+    ]
+    if not lacking:
         return cast(Denoiser, model)
+    if hasattr(model, "hidden") and hasattr(model, "head"):
+        raise TypeError(f"denoiser is a {type(model).__name__} that lacks {', '.join(lacking)}; see diffusion.Denoiser")
     return MaskedDenoiser(model)
 
 

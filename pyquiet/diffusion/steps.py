@@ -70,10 +70,19 @@ class Laws:
         size = max(1, _CHUNK // self._denoiser.vocab_size)
         head = native_head(self._denoiser, hidden.dtype) if native else self._denoiser.head
         for part in _portions(n, size):
-            logits = head(hidden[row[part], column[part]])
+            logits = self._checked(head(hidden[row[part], column[part]]), part.stop - part.start)
             if n <= size:
                 self._known = where.clone(), logits
             yield part, finish(logits)
+
+    def _checked(self, logits: Tensor, rows: int) -> Tensor:
+        """What a head has returned; ValueError where tokens drawn from it would be none."""
+        V, mask_id = self._denoiser.vocab_size, self._denoiser.mask_id
+        if logits.shape != (rows, V):
+            raise ValueError(f"denoiser: its head must return logits [R, V] = [{rows}, {V}], got {list(logits.shape)}")
+        if bool((logits[:, mask_id] > -torch.inf).any()):
+            raise ValueError(f"denoiser: its head must return -inf for the mask token {mask_id}, got a probability")
+        return logits
 
     def _of_known(self, where: Tensor) -> Tensor | None:
         """The logits of the positions, if they are among those that are known."""
@@ -272,7 +281,8 @@ class Chooser:
             hidden = None if real is None else real[rows]
             for some in _portions(k, most):
                 given = tokens[rows, some], state.tokens[rows], time[rows], log_mu[rows, some]
-                found = o.energy(*given, attention_mask=hidden)  # type: ignore[misc]  # weighs: there is one
+                own = [x.clone() for x in given]  # which it may write into
+                found = o.energy(*own, attention_mask=hidden)  # type: ignore[misc]  # weighs: there is one
                 if not isinstance(found, Tensor) or found.shape != log_mu[rows, some].shape:
                     got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
                     raise ValueError(f"energy must return [b, k] = {list(log_mu[rows, some].shape)}, got {got}")

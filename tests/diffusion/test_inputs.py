@@ -1,6 +1,7 @@
 """What `diffuse` refuses, by name and before anything is computed."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,6 +48,10 @@ def denoiser():
         ({"mask": torch.zeros(2, 3, dtype=torch.bool)}, "mask gives the token of text 0 at 1"),
         ({"attention_mask": torch.ones(2, 4)}, "attention_mask must have the shape"),
         ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "attention_mask hides all of text 1"),
+        (
+            {"attention_mask": torch.tensor([[0.0, 0.0, -1e4], [0.0] * 3])},
+            r"attention_mask must hold 1, and 0 .* -10000",
+        ),
         ({"sequence_ids": torch.zeros(3, dtype=torch.int64)}, "sequence_ids"),
         ({"sequence_ids": torch.tensor([0, -1])}, "sequence_ids"),
         ({"sequence_ids": [0, 1]}, "sequence_ids"),
@@ -108,6 +113,9 @@ def test_texts_are_as_long_as_the_denoiser_was_made_for_and_longer_in_windows():
 def test_a_denoiser_that_is_none():
     with pytest.raises(TypeError, match="model must be a masked language model"):
         diffuse(lambda ids: ids, input_ids=IDS)
+    names = ("mask_id", "vocab_size", "hidden", "head")
+    with pytest.raises(TypeError, match="denoiser is a SimpleNamespace that lacks device, training"):
+        diffuse(SimpleNamespace(**{name: getattr(network(), name) for name in names}), input_ids=IDS)
     for part in ("denoiser", "model"):
         denoiser = network()
         (denoiser if part == "denoiser" else denoiser.model).train()

@@ -242,7 +242,7 @@ def test_bad_arguments_are_named():
         NCEEnergy.from_denoiser(denoiser(), "max")
     with pytest.raises(ValueError, match="config needs base_config and mask_token_id"):
         NCEEnergy(NCEEnergyConfig())
-    toy = type("Toy", (), {"mask_id": 0, "vocab_size": 3, "hidden": None, "head": None})()
+    toy = type("Toy", (), {"mask_id": 0, "vocab_size": 3, "device": None, "training": 0, "hidden": 0, "head": 0})()
     with pytest.raises(TypeError, match="denoiser must be a MaskedDenoiser or a masked LM, got Toy"):
         NCEEnergy.from_denoiser(toy)
     esm = AutoModelForMaskedLM.from_config(

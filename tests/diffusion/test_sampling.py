@@ -9,6 +9,7 @@ import torch
 
 from pyquiet.diffusion import steps
 from pyquiet.diffusion.hooks import by_confidence
+from pyquiet.diffusion.likelihood import nll
 from pyquiet.diffusion.sampling import diffuse
 from pyquiet.diffusion.schedule import Schedule
 from pyquiet.kernels.importance_resampling import draw_candidates, resample
@@ -445,6 +446,38 @@ def test_a_broken_denoiser_is_named():
     broken.head = lambda rows: head(rows).index_fill_(0, torch.tensor([5]), math.nan)
     with pytest.raises(ValueError, match="text 2 has no law at 1"):
         diffuse(broken, PairEnergy(), input_ids=ids, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("head", "named"),
+    [
+        (lambda rows: torch.zeros(len(rows), V), f"its head must return -inf for the mask token {MASK}"),
+        (lambda rows: torch.zeros(len(rows), V + 1), rf"must return logits \[R, V\] = \[4, {V}\], got \[4, {V + 1}\]"),
+        (lambda rows: torch.zeros(1, V), rf"= \[4, {V}\], got \[1, {V}\]"),
+    ],
+)
+def test_a_head_that_would_draw_what_is_no_token_is_named(head, named):
+    broken = network()
+    broken.head = head
+    with pytest.raises(ValueError, match=named):
+        diffuse(broken, length=4, steps=1)
+    with pytest.raises(ValueError, match=named):
+        nll(broken, torch.full((1, 4), 9), kind="K_step", steps=1)
+
+
+def test_an_energy_may_write_into_what_it_gets(denoiser):
+    """Padding set to 0, say: texts are the sampler's own."""
+    ids, real = ragged("both")
+
+    def careless(candidates, input_ids, time, log_mu, spoil=True):
+        energies = log_mu + (candidates % 3).sum(-1)
+        for x in (candidates, input_ids, time, log_mu) if spoil else ():
+            x.fill_(0)
+        return energies
+
+    options = {"input_ids": ids, "attention_mask": real, "steps": 4, "temperature": 0.7, "mode": "reveal_set"}
+    careful = diffuse(denoiser, lambda *given: careless(*given, spoil=False), **options)
+    assert torch.equal(diffuse(denoiser, careless, **options).tokens, careful.tokens)
 
 
 # -- proposals
