@@ -4,9 +4,9 @@ import asyncio
 import heapq
 import itertools
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pyquiet.checks import check_count
 from pyquiet.scaling.backends.base import Backend, TransientError
@@ -49,6 +49,16 @@ class Pool:
         heapq.heappush(self._free, slot)
 
 
+async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """What all of them bring; an error of one cancels the others and, when they have ended, is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
 @dataclass(frozen=True)
 class Retry:
     """How often a request is sent, and how long is waited between: full jitter below base * 2^tries, at most `cap`.
@@ -80,29 +90,42 @@ class Caller:
         self.backend, self.pool = backend, pool
         self._retry, self._began = retry, began
 
-    async def call(self, send: Callable[[], Awaitable[T]], rank: Rank) -> tuple[T, Timing]:
+    async def call(
+        self, send: Callable[[], Awaitable[T]], rank: Rank, lost: Callable[[Timing, BaseException], None]
+    ) -> tuple[T, Timing]:
         """What the request brings and how long it took. A slot is held only while it is on the wire.
+
+        If it was sent and brings nothing in the end, `lost` is told of its last try and why.
 
         Raises TransientError after the last try, and what else `send` raises at once.
         """
-        loop = asyncio.get_running_loop()
+        tried: list[Timing] = []
+        try:
+            return await self._tried(send, rank, tried), tried[-1]
+        except BaseException as error:
+            if tried:
+                lost(tried[-1], error)
+            raise
+
+    async def _tried(self, send: Callable[[], Awaitable[T]], rank: Rank, tried: list[Timing]) -> T:
+        loop, began = asyncio.get_running_loop(), self._began
         queued = loop.time()
         for tries in itertools.count(1):
+            started = None
             await self.backend.ready()
             slot = await self.pool.acquire(rank)
             try:
                 await self.backend.ready()  # it may have been lost while this waited for the slot
                 started = loop.time()
-                result = await send()
+                return await send()
             except TransientError as error:
                 pause = self._retry.pause(tries, error)
                 late = self._retry.deadline is not None and loop.time() + pause > queued + self._retry.deadline
                 if tries == self._retry.tries or late:
                     raise
-            else:
-                began = self._began
-                return result, Timing(queued - began, started - began, loop.time() - began, slot, tries)
             finally:
+                if started is not None:
+                    tried[:] = [Timing(queued - began, started - began, loop.time() - began, slot, tries)]
                 self.pool.release(slot)
             await asyncio.sleep(pause)
         raise AssertionError  # the loop above has no other end

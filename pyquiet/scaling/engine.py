@@ -7,6 +7,7 @@ differ in what waits for what. On a virtual clock (`simulation`) they are the sa
 import asyncio
 from collections.abc import Iterable, Iterator
 
+from pyquiet.scaling.calls import together
 from pyquiet.scaling.chain import Chain, Step
 from pyquiet.scaling.panel import Panel
 from pyquiet.scaling.session import Session, Stopped, chunk_of
@@ -20,11 +21,9 @@ async def run_async(session: Session, panels: Iterable[Panel]) -> None:
     """
     tickets = ((panel, number) for panel in panels for number in panel.numbers)
     try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(session.plan.pools.inflight):
-                group.create_task(_work(session, tickets))
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
+        await together(_work(session, tickets) for _ in range(session.plan.pools.inflight))
+    finally:
+        await session.settle()
 
 
 async def run_sync(session: Session, panels: Iterable[Panel]) -> None:
@@ -41,6 +40,8 @@ async def run_sync(session: Session, panels: Iterable[Panel]) -> None:
                 session.close(panel, chain)
     except Stopped:
         return
+    finally:
+        await session.settle()
 
 
 async def _work(session: Session, tickets: Iterator[tuple[Panel, int]]) -> None:
@@ -84,14 +85,14 @@ async def _turn(session: Session, panel: Panel, chains: list[Chain]) -> None:
             if stage == "score" and session.setting.policy.together:
                 await _judge_together(session, panel, group)
             else:
-                await asyncio.gather(*(session.advance(chain, session.rank(panel, chain)) for chain, _ in group))
+                await together(session.advance(chain, session.rank(panel, chain)) for chain, _ in group)
 
 
 async def _judge_together(session: Session, panel: Panel, group: list[tuple[Chain, Step]]) -> None:
     """Scores all chunks, then decides on them at once; those decided before an interruption count with the rest."""
     filed = {chain: record for chain, step in group if (record := session.on_file(chain, step)) is not None}
     rest = [(chain, step) for chain, step in group if chain not in filed]
-    found = await asyncio.gather(*(session.grade(chain, session.rank(panel, chain)) for chain, _ in rest))
+    found = await together(session.grade(chain, session.rank(panel, chain)) for chain, _ in rest)
     graded = [(chain, step, grade) for (chain, step), grade in zip(rest, found, strict=True) if grade is not None]
     records = [record for record in filed.values() if record.key.stage == "score"]
     records += [session.undecided(step, grade) for _, step, grade in graded]

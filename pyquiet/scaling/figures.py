@@ -73,13 +73,23 @@ class Drift:
 
 @dataclass(frozen=True)
 class Cost:
-    """Requests of one stage and their tokens: read (`cached` of them not anew) and written; sendings that failed."""
+    """Requests of one stage and their tokens: read (`cached` of them not anew) and written.
+
+    Requests that came back and those that were `lost`, given up or cancelled, whose tokens nobody has told; `retries`
+    of both are sendings after their first one, so that the sum of the three is what was sent.
+    """
 
     requests: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
     retries: int = 0
+    lost: int = 0
+
+    @property
+    def sent(self) -> int:
+        """Sendings in all."""
+        return self.requests + self.retries + self.lost
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -200,7 +210,8 @@ def cost(rows: Rows) -> dict[str, Cost]:
         read, cached, written = (
             int(mine[name].sum(dtype=np.int64)) for name in ("prompt_tokens", "cached_tokens", "completion_tokens")
         )
-        costs[stage] = Cost(len(mine), read, cached, written, int((mine["tries"] - 1).sum()))
+        lost = int(mine["lost"].sum())
+        costs[stage] = Cost(len(mine) - lost, read, cached, written, int((mine["tries"] - 1).sum()), lost)
     return costs
 
 

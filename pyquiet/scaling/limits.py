@@ -60,7 +60,7 @@ class TakeoverLimit:
             decided = record.decision is not None and record.decision.action in TAKEOVERS
             if self.when_empty == "accept" and decided:
                 yield now
-            elif self.when_empty == "wait" and record.key.stage == "target" and record.timing is not None:
+            elif self.when_empty == "wait" and record.stage == "target" and record.timing is not None:
                 yield record.timing.queued
 
     def take(self, question: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pyquiet.scaling.backends.base import NO_USAGE, Usage
 
-Stage = Literal["draft", "score", "target", "end"]
+Stage = Literal["draft", "score", "target", "lost", "end"]
 Action = Literal["accept", "continue", "replace", "resample"]
 TAKEOVERS = ("continue", "replace")  # actions that call for the target
 Outcome = Literal["answer", "eos", "turns", "tokens", "context", "deadline", "cancelled", "failed"]
@@ -33,7 +33,8 @@ class Key:
     """Names one stage of one chain; it is committed at most once.
 
     `phase` is "run", or "calibrate" and "presample" for chains whose scores fill banks. `attempt` counts the drafts of
-    a turn.
+    a turn. "lost" is no stage of a chain, but a request for one that never came back; `attempt` then counts those of a
+    turn.
     """
 
     phase: str
@@ -95,6 +96,7 @@ class Record:
         seed: of the draws (draft, target) or of the decision's uniform (score).
         prompt: hash of what the model read. ids, text, finish: what it wrote (draft, target).
         score: the nonconformity score, None where there is none; `reason` tells why: "short", "empty", "failed".
+        reason, outcome: of a request that was lost, its stage, and "failed" or "cancelled".
         outcome, answer: how the chain ended (end).
     """
 
@@ -111,6 +113,11 @@ class Record:
     decision: Decision | None = None
     outcome: Outcome | None = None
     answer: str | None = None
+
+    @property
+    def stage(self) -> str:
+        """The stage that it tells of; of a lost request the one that it was sent for."""
+        return self.reason if self.key.stage == "lost" else self.key.stage
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; what is at its default is left out."""

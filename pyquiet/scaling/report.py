@@ -162,10 +162,9 @@ class Report:
         counted = " ".join(f"{name} {n}" for name, n in self.reasons.items())
         ended = " ".join(f"{name} {n}" for name, n in self.outcomes.items())
         lines.append(f"decided by: {counted or '-'}; chains ended by: {ended or '-'}")
-        if uncounted := [name for name in ("failed", "cancelled", "deadline", "context") if name in self.outcomes]:
-            lines.append(
-                f"not counted: requests that did not come back, of chains that ended by {', '.join(uncounted)}"
-            )
+        if lost := {stage: cost for stage, cost in self.cost.items() if cost.lost}:
+            told = ", ".join(f"{cost.lost} {stage}" for stage, cost in lost.items())
+            lines.append(f"requests that brought nothing, whose tokens nobody tells: {told}")
         if self.discards:
             lines.append(
                 f"{self.discards} drafts thrown away for another one, {self.takeovers.discarded} of them first"

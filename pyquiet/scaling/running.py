@@ -31,23 +31,36 @@ def journalled(
 
 @contextmanager
 def interruptible(session: Session, grace: float) -> Iterator[None]:
-    """Ctrl-C asks the session to stop, and breaks it off after `grace` seconds or when pressed again."""
+    """Ctrl-C asks the session to stop, and breaks it off after `grace` seconds or when pressed again.
+
+    What is broken off ends here.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
     breaking_off: list[asyncio.TimerHandle] = []
+    breaks = 0
+
+    def break_off() -> None:
+        nonlocal breaks
+        breaks += task.cancel()
 
     def stop() -> None:
         if session.stopping:
-            task.cancel()
+            break_off()
         session.stopping = True
-        breaking_off.append(loop.call_later(grace, task.cancel))
+        breaking_off.append(loop.call_later(grace, break_off))
 
     loop.add_signal_handler(signal.SIGINT, stop)
     try:
         yield
+    except asyncio.CancelledError:
+        if task.cancelling() > breaks:  # somebody else's
+            raise
+        for _ in range(breaks):
+            task.uncancel()
     finally:
         loop.remove_signal_handler(signal.SIGINT)
         for timer in breaking_off:  # else a caller whose loop goes on would be cancelled later

@@ -2,12 +2,13 @@
 
 import asyncio
 import hashlib
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from pyquiet.scaling.backends.base import Backend, ContextOverflowError, Generate, GoneError, Prompt, TransientError
-from pyquiet.scaling.calls import Caller, Pool, Rank, Retry
+from pyquiet.scaling.calls import Caller, Pool, Rank, Retry, together
 from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.chain import Chain, Extract, Step
 from pyquiet.scaling.journal import Journal
@@ -15,7 +16,7 @@ from pyquiet.scaling.limits import TakeoverLimit
 from pyquiet.scaling.panel import Panel
 from pyquiet.scaling.plan import Plan
 from pyquiet.scaling.policy import Chunk, Policy
-from pyquiet.scaling.records import TAKEOVERS, Decision, Question, Record, Timing
+from pyquiet.scaling.records import TAKEOVERS, Decision, Key, Outcome, Question, Record, Timing
 from pyquiet.scaling.score import ChunkView, Graded, ScoreFn
 from pyquiet.scaling.views import Views
 
@@ -78,11 +79,13 @@ class Session:
         self.setting, self.plan = setting, setting.plan
         self.stopping = False
         self._journal = journal
-        self._done = {record.key: record for record in done}
+        filed = list(done)
+        self._done = {record.key: record for record in filed if record.key.stage != "lost"}
+        self._lost = Counter(replace(record.key, attempt=0) for record in filed if record.key.stage == "lost")
         self._prepared: dict[str, asyncio.Task[None]] = {}
-        self._limit = None if setting.limit is None else setting.limit.fresh(self._done.values())
+        self._limit = None if setting.limit is None else setting.limit.fresh(filed)
         self._target_gone = False
-        before = max((r.timing.ended for r in self._done.values() if r.timing is not None), default=0.0)
+        before = max((r.timing.ended for r in filed if r.timing is not None), default=0.0)
         self._began = asyncio.get_running_loop().time() - before  # the run's clock goes on where it stood
         pools = self.plan.pools
         self._draft = self._caller(setting.draft, pools.draft)
@@ -130,7 +133,7 @@ class Session:
                 grade = await self.grade(chain, rank)
                 record = None if grade is None else self.judged(chain, step, grade)
             else:
-                record = await self._or_ends(chain, self._write(step, step.request, rank))
+                record = await self._or_ends(chain, self._write(chain, step, step.request, rank))
             if record is None:
                 return
             self.commit(record, chain.question)
@@ -153,13 +156,13 @@ class Session:
         if not (getattr(self.setting.policy, "scored", True) or chain.calibrates):
             return Grade(Graded(None, "unscored"), _hash(prompt), None)
         view = ChunkView(chain.name, chain.question, prompt, start, chain.chunk.text)
-        return await self._or_ends(chain, self._grade(view, _hash(prompt), rank))
+        return await self._or_ends(chain, self._grade(chain.key("score"), view, _hash(prompt), rank))
 
-    async def _grade(self, view: ChunkView, prompt: str, rank: Rank) -> Grade:
-        reason = "gone"
+    async def _grade(self, key: Key, view: ChunkView, prompt: str, rank: Rank) -> Grade:
+        reason, send = "gone", lambda: self.setting.score(view, self.setting.target)
         try:
             if not self._target_gone:
-                graded, timing = await self._score.call(lambda: self.setting.score(view, self.setting.target), rank)
+                graded, timing = await self._score.call(send, rank, self._loss(key, view.question, prompt))
                 return Grade(graded, prompt, timing)
         except TransientError:
             if getattr(self.setting.policy, "fail_unscored", False):
@@ -168,6 +171,18 @@ class Session:
         except GoneError:
             self._do_without_target()
         return Grade(Graded(None, reason), prompt, None)
+
+    def _loss(self, key: Key, question: Question, prompt: str) -> Callable[[Timing, BaseException], None]:
+        """Puts a request on file that never came back, so that accounts add up; no chain needs the record."""
+
+        def lose(timing: Timing, error: BaseException) -> None:
+            first = replace(key, stage="lost", attempt=0)
+            name = replace(first, attempt=self._lost[first])
+            self._lost[first] += 1
+            outcome: Outcome = "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"
+            self.commit(Record(name, prompt=prompt, timing=timing, reason=key.stage, outcome=outcome), question)
+
+        return lose
 
     @staticmethod
     async def _or_ends(chain: Chain, work: Awaitable[T]) -> T | None:
@@ -227,9 +242,21 @@ class Session:
             backend.forget(chain.name)
         panel.take(chain)
         if panel.complete:
-            self._prepared.pop(Cell.of(panel.question).name, None)
+            self._forget(Cell.of(panel.question).name)
             if self.setting.on_panel is not None:
                 self.setting.on_panel(panel)
+
+    def _forget(self, name: str) -> None:
+        """Lets go of a bank that was filled; one that still is, after a deadline, may be another question's too."""
+        if name in self._prepared and self._prepared[name].done():
+            del self._prepared[name]
+
+    async def settle(self) -> None:
+        """Ends what was begun for questions whose chains are gone."""
+        tasks = list(self._prepared.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _caller(self, backend: Backend, slots: int) -> Caller:
         return Caller(backend, Pool(slots), self.setting.retry, self._began)
@@ -242,29 +269,36 @@ class Session:
 
     async def _presample(self, question: Question) -> None:
         chains = [self._chain(question, i, "presample", 0) for i in range(self.setting.presample)]
-        scores = [score for score in await asyncio.gather(*map(self._first_score, chains)) if score is not None]
+        scores = [score for score in await together(map(self._first_score, chains)) if score is not None]
+        if self.stopping and not all(chain.outcome for chain in chains):
+            raise Stopped
         self.setting.take_presampled(Cell.of(question).name, scores)
 
     async def _first_score(self, chain: Chain) -> float | None:
-        while chain.step() is not None:
-            await self.advance(chain)
+        try:
+            while chain.step() is not None:
+                await self.advance(chain)
+        except Stopped:  # the others' requests are let to end
+            return None
+        if chain.outcome in ("failed", "context") and not self.ended(chain):
+            self.commit(Record(chain.key("end"), outcome=chain.outcome), chain.question)
         return chain.mean_score if chain.scores else None
 
-    async def _write(self, step: Step, request: Generate, rank: Rank) -> Record:
-        role = step.key.stage
+    async def _write(self, chain: Chain, step: Step, request: Generate, rank: Rank) -> Record:
+        role, prompt = step.key.stage, _hash(request.prompt)
         if role == "target" and self._limit is not None:
             await self._limit.wait()
         try:
             caller = self._draft if role == "draft" else self._target
             if role == "target" and self._target_gone:
                 return _nothing(step)
-            text, timing = await caller.call(lambda: caller.backend.generate(request), rank)
+            loss = self._loss(step.key, chain.question, prompt)
+            text, timing = await caller.call(lambda: caller.backend.generate(request), rank, loss)
         except GoneError:
             if role == "draft":
                 raise
             self._do_without_target()
             return _nothing(step)
-        prompt = _hash(request.prompt)
         return Record(step.key, step.seed, prompt, text.ids, text.text, text.finish, text.usage, timing)
 
     def _do_without_target(self) -> None:

@@ -26,10 +26,8 @@ def slots(records: Iterable[Record]) -> dict[str, list[Held]]:
     """For each pool when its slots were held, in the order of their starts."""
     held: dict[str, list[Held]] = {pool: [] for pool in POOLS}
     for record in records:
-        if record.timing is not None and record.key.stage in held:
-            held[record.key.stage].append(
-                Held(record.timing.slot, record.timing.started, record.timing.ended, record.key)
-            )
+        if record.timing is not None and record.stage in held:
+            held[record.stage].append(Held(record.timing.slot, record.timing.started, record.timing.ended, record.key))
     return {pool: sorted(rows, key=lambda row: row.start) for pool, rows in held.items()}
 
 

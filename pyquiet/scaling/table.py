@@ -17,6 +17,7 @@ _FIELDS = {
     **dict.fromkeys(("prompt_tokens", "cached_tokens", "completion_tokens"), "i"),
     **dict.fromkeys(("queued", "started", "ended"), "d"),
     **dict.fromkeys(("slot", "tries"), "i"),  # slot -1: no request was made
+    "lost": "?",  # the request for the stage brought nothing
     **dict.fromkeys(("score", "p"), "d"),  # nan: there is none
     **dict.fromkeys(("action", "reason", "n", "version"), "i"),  # action -1: nothing was decided
     **dict.fromkeys(("guaranteed", "near_tie"), "?"),
@@ -67,12 +68,13 @@ class Table:
             self.questions.number(key.question),
             key.chain,
             key.turn,
-            STAGES.index(key.stage),
+            STAGES.index(record.stage),
             key.attempt,
             usage.prompt_tokens,
             usage.cached_tokens,
             usage.completion_tokens,
             *(_NO_TIME if time is None else (time.queued, time.started, time.ended, time.slot, time.tries)),
+            key.stage == "lost",
             _NAN if record.score is None else record.score,
             *(
                 _UNDECIDED

@@ -422,7 +422,8 @@ def _spoilt(answer: Any, fault: str) -> Any:
     elif fault == "short":
         told.pop()
     else:
-        told[-2] = _with_value(told[-2], None if fault == "null" else float("nan"))  # echo tells a new token last
+        last = -2 if told is lists[1] else -1  # echo tells a new token behind the prompt's
+        told[last] = _with_value(told[last], None if fault == "null" else float("nan"))
     return answer
 
 

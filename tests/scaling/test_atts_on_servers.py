@@ -78,4 +78,4 @@ def test_a_run_that_lost_its_server_is_resumed_by_running_it_again(tmp_path: Pat
         asyncio.run_coroutine_threadsafe(target.start(), target.loop).result()
         again = atts(draft, target).run(QUESTIONS, journal=path)
     assert again.answers == wanted.answers
-    assert {r.key for r in read_journal(path)[1]} == {r.key for r in read_journal(whole)[1]}
+    assert {r.key for r in read_journal(path)[1] if r.key.stage != "lost"} == {r.key for r in read_journal(whole)[1]}

@@ -173,6 +173,24 @@ def test_cost(report: Report) -> None:
     assert report.kv_bytes(8) == 1040
 
 
+def test_requests_that_were_lost_are_counted_apart(report: Report) -> None:
+    lost = [lost_request("b", 2, "draft", tries=6), lost_request("b", 3, "draft"), lost_request("b", 3, "target", n=1)]
+    more = Report.of(HEADER, [*RUN, *lost])
+    draft, before = more.cost["draft"], report.cost["draft"]
+    assert (draft.lost, draft.retries, draft.sent) == (2, 5, before.sent + 7)
+    assert (draft.requests, draft.completion_tokens) == (before.requests, before.completion_tokens)
+    assert more.cost["target"].lost == 1
+    assert more.service == report.service + 3 * 0.5  # slots were held
+    assert (more.takeovers, more.outcomes, more.reasons) == (report.takeovers, report.outcomes, report.reasons)
+    assert "requests that brought nothing, whose tokens nobody tells: 2 draft, 1 target" in str(more)
+    assert [held.start for held in slots([*RUN, *lost])["target"]] == [6, 14.5]
+
+
+def lost_request(question: str, chain: int, of: str, *, tries: int = 1, n: int = 0) -> Record:
+    key = Key("run", question, chain, 0, "lost", n)
+    return Record(key, timing=Timing(12, 14.5, 15, 0, tries), reason=of, outcome="failed")
+
+
 def test_time(report: Report) -> None:
     assert report.wall == 15
     assert report.throughput == {"answers_per_minute": 12.0, "tokens_per_second": 80 / 15}
@@ -242,9 +260,7 @@ def test_a_report_in_words_and_as_json(report: Report) -> None:
     for words in ("25.0% [0.0%, 50.0%]", "40.0%", "0 to 3 of 3", "pass@1: 50.0%", "r = T_c / T_s = 2.11", "forced 1"):
         assert words in text
     assert "for independent chains; chains of one question are alike" in text
-    assert "not counted" not in text
-    failed = str(Report.of(HEADER, [*RUN, end("b", 2, None, "failed"), end("b", 3, None, "cancelled")]))
-    assert "not counted: requests that did not come back, of chains that ended by failed, cancelled" in failed
+    assert "brought nothing" not in text
     assert "independent" not in str(Report.of({}, RUN))  # no rule, no band
 
 

@@ -72,13 +72,18 @@ async def pair(
 
 
 async def run(
-    backends: list[OpenAIBackend], path: Path, on_record: Callable[[Record], None] | None = None
+    backends: list[OpenAIBackend],
+    path: Path,
+    on_record: Callable[[Record], None] | None = None,
+    *,
+    retry: Retry = RETRY,
+    plan: Plan = PLAN,
 ) -> list[Panel]:
     """A run, or the rest of the one that the journal has the beginning of."""
     draft, target = backends
     setting = Setting(
-        PLAN, draft, target, MeanNLL(min_tokens=1), Threshold(), lambda q: Views(draft, target, q), extract,
-        retry=RETRY, on_record=on_record,
+        plan, draft, target, MeanNLL(min_tokens=1), Threshold(), lambda q: Views(draft, target, q), extract,
+        retry=retry, on_record=on_record,
     )  # fmt: skip
     with Journal.open(path, HEADER) if path.exists() else Journal.create(path, HEADER) as journal:
         session = Session(setting, journal, list(journal.records))
@@ -88,8 +93,8 @@ async def run(
 
 
 def transcript(path: Path) -> dict[Any, Record]:
-    """Records by their key, without what depends on the clock; a key that comes twice is an error."""
-    _, records = read_journal(path)
+    """Records by their key, without what depends on the clock and faults; a key that comes twice is an error."""
+    records = [record for record in read_journal(path)[1] if record.key.stage != "lost"]
     by_key = {record.key: replace(record, timing=None) for record in records}
     assert len(by_key) == len(records)
     return by_key
@@ -173,6 +178,38 @@ def test_all_faults_at_once_change_nothing_but_the_cost(
         k: cost(r, usage=None)
         for k, r in undisturbed.items()  # type: ignore[arg-type]
     }
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_requests_that_are_given_up_or_cancelled_are_in_the_accounts(slow: bool, tmp_path: Path):
+    path = tmp_path / "run.jsonl"
+
+    async def go() -> None:
+        async with (
+            Loopback(latency=0.005) as draft,
+            Loopback("sglang", salt=1, latency=0.005) as target,
+            pair(draft, target) as backends,
+        ):
+            for server in (draft, target):
+                server.mix(dict.fromkeys(["500", "reset", "garbage", "null"], 0.0 if slow else 0.1), seed=1)
+            plan = replace(PLAN, chain_seconds=0.03) if slow else PLAN
+            await run(backends, path, retry=Retry(tries=2, base=0.001), plan=plan)
+            while draft.account.in_flight or target.account.in_flight:  # answered, and not yet counted
+                await asyncio.sleep(0.001)
+            records = [record for record in read_journal(path)[1] if record.timing is not None]
+            lost = [record for record in records if record.key.stage == "lost"]
+            for server, stages in ((draft, ("draft",)), (target, ("score", "target"))):
+                sent = tries([record for record in records if record.stage in stages])
+                unmet = sent - sum(server.account.requests.values())
+                # One that is cancelled at once may not have left this side.
+                assert 0 <= unmet <= sum(record.outcome == "cancelled" for record in lost if record.stage in stages)
+            assert {record.outcome for record in lost} == {"cancelled" if slow else "failed"}
+            if not slow:
+                check_accounts(path, draft, target)
+
+    asyncio.run(go())
+    outcomes = {record.outcome for record in of(path, "end")}
+    assert ("deadline" if slow else "failed") in outcomes
 
 
 def test_servers_that_die_and_come_back_are_waited_for(undisturbed: dict[Any, Record], tmp_path: Path):
