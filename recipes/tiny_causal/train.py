@@ -22,12 +22,12 @@ from corpus import read_books
 from evaluate import held_out_scores
 from safetensors import safe_open
 from safetensors.torch import save_file
-from text_codec import BOS, EOS, PAD, TokenStream, encode_sections, load_or_train_tokenizer
+from text_codec import BOS, EOS, PAD, SPECIALS, TokenStream, encode_sections, load_or_train_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import Module
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "story_world"))
 from texts import story_rows
@@ -164,6 +164,22 @@ def load_checkpoint(file: Path, model: LlamaForCausalLM, optimizer: torch.optim.
     return step
 
 
+def save_model(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes a Hugging Face folder, of which `recipes/export.py` makes the one that is shipped."""
+    model.save_pretrained(folder)
+    pad, bos, eos = SPECIALS
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        model_max_length=model.config.max_position_embeddings,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+    words.save_pretrained(folder)
+
+
 def train_step(model: Module, optimizer: torch.optim.AdamW, ids: Tensor, rate: float, bf16: bool) -> float:
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -222,12 +238,13 @@ def train(data: Path, work: Path, settings: Settings, args: argparse.Namespace) 
                 file.write(json.dumps(record) + "\n")
             tqdm.write(json.dumps(record))
             losses = []
+    save_model(model, tokenizer, work / "model")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("data", type=Path, help="folder of the books, one .txt file each")
-    parser.add_argument("work", type=Path, help="folder for the tokenizer, checkpoint and log")
+    parser.add_argument("work", type=Path, help="folder for the tokenizer, checkpoint, log and model")
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--peak-rate", type=float, default=Settings.peak_rate)
     parser.add_argument("--intermediate-size", type=int, default=Settings.intermediate_size)

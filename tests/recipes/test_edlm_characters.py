@@ -1,6 +1,5 @@
 """The recipe of the characters: its text, a short run through all of it, and what its check refuses."""
 
-import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,23 +11,16 @@ import torch
 
 from pyquiet.evaluation.diffusion import DiffusionRow, DiffusionTable
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "edlm_characters"
+from .modules import RECIPES, modules
+
+RECIPE = RECIPES / "edlm_characters"
 STEPS = {"ar": 2, "denoiser": 2, "energy": 2}
 
 
 @pytest.fixture
 def recipe() -> Iterator[SimpleNamespace]:
-    """The recipe's modules by name; other recipes have some of the same names."""
-    if not RECIPE.is_dir():
-        pytest.skip(f"no recipe folder {RECIPE}")
-    names = ("letters", "models", "run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(RECIPE)
-        for name in names:
-            patch.delitem(importlib.sys.modules, name, raising=False)
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-        for name in names:
-            importlib.sys.modules.pop(name, None)
+    with modules("edlm_characters") as found:
+        yield found
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 That thoughts are learned is what `recipes/pointer_chase/run.py --check` shows, in minutes.
 """
 
-import importlib
 import json
 import math
 from collections import Counter
@@ -18,18 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pyquiet
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "pointer_chase"
+from .modules import RECIPES, modules
+
+RECIPE = RECIPES / "pointer_chase"
 
 
 @pytest.fixture(scope="module")
 def recipe() -> Iterator[SimpleNamespace]:
-    """The recipe's modules by name."""
-    if not RECIPE.is_dir():
-        pytest.skip(f"no recipe folder {RECIPE}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(RECIPE)
-        names = ("chase", "stages", "run", "no_thought")
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    with modules("pointer_chase") as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

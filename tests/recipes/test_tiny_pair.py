@@ -1,6 +1,5 @@
 """The recipe of the pair: its arithmetic is right, its errors are wrong, nothing held out is learned, a run resumes."""
 
-import importlib
 import json
 import random
 import re
@@ -16,24 +15,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "tiny_pair"
+from .modules import RECIPES, modules
+
+RECIPE = RECIPES / "tiny_pair"
 EQUATION = re.compile(r"(\d+ [-+*/] \d+) = (\d+)\.\n")
 SPELLED = {2, 3, 4, 5}  # a factor of these is written "twice" and so on
 
 
 @pytest.fixture(scope="module")
 def recipe() -> Iterator[SimpleNamespace]:
-    """The recipe's modules by name; other recipes have some of the same names."""
-    if not RECIPE.is_dir():
-        pytest.skip(f"no recipe folder {RECIPE}")
-    names = [file.stem for file in RECIPE.glob("*.py")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(RECIPE)
-        for name in names:
-            patch.delitem(sys.modules, name, raising=False)
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-        for name in names:
-            sys.modules.pop(name, None)
+    with modules("tiny_pair") as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
