@@ -48,7 +48,7 @@ class Canned:
         score = zlib.crc32(f"{request.chain} {len(request.prompt.text)}".encode()) % 1000 / 1000
         return Scored((-score,) * 12, Usage())
 
-    async def choose(self, request: Choose) -> tuple[float, ...]:
+    async def choose(self, request: Choose) -> Scored:
         raise NotImplementedError
 
 

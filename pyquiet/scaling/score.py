@@ -163,8 +163,7 @@ class JudgeGrade:
     """The grade that the target gives when it is asked for one behind the chunk; the score is its negative.
 
     The grade is the expected index in `grades` under the target's probabilities of these continuations, so that the
-    best of ten is 9. One forward; the history may come from the cache. The prompt's tokens are counted as read where
-    they are known here.
+    best of ten is 9. One forward; the history may come from the cache.
 
     Args:
         prompt: stands behind the chunk and asks for the grade. grades: from worst to best, each one a continuation.
@@ -194,13 +193,14 @@ class JudgeGrade:
                 raise RefusedError("JudgeGrade: the prompt is token ids, but the target has no tokenizer to ask with")
             ids += encode_after(target.codec, view.prompt.text, self.prompt)
         prompt = Prompt(ids, view.prompt.text + self.prompt)
-        log_probs = await target.choose(Choose(view.chain, prompt, self.grades))
+        answer = await target.choose(Choose(view.chain, prompt, self.grades))
+        log_probs = answer.log_probs
         top = max(log_probs)
         if not math.isfinite(top):
             raise RefusedError(f"the target gives none of the grades {self.grades} any probability")
         weights = [math.exp(x - top) for x in log_probs]
         grade = math.fsum(i * w for i, w in enumerate(weights)) / math.fsum(weights)
-        return Graded(-grade, "", Usage(len(ids or ())))
+        return Graded(-grade, "", answer.usage)
 
 
 class Reward:

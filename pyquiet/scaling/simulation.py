@@ -71,7 +71,7 @@ class Delayed:
         await asyncio.sleep(self._score.seconds(_seed(request.chain, request.prompt)))
         return scored
 
-    async def choose(self, request: Choose) -> tuple[float, ...]:
+    async def choose(self, request: Choose) -> Scored:
         chosen = await self._backend.choose(request)
         await asyncio.sleep(self._score.seconds(_seed(request.chain, request.prompt)))
         return chosen

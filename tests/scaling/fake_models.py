@@ -77,10 +77,11 @@ class HashModel:
         log_probs = tuple(-law.expovariate(1.0) for _ in ids[request.start :])
         return Scored(log_probs, Usage(len(ids), 0, 0))
 
-    async def choose(self, request: Choose) -> tuple[float, ...]:
+    async def choose(self, request: Choose) -> Scored:
         await self._travel("choose")
         law = self._law(request.prompt.ids, 1)
-        return tuple(-law.expovariate(1.0) for _ in request.options)
+        cost = Usage(len(request.prompt.ids or ()), 0, 1)
+        return Scored(tuple(-law.expovariate(1.0) for _ in request.options), cost)
 
     async def _travel(self, kind: str) -> None:
         self.requests.append(kind)

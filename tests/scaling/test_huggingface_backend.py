@@ -136,7 +136,10 @@ def test_options_have_the_probability_of_their_tokens() -> None:
     options = ("0", "7", "12")
     encoded = [HFBackend(model, TOKENIZER)._codec.encode(option).ids for option in options]
     got = using(model, lambda backend: backend.choose(Choose("c", Prompt(ids), options)))
-    assert got == pytest.approx([float(brute_force(model, ids + option, 10).sum()) for option in encoded])
+    assert got.log_probs == pytest.approx([float(brute_force(model, ids + option, 10).sum()) for option in encoded])
+    read = [10, *(10 + len(option) for option in encoded)]  # what all options have in common, and each of them
+    assert got.usage.prompt_tokens == sum(read)
+    assert 3 * 8 <= got.usage.cached_tokens < sum(read) - 10
 
 
 def thinker() -> Any:

@@ -159,11 +159,18 @@ def test_options_have_the_log_probs_of_what_follows(dialect: str, codec: ToyCode
         law = server.model.law(ids)
         likely = WORDS[max(range(len(law)), key=law.__getitem__)]
         options = (likely, "~", "7 ~")
-        got = await backend.choose(Choose("c", PROMPT if codec else Prompt(None, TEXT), options))
+        server.reset()
+        chosen = await backend.choose(Choose("c", PROMPT if codec else Prompt(None, TEXT), options))
         exact = [sum(server.model.score((*ids, *CODEC.encode(o).ids))[len(ids) - 1 :]) for o in options]
-        assert got == pytest.approx(exact, abs=1e-12)
+        assert chosen.log_probs == pytest.approx(exact, abs=1e-12)
         assert server.account.good("choose") == 1
         assert server.account.good("score") == 2
+        cost = chosen.usage
+        assert (cost.prompt_tokens, cost.completion_tokens) == (
+            server.account.prompt_tokens,
+            server.account.completion_tokens,
+        )
+        assert cost.completion_tokens >= 1
 
     against(use, dialect, tokenizer=codec)
 
@@ -172,7 +179,9 @@ def test_without_scores_unlikely_options_are_impossible_and_no_likely_one_is_an_
     async def use(backend: OpenAIBackend, server: Loopback) -> None:
         law = server.model.law(PROMPT.ids or ())
         likely = WORDS[max(range(len(law)), key=law.__getitem__)]
-        assert await backend.choose(Choose("c", PROMPT, (likely, "~"))) == (pytest.approx(max(law)), -math.inf)
+        chosen = await backend.choose(Choose("c", PROMPT, (likely, "~")))
+        assert chosen.log_probs == (pytest.approx(max(law)), -math.inf)
+        assert chosen.usage.completion_tokens == 1
         with pytest.raises(RefusedError, match="none of"):
             await backend.choose(Choose("c", PROMPT, ("~", "^")))
 

@@ -17,7 +17,7 @@ from pyquiet.scaling.score import ChunkView, Graded, JudgeGrade, MeanEntropy, Me
 from .byte_tokens import byte_tokenizer
 
 LOG_PROBS = (-1.0, -0.5, -3.0, -0.25)
-USAGE = Usage(9, 5, 0)
+USAGE, COST = Usage(9, 5, 0), Usage(27, 10, 1)
 QUESTION = Question("q", "2+2?")
 
 
@@ -33,9 +33,9 @@ class Told:
         self.asked.append(request)
         return Scored(self.log_probs, USAGE, self.entropies)
 
-    async def choose(self, request: Any) -> tuple[float, ...]:
+    async def choose(self, request: Any) -> Scored:
         self.asked.append(request)
-        return self.log_probs
+        return Scored(self.log_probs, COST)
 
 
 def view(text: str = "é+2", ids: bool = True) -> ChunkView:
@@ -107,11 +107,11 @@ def test_a_judge_is_asked_behind_the_chunk() -> None:
     target = Told([math.log(p) for p in (0.05, 0.15, 0.3)])
     graded = grade(JudgeGrade("?", grades="abc"), view(), target)
     assert graded.score == pytest.approx(-(0.15 + 2 * 0.3) / 0.5)
-    assert graded.usage == Usage(9)
+    assert graded.usage == COST
     (request,) = target.asked
     assert request.options == ("a", "b", "c")
     assert request.prompt == Prompt(target.codec.encode("2+2?é+2?").ids, "2+2?é+2?")
-    assert grade(JudgeGrade("?", grades="abc"), view(ids=False), target).usage == Usage()
+    assert grade(JudgeGrade("?", grades="abc"), view(ids=False), target).score == graded.score
     assert target.asked[-1].prompt == Prompt(None, "2+2?é+2?")
 
 

@@ -212,3 +212,48 @@ def test_tokens_of_another_text_are_refused():
         spans(["ab"], "ab and a lot more")
     with pytest.raises(ValueError, match="another text"):
         spans(["xy", "z"], "a text that is long enough to see")
+
+
+class Waiting(Loopback):
+    """Says nothing before all servers that share the barrier were asked something."""
+
+    def __init__(self, together: asyncio.Barrier) -> None:
+        super().__init__()
+        self.together: asyncio.Barrier | None = together
+
+    async def _answer(self, *request: Any) -> tuple[int, Any]:
+        together, self.together = self.together, None
+        if together is not None:
+            await together.wait()
+        return await super()._answer(*request)
+
+
+def test_replicas_are_asked_at_once_and_one_that_hangs_has_one_time_limit():
+    async def run() -> None:
+        met = asyncio.Barrier(2)
+        async with Waiting(met) as one, Waiting(met) as other, Loopback() as hanging:
+            hanging.inject("hang", times=100)
+            addresses = [hanging.url, one.url, other.url]
+            backend = OpenAIBackend(addresses, tokenizer=CODEC, score_timeout=1.0)
+            await backend.open()
+            try:
+                assert [server.circuit.closed for server in backend._servers.members] == [False, True, True]
+                assert "did not say what it can do in 1 s" in backend._servers.members[0].trouble
+                assert sum(server.account.requests["probe", "good"] > 3 for server in (one, other)) == 2
+            finally:
+                await backend.close()
+
+    asyncio.run(run())
+
+
+def test_a_server_that_hangs_alone_is_gone():
+    async def run() -> None:
+        async with Loopback() as hanging:
+            hanging.inject("hang", times=100)
+            with pytest.raises(GoneError, match=r"did not say what it can do in 0\.05 s"):
+                await OpenAIBackend(hanging.url, tokenizer=CODEC, score_timeout=0.05).open()
+            while hanging.account.in_flight:
+                await asyncio.sleep(0.001)
+            assert sum(hanging.account.requests.values()) == 1  # not asked again and again
+
+    asyncio.run(run())

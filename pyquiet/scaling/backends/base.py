@@ -159,7 +159,8 @@ class Backend(Protocol):
 
     async def score(self, request: Score) -> Scored: ...
 
-    async def choose(self, request: Choose) -> tuple[float, ...]: ...
+    async def choose(self, request: Choose) -> Scored:
+        """The log-probability of each option in the place of a token's, and what all of them cost together."""
 
     def forget(self, chain: str) -> None:
         """The chain has ended: what is kept for it may go."""

@@ -34,7 +34,10 @@ class Call:
 
 
 class Dialect(Protocol):
-    """A way to ask for text and for the law of the next token. `top`: tokens of that law that a server tells."""
+    """A way to ask for text and for the law of the next token. `top`: tokens of that law that a server tells.
+
+    `cost`: of an answer to `next`.
+    """
 
     name: str
     top: int
@@ -46,6 +49,8 @@ class Dialect(Protocol):
     def next(self, prompt: Prompt) -> Call: ...
 
     def law(self, answer: Any) -> Law: ...
+
+    def cost(self, answer: Any) -> Usage: ...
 
 
 class Completions:
@@ -87,6 +92,9 @@ class Completions:
     def law(self, answer: Any) -> Law:
         top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
         return {named(name): log_prob(value) for name, value in top.items()}
+
+    def cost(self, answer: Any) -> Usage:
+        return usage(answer)
 
     def _body(self, prompt: Prompt, max_tokens: int, temperature: float) -> dict[str, Any]:
         asked = {"max_tokens": max_tokens, "temperature": temperature}
@@ -142,6 +150,9 @@ class Native:
         return {entry[1]: log_prob(entry[0]) for entry in top} | {
             entry[2]: log_prob(entry[0]) for entry in top if entry[2] is not None
         }
+
+    def cost(self, answer: Any) -> Usage:
+        return native_usage(answer["meta_info"])
 
 
 def shown(prompt: Prompt) -> list[int] | str:

@@ -13,6 +13,7 @@ from pyquiet.checks import check_count
 from pyquiet.evaluation.prompts import can_think
 from pyquiet.heads import embedding_table
 from pyquiet.scaling.backends.base import (
+    NO_USAGE,
     Choose,
     ContextOverflowError,
     Generate,
@@ -149,7 +150,7 @@ class HFBackend:
         answer: Scored = await self._ask(Job(request, ids, start))
         return answer
 
-    async def choose(self, request: Choose) -> tuple[float, ...]:
+    async def choose(self, request: Choose) -> Scored:
         """Log-probabilities of the options, each the sum over the tokens that differ from the prompt's."""
         prompt, chain = self._ids(request.prompt), f"{request.chain}/choose"
         if request.prompt.ids is None:
@@ -159,10 +160,11 @@ class HFBackend:
             whole = [prompt + self._codec.encode(option).ids for option in request.options]
         columns = zip(*whole, strict=False)
         head = next((i for i, column in enumerate(columns) if len(set(column)) > 1), min(map(len, whole)))
+        cost = NO_USAGE
         if head > 1:  # read once, and then known to all
-            await self.score(Score(chain, Prompt(whole[0][:head]), head - 1))
+            cost = (await self.score(Score(chain, Prompt(whole[0][:head]), head - 1))).usage
         scored = await asyncio.gather(*(self.score(Score(chain, Prompt(ids), head)) for ids in whole))
-        return tuple(sum(answer.log_probs) for answer in scored)
+        return Scored(tuple(sum(a.log_probs) for a in scored), sum((a.usage for a in scored), cost))
 
     def forget(self, chain: str) -> None:
         """Drops the keys and values of a chain."""

@@ -1,5 +1,6 @@
 """Models behind OpenAI-compatible servers: vLLM, SGLang, and others as far as they go."""
 
+import asyncio
 import math
 import os
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from pyquiet.scaling.backends.base import (
+    NO_USAGE,
     BackendError,
     Choose,
     Generate,
@@ -19,6 +21,7 @@ from pyquiet.scaling.backends.base import (
     Scored,
     TextCodec,
     TransientError,
+    Usage,
 )
 from pyquiet.scaling.backends.circuit import Circuit
 from pyquiet.scaling.backends.dialects import Law
@@ -26,6 +29,7 @@ from pyquiet.scaling.backends.probe import Capabilities, Name, Negotiated, Probe
 from pyquiet.scaling.backends.prompt_log_probs import scored
 from pyquiet.scaling.backends.replicas import Replicas
 from pyquiet.scaling.backends.wire import Endpoint, new_client
+from pyquiet.scaling.calls import together
 
 if TYPE_CHECKING:
     import httpx
@@ -172,13 +176,13 @@ class OpenAIBackend:
             lambda answer: scored(route, answer, request.prompt, request.start),
         )
 
-    async def choose(self, request: Choose) -> tuple[float, ...]:
+    async def choose(self, request: Choose) -> Scored:
         """Log-probs of the options, from the law of the next token where they are likely tokens, else by scoring them.
 
         Without scoring, an option that is not among the likely ones has log-prob -inf; RefusedError if none is.
         """
         tokens = [self._token(option) for option in request.options]
-        law = await self._law(request) if any(token is not None for token in tokens) else {}
+        law, cost = await self._law(request) if any(token is not None for token in tokens) else ({}, NO_USAGE)
         pairs = zip(request.options, tokens, strict=True)
         values = [None if token is None else law.get(token, law.get(option)) for option, token in pairs]
         if self._negotiated.route is None:
@@ -186,13 +190,12 @@ class OpenAIBackend:
                 raise RefusedError(
                     f"none of {list(request.options)} is among the likely next tokens; word the prompt so"
                 )
-            return tuple(-math.inf if value is None else value for value in values)
-        return tuple(
-            [
-                await self._continued(request, option) if value is None else value
-                for option, value in zip(request.options, values, strict=True)
-            ]
-        )
+            return Scored(tuple(-math.inf if value is None else value for value in values), cost)
+        for i, option in enumerate(request.options):
+            if values[i] is None:
+                answer = await self._continued(request, option)
+                values[i], cost = math.fsum(answer.log_probs), cost + answer.usage
+        return Scored(tuple(value for value in values if value is not None), cost)
 
     def forget(self, chain: str) -> None:
         """The chain needs no server any more."""
@@ -225,20 +228,27 @@ class OpenAIBackend:
         return server
 
     async def _negotiate(self, endpoints: Sequence[Endpoint]) -> Negotiated:
-        first: tuple[Endpoint, Negotiated] | None = None
-        self._unseen = set()
-        for server in endpoints:
-            try:
-                found = await self._prober(server, self._score_timeout).negotiate(self._model, self._name)
-            except GoneError as error:
-                server.trouble = str(error)
-                self._unseen.add(server)
-                continue
-            first = first or (server, found)
-            _check_replicas(first[0].url, first[1].capabilities, server.url, found.capabilities)
-        if first is None:
+        """Asks all at once, so that one that hangs costs no more time than it has alone."""
+        answers = await together(self._meet(server) for server in endpoints)
+        self._unseen = {server for server, found in zip(endpoints, answers, strict=True) if found is None}
+        met = [(server, found) for server, found in zip(endpoints, answers, strict=True) if found is not None]
+        if not met:
             raise GoneError("; ".join(server.trouble for server in endpoints))
-        return first[1]
+        first, best = met[0]
+        for server, found in met[1:]:
+            _check_replicas(first.url, best.capabilities, server.url, found.capabilities)
+        return best
+
+    async def _meet(self, server: Endpoint) -> Negotiated | None:
+        """What the server can do; None, and why, for one that cannot be reached in the time that a score may take."""
+        try:
+            async with asyncio.timeout(self._score_timeout):
+                return await self._prober(server, self._score_timeout).negotiate(self._model, self._name)
+        except TimeoutError:
+            server.trouble = f"{server.url} did not say what it can do in {self._score_timeout:g} s; is it overloaded?"
+        except GoneError as error:
+            server.trouble = str(error)
+        return None
 
     def _prober(self, server: Endpoint, seconds: float) -> Prober:
         return Prober(server, self.codec, seconds=seconds, tolerance=self._tolerance)
@@ -269,20 +279,22 @@ class OpenAIBackend:
         self._unseen.remove(server)
         return True
 
-    async def _law(self, request: Choose) -> Law:
+    async def _law(self, request: Choose) -> tuple[Law, Usage]:
         dialect = self._negotiated.dialect
         if not self.capabilities.law:
-            return {}
+            return {}, NO_USAGE
         call = dialect.next(request.prompt)
-        return await self._servers.pick(request.chain).ask(call.path, call.body, self._score_timeout, dialect.law)
+        return await self._servers.pick(request.chain).ask(
+            call.path, call.body, self._score_timeout, lambda answer: (dialect.law(answer), dialect.cost(answer))
+        )
 
-    async def _continued(self, request: Choose, option: str) -> float:
+    async def _continued(self, request: Choose, option: str) -> Scored:
         prompt = request.prompt
         if prompt.ids is None or self.codec is None:
             longer, start = Prompt(None, prompt.text + option), len(prompt.text)
         else:
             longer, start = Prompt((*prompt.ids, *self.codec.encode(option).ids)), len(prompt.ids)
-        return math.fsum((await self.score(Score(request.chain, longer, start))).log_probs)
+        return await self.score(Score(request.chain, longer, start))
 
     def _token(self, option: str) -> int | str | None:
         if self.codec is None:
