@@ -4,15 +4,14 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from pyquiet.checks import check_count
 from pyquiet.cli import scale_report
+from pyquiet.cli.options import Number, Whole, add_quiet, add_seed, add_temperature, check_needed
 from pyquiet.cli.reports import STANDARD_OUTPUT, add_json, check_json, give
 from pyquiet.cli.scale_models import EMBEDDED, embedded_file, model, settle_bank
 
 if TYPE_CHECKING:
     from pyquiet.scaling import ATTS, ATTSResult, Plan
     from pyquiet.scaling.plan import OnTakeover
-    from pyquiet.scaling.report import Report
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -36,7 +35,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--questions", metavar="FILE", help="JSONL with question, and answer and id where there are any"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="of the questions, the first ones only")
+    parser.add_argument("--limit", type=Whole(), help="of the questions, the first ones only")
     parser.add_argument(
         "--journal",
         metavar="FILE",
@@ -45,14 +44,19 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     _add_promise(parser)
     _add_chains(parser)
     add_json(parser)
-    parser.add_argument("--quiet", action="store_true", help="no live progress")
+    add_quiet(parser)
     parser.set_defaults(run=run, command=parser.prog)
 
 
 def _add_promise(parser: argparse.ArgumentParser) -> None:
     promise = parser.add_argument_group("the promise")
+    promise.add_argument("--takeover-rate", type=float, default=0.4, metavar="RHO", help="share of drafts taken over")
     promise.add_argument(
-        "--takeover-rate", type=float, default=0.4, metavar="RHO", help="share of drafts taken over (default: 0.4)"
+        "--discard-rate",
+        type=Number(0, 1),
+        default=0.0,
+        metavar="RATE",
+        help="of that share, the worst in this share of all drafts are thrown away and drafted again",
     )
     promise.add_argument(
         "--tail",
@@ -69,38 +73,56 @@ def _add_promise(parser: argparse.ArgumentParser) -> None:
         choices=("continue", "replace", "resample"),
         help="behind the draft, in its place, or draft anew (default: continue; replace for the embedded pair)",
     )
+    promise.add_argument(
+        "--resamples", type=Whole(0), default=2, help="drafts of a turn that may be thrown away for another one"
+    )
     promise.add_argument("--calibration", metavar="DIR", help="bank that --save-calibration wrote")
     promise.add_argument("--calibrate", metavar="FILE", help="questions to calibrate on first, as --questions")
     promise.add_argument(
         "--calibrator",
-        choices=("pooled", "hierarchical", "per_turn", "per_question"),
-        help="of --calibrate (default: per_turn), or per_question: first chunks drafted for each question beforehand "
-        "(default without --calibrate; the embedded pair brings a bank)",
+        choices=("pooled", "hierarchical", "per_turn", "per_question", "online"),
+        help="of --calibrate (default: per_turn); per_question: first chunks drafted for each question beforehand "
+        "(default without --calibrate; the embedded pair brings a bank); online: one that grows with the run",
     )
-    promise.add_argument(
-        "--calibration-chains", type=int, default=4, metavar="N", help="of a question, for each turn (default: 4)"
-    )
+    promise.add_argument("--calibration-chains", type=Whole(), default=4, help="of a question, for each turn")
     promise.add_argument(
         "--calibration-turns",
-        type=int,
-        metavar="N",
+        type=Whole(),
         help="turns that get a bank and a promise each (default: banks for turns 0, 1, 2-3, 4-7, 8-)",
+    )
+    promise.add_argument(
+        "--n-min", type=Whole(), help="fewer scores (questions, where those count) are no bank (default: 1)"
+    )
+    promise.add_argument(
+        "--on-cold",
+        default="takeover",
+        choices=("takeover", "accept", "presample"),
+        help="without a bank: call the target, keep the draft, or draft a bank for the question beforehand",
+    )
+    promise.add_argument(
+        "--drift-level",
+        type=Number(0, 1, open=True),
+        metavar="P",
+        help="watch for scores that leave the bank behind, with this probability of a false alarm",
+    )
+    promise.add_argument(
+        "--freeze-on-drift", action="store_true", help="at an alarm a bank that grows takes in nothing more"
     )
     promise.add_argument("--save-calibration", metavar="DIR", help="where the bank goes")
 
 
 def _add_chains(parser: argparse.ArgumentParser) -> None:
     chains = parser.add_argument_group("the chains")
-    chains.add_argument("--chains", type=int, default=16, metavar="M", help="of a question (default: 16)")
-    chains.add_argument("--turns", type=int, default=15, metavar="T", help="of a chain at most (default: 15)")
+    chains.add_argument("--chains", type=Whole(), default=16, metavar="M", help="of a question")
+    chains.add_argument("--turns", type=Whole(), default=15, metavar="T", help="of a chain at most")
     chains.add_argument(
-        "--draft-tokens", type=int, metavar="N", help="of a draft at most (default: 500; 48 for the embedded pair)"
+        "--draft-tokens", type=Whole(), help="of a draft at most (default: 500; 48 for the embedded pair)"
     )
     chains.add_argument(
-        "--target-tokens", type=int, metavar="N", help="of a takeover at most (default: 500; 48 for the embedded pair)"
+        "--target-tokens", type=Whole(), help="of a takeover at most (default: 500; 48 for the embedded pair)"
     )
-    chains.add_argument("--temperature", type=float, default=0.8, help="of both models (default: 0.8)")
-    chains.add_argument("--top-p", type=float, default=1.0, help="of both models (default: 1)")
+    add_temperature(chains, 0.8, "both models")
+    chains.add_argument("--top-p", type=Number(0, 1, open=True), default=1.0, help="of both models")
     chains.add_argument(
         "--stop", action="append", metavar="TEXT", help=r"ends a chunk (\n for a newline); may be given again"
     )
@@ -114,22 +136,22 @@ def _add_chains(parser: argparse.ArgumentParser) -> None:
         "--select",
         default="majority",
         choices=("majority", "weighted", "first"),
-        help="of the chains' answers (default: majority)",
+        help="of the chains' answers",
     )
     chains.add_argument("--early-majority", action="store_true", help="cancel chains that cannot change the winner")
     chains.add_argument(
         "--engine",
         default="async",
         choices=("async", "sync"),
-        help="sync waits for all chains of a turn (default: async)",
+        help="sync waits for all chains of a turn",
     )
     chains.add_argument(
         "--slots",
         metavar="D,S,T",
         help="requests at once: drafting, scoring, continuing (default: 16,8,4 where a server is asked, else 64 each)",
     )
-    chains.add_argument("--inflight", type=int, default=64, metavar="N", help="chains at once (default: 64)")
-    chains.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
+    chains.add_argument("--inflight", type=Whole(), default=64, help="chains at once")
+    add_seed(chains, "draws")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -147,22 +169,19 @@ def _run(args: argparse.Namespace) -> int:
     from pyquiet.scaling.questions import read_questions
 
     check_json(args)
-    for option in ("limit", "draft_tokens", "target_tokens", "calibration_turns"):
-        if (value := getattr(args, option)) is not None:
-            check_count(f"--{option.replace('_', '-')}", value, least=1)
     embedded = (args.draft, args.target) == EMBEDDED
     questions = read_questions(args.questions or embedded_file("questions.jsonl"))[: args.limit]
     atts = _build(args, embedded)
     answers = {question.id: question.answer for question in questions if question.answer is not None}
     quiet = args.quiet or args.json == STANDARD_OUTPUT
     rate = args.takeover_rate
-    bank, calibration = settle_bank(atts, args, lambda title, chains: watching(title, chains, rate, {}, quiet=quiet))
+    bank = settle_bank(atts, args, lambda title, chains: watching(title, chains, rate, {}, quiet=quiet))
     with watching("answering", len(questions) * atts.plan.chains, rate, answers, quiet=quiet) as on_record:
         result = atts.run(questions, journal=args.journal, engine=args.engine, on_record=on_record)
-    report = result.report.calibrated(calibration)
+    report = result.report
     guaranteed = {turn: {"guaranteed": sure, "why": why} for turn, (sure, why) in result.guaranteed.items()}
     shown = {"answers": result.answers, "bank": bank, "guaranteed": guaranteed, "report": report.to_dict()}
-    give(args, shown | {"finished": result.finished}, _in_words(result, report, bank))
+    give(args, shown | {"finished": result.finished}, _in_words(result, bank))
     return _status(result)
 
 
@@ -176,8 +195,10 @@ def _status(result: "ATTSResult") -> int:
 
 
 def _build(args: argparse.Namespace, embedded: bool) -> "ATTS":
-    from pyquiet.scaling import ATTS
+    from pyquiet.scaling import ATTS, DriftMonitor
 
+    if args.drift_level is None:
+        check_needed(args, "--drift-level", "freeze_on_drift")
     on_takeover: OnTakeover = args.on_takeover or ("replace" if embedded else "continue")
     draft, target = (
         model(role, getattr(args, role), getattr(args, f"{role}_tokenizer")) for role in ("draft", "target")
@@ -185,7 +206,8 @@ def _build(args: argparse.Namespace, embedded: bool) -> "ATTS":
     return ATTS(
         draft, target, takeover_rate=args.takeover_rate, tail=args.tail, preset=args.preset, on_takeover=on_takeover,
         calibration=args.calibration, plan=_plan(args, embedded), template=args.template, system=args.system,
-        select=args.select,
+        select=args.select, discard_rate=args.discard_rate, resamples=args.resamples, on_cold=args.on_cold,
+        drift=None if args.drift_level is None else DriftMonitor(args.drift_level, args.freeze_on_drift),
     )  # fmt: skip
 
 
@@ -195,8 +217,8 @@ def _plan(args: argparse.Namespace, embedded: bool) -> "Plan":
     served = any(name.startswith("http") for name in (args.draft, args.target))
     # In this process what waits fills batches; a server has slots of its own.
     slots = (args.slots or ("16,8,4" if served else "64,64,64")).split(",")
-    if len(slots) != 3 or not all(slot.strip().isdigit() for slot in slots):
-        raise ValueError(f"--slots must be three numbers with commas between, got {args.slots!r}")
+    if len(slots) != 3 or not all(slot.strip().isdigit() and int(slot) for slot in slots):
+        raise ValueError(f"--slots must be three numbers from 1 on with commas between, got {args.slots!r}")
     draft, score, target = map(int, slots)
     short = 48 if embedded else 500  # a line of the embedded pair has 25 tokens at most
     stop = [text.replace("\\n", "\n") for text in args.stop or (["\\n"] if embedded else [])]
@@ -212,9 +234,9 @@ def _plan(args: argparse.Namespace, embedded: bool) -> "Plan":
     )
 
 
-def _in_words(result: "ATTSResult", report: "Report", bank: str) -> str:
+def _in_words(result: "ATTSResult", bank: str) -> str:
     lines = [f"{q.question.id}: {q.answer if q.answer is not None else '(no answer)'}" for q in result.questions]
-    lines += ["", str(report), f"bank: {bank}", ""]
+    lines += ["", str(result.report), f"bank: {bank}", ""]
     for turn, (sure, why) in result.guaranteed.items():
         lines.append(f"turn {turn}: {'the rate is guaranteed' if sure else 'no guarantee'}: {why}")
     return "\n".join(lines)

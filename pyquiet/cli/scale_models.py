@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyquiet.scaling import ATTS, Backend
     from pyquiet.scaling.calibration import Kind
-    from pyquiet.scaling.records import Record
-    from pyquiet.scaling.table import Table
 
 EMBEDDED = ("tiny-draft", "tiny-target")
 TURNS = 7  # that get a bank each: a problem of the embedded pair has six steps and an answer at most
@@ -45,31 +43,33 @@ def calibration_journal(journal: str) -> str:
     return f"{journal}.calibration.jsonl"
 
 
-def settle_bank(atts: "ATTS", args: argparse.Namespace, watch: Watch) -> tuple[str, "Table"]:
+def settle_bank(atts: "ATTS", args: argparse.Namespace, watch: Watch) -> str:
     """Sees to the bank that was asked for; without a wish to the embedded pair's.
 
-    Says in words which it is, and gives what was done for it now. Raises ValueError for a calibrator without questions
-    to calibrate on, and for options that go with no bank that is made.
+    Says in words which it is. Raises ValueError for a calibrator without questions to calibrate on, and for options
+    that go with no bank that is made.
     """
-    from pyquiet.scaling.table import Table
+    from pyquiet.scaling import PerQuestion
 
-    done = Table()
+    n_min = args.n_min or 1
     embedded = (args.draft, args.target) == EMBEDDED
     if args.calibration is not None:
-        _refuse(args, "--calibration brings a bank", "calibrate", "calibrator", "calibration_turns", "save_calibration")
-        return f"from {args.calibration}", done
+        own = ("calibrate", "calibrator", "calibration_turns", "n_min", "save_calibration")
+        _refuse(args, "--calibration brings a bank", *own)
+        return f"from {args.calibration}"
     if args.calibrator == "per_question" or not (args.calibrate or args.calibrator or embedded):
         why = "every question drafts a bank of its own (--calibrator per_question, or no --calibrate)"
         _refuse(args, why, "calibrate", "calibration_turns", "save_calibration")
-        words = "first chunks drafted for each question beforehand; the rate is promised for first turns alone"
-        return words, done
+        atts.calibrator = PerQuestion(n_min=n_min)
+        return "first chunks drafted for each question beforehand; the rate is promised for first turns alone"
+    if args.calibrator == "online":
+        return _online(atts, args, watch)
     if not (args.calibrate or embedded):
         raise ValueError(f"--calibrator {args.calibrator} needs questions: name them by --calibrate FILE")
-    own = args.calibrate or args.calibrator or args.calibration_turns or args.save_calibration
+    own = args.calibrate or args.calibrator or args.calibration_turns or args.n_min or args.save_calibration
     if not own and _shipped(atts):
-        words = "the one that came with the pair; the rate is promised for problems like those of its questions.jsonl"
-        return words, done
-    return _calibrated(atts, args, watch, done), done
+        return "the one that came with the pair; the rate is promised for problems like those of its questions.jsonl"
+    return _calibrated(atts, args, watch)
 
 
 def _refuse(args: argparse.Namespace, why: str, *options: str) -> None:
@@ -79,21 +79,28 @@ def _refuse(args: argparse.Namespace, why: str, *options: str) -> None:
             raise ValueError(f"--{option.replace('_', '-')} makes a bank, but {why}: leave one of them out")
 
 
-def _calibrated(atts: "ATTS", args: argparse.Namespace, watch: Watch, done: "Table") -> str:
+def _online(atts: "ATTS", args: argparse.Namespace, watch: Watch) -> str:
+    """A bank that grows, and begins with what it is calibrated on, if anything."""
+    from pyquiet.scaling import Online, Pooled
+
+    _refuse(args, "that of --calibrator online grows with the run", "calibration_turns", "save_calibration")
+    begun = _calibrated(atts, args, watch, "pooled") if args.calibrate else "empty at first"
+    bank = atts.calibrator.bank if isinstance(atts.calibrator, Pooled) else None
+    atts.calibrator = Online(bank, update="epoch", n_min=args.n_min or 1)
+    return f"online, {begun}; it takes in the first chunks of 16 questions at a time, and no rate is guaranteed"
+
+
+def _calibrated(atts: "ATTS", args: argparse.Namespace, watch: Watch, kind: "Kind | None" = None) -> str:
     from pyquiet.scaling.questions import read_questions
 
     source = Path(args.calibrate or embedded_file("calibration.jsonl"))
-    kind: Kind = args.calibrator or ("pooled" if args.preset == "paper" else "per_turn")
+    kind = kind or args.calibrator or ("pooled" if args.preset == "paper" else "per_turn")
     turns = args.calibration_turns or (TURNS if kind == "per_turn" and not args.calibrate else None)
     questions, each = read_questions(source), args.calibration_chains
     journal = calibration_journal(args.journal) if args.journal else None
+    n_min = args.n_min or 1
     with watch("calibrating", len(questions) * each) as show:
-
-        def on_record(record: "Record") -> None:
-            done.add(record)
-            show(record)
-
-        atts.calibrate(questions, kind=kind, chains=each, turns=turns, journal=journal, on_record=on_record)
+        atts.calibrate(questions, kind=kind, chains=each, turns=turns, n_min=n_min, journal=journal, on_record=show)
     if args.save_calibration:
         atts.save_calibration(args.save_calibration)
     return f"{kind}, made now of {len(questions)} questions of {source.name} with {each} chains each"

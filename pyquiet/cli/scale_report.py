@@ -16,7 +16,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser = actions.add_parser("report", help=what, description=f"{what.capitalize()}, finished or not.")
     parser.add_argument("journal", metavar="RUN.jsonl", help="what --journal kept")
     parser.add_argument(
-        "--calibration",
+        "--calibration-journal",
         metavar="FILE",
         help="journal of its calibration, whose time counts too (default: RUN.jsonl.calibration.jsonl)",
     )
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_json(args)
     header, records = read_journal(args.journal)
-    report = Report.of(header, records, calibration=_calibration(args.journal, args.calibration))
+    report = Report.of(header, records, calibration=_calibration(args.journal, args.calibration_journal))
     if args.plot:
         plot_run(report, records, args.plot)
     words, speedup = str(report), None

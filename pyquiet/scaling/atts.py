@@ -36,6 +36,7 @@ from pyquiet.scaling.result import ATTSResult, Promises, QuestionResult
 from pyquiet.scaling.running import blocking, interruptible, journalled
 from pyquiet.scaling.score import MeanNLL, ScoreFn
 from pyquiet.scaling.session import Session, Setting
+from pyquiet.scaling.table import Table
 from pyquiet.scaling.views import Template, Views
 
 Engine = Literal["async", "sync"]
@@ -147,6 +148,7 @@ class ATTS:
         self.on_cold, self.drift = on_cold, drift
         self._saved = calibration if isinstance(calibration, str | os.PathLike) else None
         self.calibrator = None if isinstance(calibration, str | os.PathLike) else calibration
+        self._calibration = Table()  # what `calibrate` did, for reports of runs
         self.score, self.extract, self.select = score or MeanNLL(), extract, select
         self.template, self.system = template, system
         if calibration is None and policy is None:
@@ -219,7 +221,7 @@ class ATTS:
                         await drive(session, (self._panel(i, q) for i, q in batch))
                         if isinstance(policy, ConformalPolicy):
                             policy.advance()
-        results, report = tuple(done[i] for i in sorted(done)), tally.report()
+        results, report = tuple(done[i] for i in sorted(done)), tally.report().calibrated(self._calibration)
         return ATTSResult(results, report, promises.by_turn(report.drift), len(done) == len(asked))
 
     def calibrate(
@@ -237,6 +239,7 @@ class ATTS:
 
         The questions that calibrate a turn (every T-th) calibrate no other, so that their chains are judged at earlier
         turns by banks that do not hold their own scores, as those of new questions are; else the promise would break.
+        What it took is counted in the reports of all further runs.
 
         Args:
             kind: "pooled" and "hierarchical" rank first chunks, the latter so that it holds for new questions;
@@ -276,10 +279,11 @@ class ATTS:
         calibrated = check_count("turns", self.plan.turns if turns is None else turns, least=1)
         calibrated = min(calibrated, self.plan.turns) if kind == "per_turn" else 1
         buckets = BUCKETS if turns is None else range(turns + 1)
-        collected: list[tuple[float, Cell]] = []
+        collected, done = list[tuple[float, Cell]](), Table()
         known = {question.id: question for question in asked}
 
         def collect(record: Record) -> None:
+            done.add(record)
             reason = "" if record.decision is None else record.decision.reason
             if record.key.phase == "calibrate" and reason == "calibration" and record.score is not None:
                 collected.append((record.score, Cell.of(known[record.key.question], record.key.turn)))
@@ -307,7 +311,7 @@ class ATTS:
         if calibrator is None:
             raise ValueError("questions: none of the drafts could be scored (too short?), so there is no bank")
         calibrator.taxonomy = made_with(self, calibrator)
-        self.calibrator = calibrator
+        self.calibrator, self._calibration = calibrator, done
         return calibrator
 
     def save_calibration(self, folder: str | os.PathLike[str]) -> None:

@@ -127,6 +127,45 @@ def test_without_the_shipped_bank_one_is_made_or_each_question_makes_its_own(
     assert shown["report"]["turns"]["0"]["promised"] == pytest.approx(3 / 7)  # at least 0.4 of 6 + 1 ranks
 
 
+def test_discards_a_cold_start_and_drift_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few, journal = tmp_path / "few.jsonl", str(tmp_path / "run.jsonl")
+    few.write_text("".join(scale_models.embedded_file("calibration.jsonl").read_text().splitlines(True)[:6]))
+    promise = ["--takeover-rate", "0.6", "--discard-rate", "0.5", "--resamples", "1", "--drift-level", "0.1"]
+    bank = ["--calibrate", str(few), "--calibrator", "hierarchical", "--calibration-chains", "1"]
+    command = ["scale", *SMALL, *promise, *bank, "--journal", journal]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    header, records = read_journal(journal)
+    thrown = sum(r.decision is not None and r.decision.action == "resample" for r in records)
+    assert thrown
+    assert f"{thrown} drafts thrown away for another one" in text
+    assert "drift, e-values (of so many p-values): turn 0" in text
+    told = {name: header["config"][name] for name in ("discard_rate", "resamples", "on_cold", "drift")}
+    drift = {"level": 0.1, "freeze": False}
+    assert told == {"discard_rate": 0.5, "resamples": 1, "on_cold": "takeover", "drift": drift}
+    assert main(["scale", "report", journal, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["discards"], report["drift"]["0"]["watched"]) == (thrown, 2)
+    assert main([*command[:-1], str(tmp_path / "cold.jsonl"), "--n-min", "7", "--on-cold", "presample", "--json"]) == 0
+    cold = json.loads(capsys.readouterr().out)
+    assert cold["guaranteed"]["0"]["why"] == "first turn, ranked among the question's own first chunks"
+    assert cold["report"]["calibration_cost"]["draft"]["requests"] == 6 + 2 * 2
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_bank_that_grows(begun: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(scale_models.embedded_file("calibration.jsonl").read_text().splitlines(True)[:6]))
+    bank = ["--calibrate", str(few), "--calibration-chains", "1"] if begun else []
+    grows = ["--calibrator", "online", "--on-cold", "accept", "--drift-level", "0.1", "--freeze-on-drift"]
+    assert main(["scale", *SMALL, *bank, *grows, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["bank"].startswith(f"online, {'pooled, made now of 6' if begun else 'empty at first'}")
+    assert set(shown["report"]["reasons"]) == {"p" if begun else "cold"}
+    assert not any(told["guaranteed"] for told in shown["guaranteed"].values())
+    assert bool(shown["report"]["drift"]) == begun
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -142,6 +181,22 @@ def test_without_the_shipped_bank_one_is_made_or_each_question_makes_its_own(
         (["--calibration", "x", "--save-calibration", "y"], "--save-calibration makes a bank, but --calibration"),
         (["--calibration", "x", "--calibrate", "y"], "--calibrate makes a bank, but --calibration brings"),
         (["--draft", "tiny-target", "--calibrator", "pooled"], "--calibrator pooled needs questions"),
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--chains", "0"], "--chains must be at least 1, got 0"),
+        (["--turns", "many"], "--turns must be a whole number, got 'many'"),
+        (["--inflight", "0"], "--inflight must be at least 1, got 0"),
+        (["--slots", "4,0,4"], "--slots must be three numbers from 1 on"),
+        (["--calibration-chains", "0"], "--calibration-chains must be at least 1, got 0"),
+        (["--temperature", "-1"], "--temperature must be"),
+        (["--top-p", "0"], "--top-p must be in (0, 1], got 0"),
+        (["--n-min", "0"], "--n-min must be at least 1, got 0"),
+        (["--resamples", "-1"], "--resamples must be at least 0, got -1"),
+        (["--discard-rate", "0.5"], "--discard-rate must lie in [0, takeover_rate], got 0.5"),
+        (["--drift-level", "0"], "--drift-level must be in (0, 1], got 0"),
+        (["--drift-level", "0.1", "--early-majority"], "drift watches what is promised, and nothing is"),
+        (["--freeze-on-drift"], "--freeze-on-drift has no use without --drift-level"),
+        (["--calibrator", "online", "--save-calibration", "x"], "--save-calibration makes a bank, but that of"),
+        (["--calibration", "x", "--n-min", "3"], "--n-min makes a bank, but --calibration brings"),
     ],
 )
 def test_bad_input_is_one_line(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ from pyquiet.scaling import (
     Pools,
     Question,
     RankPolicy,
+    Report,
     Retry,
     RSDPolicy,
     Rule,
@@ -55,7 +56,8 @@ def atts(plan: Plan = PLAN, **options: Any) -> ATTS:
 
 
 def transcript(path: Path) -> list[Record]:
-    return sorted((replace(r, timing=None) for r in read_journal(path)[1]), key=lambda record: record.key)
+    kept = (replace(r, timing=None) for r in read_journal(path)[1] if r.key.stage != "lost")
+    return sorted(kept, key=lambda record: record.key)
 
 
 def test_without_a_calibration_every_question_has_its_own_bank() -> None:
@@ -155,6 +157,21 @@ def test_calibration_chains_of_a_turn_calibrate_no_other(tmp_path: Path) -> None
     assert again.calibrator.version == made.version
 
 
+def test_what_calibration_took_is_counted_in_every_report(tmp_path: Path) -> None:
+    journal, bank = tmp_path / "run.jsonl", tmp_path / "bank.jsonl"
+    runner = atts(models=[HashModel(name, latency=1e-3) for name in ("draft", "target")])
+    runner.calibrate(BANK, kind="hierarchical", chains=1, journal=bank)
+    report = runner.run(ASKED, journal=journal).report
+    assert report == Report.of(*read_journal(journal), calibration=read_journal(bank)[1])
+    assert report.calibration > 0
+    assert report.calibration_cost["draft"].requests == len(BANK)
+    again = atts()
+    again.calibrate(BANK, kind="hierarchical", chains=1, journal=bank)  # nothing is asked anew, and yet it took that
+    assert again.run(ASKED, journal=journal).report == report
+    runner.calibrate(BANK[:9], kind="hierarchical", chains=1)
+    assert runner.run(ASKED).report.calibration_cost["draft"].requests == 9
+
+
 def test_turns_may_have_banks_of_their_own(tmp_path: Path) -> None:
     plan = replace(PLAN, turns=5)
     runner = atts(plan, models=[HashModel(name, answers=0.05) for name in ("draft", "target")])
@@ -250,7 +267,7 @@ def test_what_becomes_of_chunks_that_cannot_be_scored(
     runner = atts(models=models, on_score_failure=what, calibration=Pooled(Bank(np.arange(9.0))), retry=Retry(1))
     result = runner.run(ASKED, journal=tmp_path / "run.jsonl")
     assert {chain.outcome for question in result.questions for chain in question.chains} <= outcomes
-    assert {r.key.stage for r in read_journal(tmp_path / "run.jsonl")[1]} == {*stages, "end"}
+    assert {r.key.stage for r in read_journal(tmp_path / "run.jsonl")[1]} == {*stages, "lost", "end"}
     with pytest.raises(ValueError, match="on_score_failure must be"):
         atts(on_score_failure="wait")
 

@@ -44,7 +44,8 @@ def atts(plan: Plan = PLAN, **options: Any) -> ATTS:
 
 
 def transcript(path: Path) -> list[Record]:
-    return sorted((replace(r, timing=None) for r in read_journal(path)[1]), key=lambda record: record.key)
+    kept = (replace(r, timing=None) for r in read_journal(path)[1] if r.key.stage != "lost")
+    return sorted(kept, key=lambda record: record.key)
 
 
 @pytest.mark.parametrize("on_takeover", ["continue", "replace", "resample"])
@@ -160,8 +161,8 @@ MANY = [f"Asked {i}?" for i in range(12)]
 
 
 def test_drift_withdraws_the_promise_of_its_turn(tmp_path: Path) -> None:
-    runner, journal = drifting(), tmp_path / "run.jsonl"
-    runner.calibrate(BANK, kind="hierarchical", chains=1)
+    runner, journal, bank = drifting(), tmp_path / "run.jsonl", tmp_path / "bank.jsonl"
+    runner.calibrate(BANK, kind="hierarchical", chains=1, journal=bank)
     calm = runner.run([f"Other {i}?" for i in range(12)])
     assert calm.guaranteed[0][0]
     assert calm.report.drift[0].alarm is None
@@ -177,7 +178,7 @@ def test_drift_withdraws_the_promise_of_its_turn(tmp_path: Path) -> None:
     assert result.guaranteed[0] == (False, str(watch.alarm))
     assert (result.report.turns[0].guaranteed, result.report.takeovers.guaranteed) == (0, 0)
     assert str(watch.alarm) in str(result.report)
-    assert Report.of(*read_journal(journal)) == result.report
+    assert Report.of(*read_journal(journal), calibration=read_journal(bank)[1]) == result.report
     assert result.report.to_dict()["drift"]["0"]["alarm"]["seen"] == watch.alarm.seen
 
 
