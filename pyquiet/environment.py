@@ -50,8 +50,14 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(bits(tensor))
     return digest.hexdigest()
+
+
+def bits(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor's elements in their order, whatever device and layout it has; to be hashed."""
+    data: memoryview = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return data
 
 
 def examine() -> dict[str, Any]:

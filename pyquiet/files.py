@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and texts that are read or refused by name."""
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -41,6 +42,18 @@ def check_writable(folder: str | os.PathLike[str], *, make: bool = False) -> Non
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(f"nothing can be written to the folder {folder} ({error.strerror}); name another") from None
+
+
+def lock(file: int, path: str | os.PathLike[str]) -> None:
+    """Keeps an open file (its descriptor) to this process until that ends or closes it.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    try:  # not inherited by programs that are started, and gone with the process however that ends
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(f"{path} is being written by another run; wait for it, or name another file") from None
 
 
 def read_texts(files: Iterable[str | os.PathLike[str]]) -> list[str]:

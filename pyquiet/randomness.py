@@ -96,6 +96,14 @@ def resolve_seed(seed: int | None) -> int:
     return _check_seed(seed)
 
 
+def resolve_sequence_ids(sequence_ids: Tensor | None, batch: int) -> Tensor:
+    """The ids on the CPU, int64 [batch]; for None, the numbers of the rows. Errors as `check_sequence_ids`."""
+    if sequence_ids is None:
+        return torch.arange(batch)
+    check_sequence_ids(sequence_ids, batch)
+    return sequence_ids.cpu()
+
+
 def check_sequence_ids(sequence_ids: Tensor, batch: int) -> None:
     """Raises TypeError or ValueError unless the ids are int64 [batch] in [0, 2^32), as a Stream takes them."""
     if not isinstance(sequence_ids, Tensor):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pyquiet.files import check_target, check_writable, read_texts, replacing
+from pyquiet.files import check_target, check_writable, lock, read_texts, replacing
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,13 @@ def test_what_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "picture").write_bytes(b"\xff\xd8")
     with pytest.raises(ValueError, match=r"picture is not UTF-8 text"):
         read_texts([tmp_path / "picture"])
+
+
+def test_a_file_is_locked_by_one_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with path.open("ab") as first, path.open("ab") as second:
+        lock(first.fileno(), path)
+        with pytest.raises(BlockingIOError, match=r"file is being written by another run; wait for it"):
+            lock(second.fileno(), path)
+    with path.open("ab") as third:
+        lock(third.fileno(), path)

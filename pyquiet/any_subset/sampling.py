@@ -16,7 +16,7 @@ from pyquiet.any_subset.drafting import ngram_drafter
 from pyquiet.any_subset.engine import Engine, undisturbed
 from pyquiet.any_subset.inputs import read_inputs
 from pyquiet.any_subset.rounds import Round, Session
-from pyquiet.randomness import COUPLINGS, check_sequence_ids, process_logits, resolve_seed
+from pyquiet.randomness import COUPLINGS, process_logits, resolve_seed, resolve_sequence_ids
 
 FIXED_METHODS = ("sequential", "assd", "one_call", "ngram")
 METHODS = ("auto", *FIXED_METHODS)
@@ -127,7 +127,7 @@ def infill(
         input_ids,
         inputs,
         seed=seed,
-        sequences=_checked_ids(sequence_ids, len(input_ids)),
+        sequences=resolve_sequence_ids(sequence_ids, len(input_ids)),
         coupling="gumbel" if by_time else coupling,
         bonus=bonus,
         options=_checked_law(engine, temperature, top_k, top_p, banned),
@@ -237,11 +237,3 @@ def _checked_law(
     if banned is not None and bool(banned.all()):
         raise ValueError("banned bans every token of the vocabulary; leave one")
     return options
-
-
-def _checked_ids(sequence_ids: Tensor | None, batch: int) -> Tensor:
-    if sequence_ids is None:
-        return torch.arange(batch)
-    ids = torch.as_tensor(sequence_ids)
-    check_sequence_ids(ids, batch)
-    return ids.cpu()

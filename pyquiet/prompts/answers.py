@@ -5,7 +5,6 @@ answers, each a number of a prompt and rows, and what it cost. A line is on the 
 that was cut off is dropped, and its batch computed again.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from pyquiet.checks import some_of
-from pyquiet.files import replacing
+from pyquiet.files import lock, replacing
 from pyquiet.prompts.fingerprint import check_same
 
 Row = dict[str, Any]
@@ -46,13 +45,10 @@ class Part:
         self.path, self.header = output.with_name(f"{output.name}.rank{rank}"), header
         self._file = self.path.open("ab")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file.fileno(), self.path)
             end = max((batch.end for batch in read_part(self.path, header)), default=0)
             self._file.truncate(end)
             self._file.seek(end)
-        except BlockingIOError:
-            self._file.close()
-            raise BlockingIOError(f"{self.path} is being written by another run; wait for it or end it") from None
         except BaseException:
             self._file.close()
             raise
