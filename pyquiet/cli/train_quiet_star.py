@@ -66,7 +66,8 @@ def training_arguments(args: argparse.Namespace) -> "QuietStarTrainingArguments"
     from pyquiet.quiet_star import QuietStarTrainingArguments
 
     stages = ["--curriculum", *args.curriculum] if args.curriculum else []
-    more = {"official": args.official, "gradient_checkpointing": args.gradient_checkpointing}
+    # Said only where it is asked for: transformers warns of the name, which it is about to change.
+    more = {"official": args.official, "gradient_checkpointing": args.gradient_checkpointing or None}
     settings: QuietStarTrainingArguments
     settings = training.training_arguments(args, QuietStarTrainingArguments, OPTIONS, *stages, **more)
     return settings

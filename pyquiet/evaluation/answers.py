@@ -71,7 +71,7 @@ def direct_answers(
     seed: int = 0,
     thoughts_per_token: int | None = None,
     max_length: int = 256,
-    batch_size: int = 8,
+    batch_size: int = 16,
     progress: bool = True,
 ) -> DirectAnswers:
     """Scores of "Q: question\\nA: answer\\n", no example before it and nothing reasoned aloud.

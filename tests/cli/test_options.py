@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import inspect
 import io
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pyquiet import cli
+import pyquiet
+from pyquiet import QuietStarForCausalLM, cli, evaluation
+from pyquiet.bilevel.demonstration import demonstrate
 from pyquiet.cli import main
 from pyquiet.cli.options import Number, Temperature, Whole, given_text
 
@@ -176,6 +179,31 @@ def test_a_terminal_is_told_that_its_text_is_awaited(monkeypatch, capsys) -> Non
     monkeypatch.setattr(sys, "stdin", Terminal("Once\n"))
     assert given_text("--prompt", None) == "Once"
     assert "--prompt is not given: write it here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "function", "otherwise"),
+    [
+        ("think", QuietStarForCausalLM.generate, set()),
+        ("infill", pyquiet.infill, set()),
+        ("diffuse", pyquiet.diffuse, {"length", "steps"}),  # a text to look at, in the half of the calls
+        ("evaluate thoughts", evaluation.thinking_gains, set()),
+        ("evaluate answers", evaluation.direct_answers, {"think"}),
+        ("evaluate answers", evaluation.majority_vote, {"think"}),
+        ("evaluate infilling", evaluation.generative_table, {"batch_size"}),  # says which where it is told
+        ("evaluate infilling", evaluation.infill_stories, {"batch_size"}),
+        ("evaluate infilling", evaluation.infill_code, {"batch_size"}),
+        ("evaluate diffusion", evaluation.diffusion_table, {"steps"}),  # the same, as a tuple
+        ("bilevel demo", demonstrate, set()),
+    ],
+)
+def test_options_have_the_defaults_of_the_arguments_that_they_are(path: str, function, otherwise: set[str]) -> None:
+    options = {action.dest: action for action in COMMANDS[tuple(path.split())].values()}
+    parameters = inspect.signature(function).parameters.items()
+    shared = [name for name, p in parameters if name in options and p.default is not p.empty]
+    differ = {name for name in shared if options[name].default != dict(parameters)[name].default}
+    assert len(shared) > 1
+    assert differ - {"seed"} == otherwise
 
 
 def test_the_reference_shows_the_same_command_line() -> None:
