@@ -13,6 +13,7 @@ namespace PYQUIET_ISA {
 
 constexpr int kGemmRows = kRegisters == 32 ? 8 : 4;
 constexpr int kGemmVectors = 3;
+constexpr int kBetween = 16;  // steps of depth between two calls of `between`: short, so that what it asks for overlaps
 
 // What the sums start from: nothing, c, or c with its column n multiplied by rescale[n].
 enum class Start { zero, add, rescale };
@@ -31,8 +32,8 @@ struct GemmOperands {
   const float* rescale = nullptr;
 };
 
-template <int M, int N, Start kStart, Layout kLayout>
-void gemm_block(const GemmOperands& o) {
+template <int M, int N, Start kStart, Layout kLayout, class Between>
+void gemm_block(const GemmOperands& o, Between between) {
   F sum[M][N] = {};
   if constexpr (kStart != Start::zero) {
 #pragma GCC unroll 8
@@ -47,6 +48,7 @@ void gemm_block(const GemmOperands& o) {
   const float *a = o.a, *a3 = a + 3 * stride, *a6 = a + 6 * stride;  // three bases: x86 can add 0, 1 or 2 strides
   const float* b = o.b;
   for (int64_t k = 0; k < o.depth; ++k, b += o.b_stride) {
+    if (k % kBetween == 0) between();
     F row[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) row[n] = load(b + n * kLanes);
@@ -65,14 +67,14 @@ void gemm_block(const GemmOperands& o) {
     for (int n = 0; n < N; ++n) store(o.c + m * o.c_stride + n * kLanes, sum[m][n]);
 }
 
-template <int M, Start kStart, Layout kLayout>
-void gemm_rows(int vectors, GemmOperands o) {
+template <int M, Start kStart, Layout kLayout, class Between>
+void gemm_rows(int vectors, GemmOperands o, Between between) {
   while (vectors > 0) {
     // Four vectors go as two and two: one alone would wait for its broadcasts.
     const int n = vectors == 4 ? 2 : std::min(vectors, kGemmVectors);
-    if (n == 3) gemm_block<M, 3, kStart, kLayout>(o);
-    if (n == 2) gemm_block<M, 2, kStart, kLayout>(o);
-    if (n == 1) gemm_block<M, 1, kStart, kLayout>(o);
+    if (n == 3) gemm_block<M, 3, kStart, kLayout>(o, between);
+    if (n == 2) gemm_block<M, 2, kStart, kLayout>(o, between);
+    if (n == 1) gemm_block<M, 1, kStart, kLayout>(o, between);
     o.b += n * kLanes;
     o.c += n * kLanes;
     if (o.rescale) o.rescale += n * kLanes;
@@ -80,7 +82,7 @@ void gemm_rows(int vectors, GemmOperands o) {
   }
 }
 
-// `rows` rows of c, `vectors` vectors wide. `between` is called before each handful of rows.
+// `rows` rows of c, `vectors` vectors wide. `between` is called every kBetween steps of each block.
 template <Start kStart, Layout kLayout, class Between>
 void gemm(int64_t rows, int vectors, GemmOperands o, Between between) {
   const auto advance = [&](int m) {
@@ -88,15 +90,12 @@ void gemm(int64_t rows, int vectors, GemmOperands o, Between between) {
     o.a += kLayout == Layout::rows ? m * o.a_stride : m;
     o.c += m * o.c_stride;
   };
-  for (; rows >= kGemmRows; advance(kGemmRows)) {
-    between();
-    gemm_rows<kGemmRows, kStart, kLayout>(vectors, o);
-  }
+  for (; rows >= kGemmRows; advance(kGemmRows)) gemm_rows<kGemmRows, kStart, kLayout>(vectors, o, between);
   if (kGemmRows > 4 && rows >= 4) {
-    gemm_rows<4, kStart, kLayout>(vectors, o);
+    gemm_rows<4, kStart, kLayout>(vectors, o, between);
     advance(4);
   }
-  for (; rows > 0; advance(1)) gemm_rows<1, kStart, kLayout>(vectors, o);
+  for (; rows > 0; advance(1)) gemm_rows<1, kStart, kLayout>(vectors, o, between);
 }
 
 template <Start kStart, Layout kLayout>

@@ -267,6 +267,18 @@ inline void transpose(typename Lanes<W>::F* row) {
   if constexpr (2 * S < W) transpose<W, 2 * S>(row);
 }
 
+// The sums of W rows of W lanes, one a lane; the rows are used up.
+template <int W, int S = 1>
+inline typename Lanes<W>::F sum_rows(typename Lanes<W>::F* row) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i += 2 * S) {
+    swap_blocks<S>(row[i], row[i + S], std::make_integer_sequence<int, W>{});
+    row[i] += row[i + S];
+  }
+  if constexpr (2 * S < W) return sum_rows<W, 2 * S>(row);
+  return row[0];
+}
+
 using F4 = Lanes<4>::F;
 
 // The sum of every quarter of v, lane by lane: 16 or 8 lanes folded to 4.

@@ -45,6 +45,7 @@ struct BackwardTile {
   alignas(64) float score[kKeyBlock * kRows], d_score[kKeyBlock * kRows];                      // [key][row]
   alignas(64) float spare_key[2 * kKeyBlock * kMaxD], spare_value[kKeyBlock * kMaxD];
   alignas(64) float lse[kRows], delta[kRows];
+  RowProducts products;
   // In packed form: right matrices over channels and over rows; weights and their gradients, left and right.
   alignas(64) uint16_t query_channels[kMaxD * kRows], d_out_channels[kMaxD * kRows];
   alignas(64) uint16_t query_rows[kMaxD * kRows], d_out_rows[kMaxD * kRows];
@@ -81,7 +82,9 @@ void plan_prefetch(const Problem<E>& p, const ThoughtAttentionBackward<E>& a, in
     for (const View<const E, 5>* view : {&a.query, &a.d_out, &a.out}) queue.add(view->at(b, head, position, step));
   }
   const int64_t span = set.end - set.begin, blocks = (span + kKeyBlock - 1) / kKeyBlock;
-  queue.spread(p.packed ? 5 * blocks : 4 * (span / kGemmRows) + blocks * p.D / kGemmRows + 1);
+  const int64_t handful = p.packed && kHasTiles ? 32 : kGemmRows,
+                handfuls = 4 * (span / handful) + blocks * p.D / handful;
+  queue.spread(p.packed ? handfuls + 1 : handfuls * (kKeyBlock / kBetween) + 1);
 }
 
 // Rows of the tile as they lie (rows) and transposed (lanes), lse in base 2, and delta.
@@ -184,25 +187,25 @@ void packed_text_gradients(const Problem<E>& p, const PackedText<E>& text, int64
   const auto prefetch = [&] { tile.prefetch.some(p.D); };
   for (int32_t key0 = set.begin; key0 < set.end; key0 += kKeyBlock) {
     const int n = std::min<int32_t>(kKeyBlock, set.end - key0), padded = static_cast<int>(rounded_up(n, 16));
-    packed_gemm<false>(n, kRows, text.width, text.rows(slot, 0, key0), query, tile.score, kRows);
-    prefetch();
-    packed_gemm<false>(n, kRows, text.width, text.rows(slot, 1, key0), d_out, tile.d_score, kRows);
-    prefetch();
+    packed_gemm<Start::zero>(n, kRows, text.width, text.rows(slot, 0, key0), query, tile.score, kRows, nullptr,
+                             prefetch);
+    packed_gemm<Start::zero>(n, kRows, text.width, text.rows(slot, 1, key0), d_out, tile.d_score, kRows, nullptr,
+                             prefetch);
     differentiate(p, set, key0, n, padded, tile);
     const Packed weight{tile.weight_left, kRows}, d_score{tile.d_score_left, kRows};
     pack_left(tile.score, kRows, padded, kVectors, weight);
     pack_left(tile.d_score, kRows, padded, kVectors, d_score);
     const int64_t offset = key0 * p.padded_D;
-    prefetch();
-    packed_gemm<true>(n, p.padded_D, kRows, weight, d_out_rows, tile.d_text_value + offset, p.padded_D);
-    prefetch();
-    packed_gemm<true>(n, p.padded_D, kRows, d_score, query_rows, tile.d_text_key + offset, p.padded_D);
+    packed_gemm<Start::add>(n, p.padded_D, kRows, weight, d_out_rows, tile.d_text_value + offset, p.padded_D, nullptr,
+                            prefetch);
+    packed_gemm<Start::add>(n, p.padded_D, kRows, d_score, query_rows, tile.d_text_key + offset, p.padded_D, nullptr,
+                            prefetch);
     const int64_t depth = rounded_up(n, kDepth);
     const Packed by_key{tile.d_score_right, 2 * kRows};
-    prefetch();
     pack_right(tile.d_score, kRows, n, depth, kVectors, by_key);
-    packed_gemm<true>(p.D, kRows, depth, whole_depth(text.columns(slot, 2, key0), text.width, n, tile.spare_packed),
-                      by_key, tile.d_query_t, kRows);
+    packed_gemm<Start::add>(p.D, kRows, depth,
+                            whole_depth(text.columns(slot, 2, key0), text.width, n, tile.spare_packed), by_key,
+                            tile.d_query_t, kRows, nullptr, prefetch);
   }
 }
 
@@ -234,14 +237,14 @@ void own_gradients(const Problem<E>& p, const ThoughtAttentionBackward<E>& a, in
   set.see_own_path(p);
   for (int32_t key0 = set.begin; key0 < set.end; key0 += kKeyBlock) {
     const int n = std::min(kKeyBlock, set.end - key0);
-    for (int r = 0; r < set.rows; ++r) {
-      const auto [head, t, step] = set.row[r];
-      const int begin = std::max(set.first[r] - key0, 0), end = std::min(set.limit[r] - key0, n);
-      score_row(a.query.at(b, head, t, step), a.path_key.at(b, g, t, key0), a.path_key.stride[3], begin, end, p.D,
-                tile.score + r);
-      score_row(a.d_out.at(b, head, t, step), a.path_value.at(b, g, t, key0), a.path_value.stride[3], begin, end, p.D,
-                tile.d_score + r);
-    }
+    const auto score = [&](const auto& rows, const auto& keys, float* products) {
+      score_rows(
+          set, [&](int r) { return rows.at(b, set.row[r].head, set.row[r].position, set.row[r].step); },
+          [&](int r) { return keys.at(b, g, set.row[r].position); }, keys.stride[3], key0, n, p.D, tile.products,
+          products);
+    };
+    score(a.query, a.path_key, tile.score);
+    score(a.d_out, a.path_value, tile.d_score);
     differentiate<true>(set, key0, n, n, p.factor, p.a.scale, p.cap, tile.lse, tile.delta, tile.score, tile.d_score);
     for (int from = 0, to; from < set.rows; from = to) {
       const int64_t position = set.row[from].position;
@@ -318,6 +321,9 @@ void pack_head(const Problem<E>& p, const PackedText<E>& text, int64_t head, flo
 
 template <class E>
 void thought_attention_backward(const ThoughtAttentionBackward<E>& a, int threads) {
+  prefer_large_pages(a.d_query);
+  prefer_large_pages(a.d_path_key);
+  prefer_large_pages(a.d_path_value);
   const Problem<E> p{a};
   const int64_t heads = p.B * p.G, chunk = positions_a_chunk(p), chunks = (p.T + chunk - 1) / chunk;
   const int64_t shares = std::min(chunks, (kUnits + heads - 1) / heads), size = (p.S + kKeyBlock) * p.padded_D;
@@ -326,7 +332,7 @@ void thought_attention_backward(const ThoughtAttentionBackward<E>& a, int thread
       partial_memory.reserve(shares > 1 ? 2 * heads * shares * size : 0);  // [heads][key, value][shares]
 #pragma omp parallel num_threads(threads) if (heads * shares > 1)
   {
-    static thread_local BackwardTile<E> tile;  // large, and kept for the next call
+    BackwardTile<E>& tile = kept<BackwardTile<E>>();
     static thread_local Scratch<uint16_t> scratch;
     [[maybe_unused]] const TileUse use;
     PackedText<E> text{p, 3};

@@ -33,58 +33,120 @@ struct Softmax {
 template <class E>
 struct ForwardTile {
   RowSet set;
+  const E* query[kRows];
+  E* out[kRows];
   Softmax text, own;
-  bool text_in_lanes = false;
-  alignas(64) float query_t[kMaxD * kRows];     // [D][kRows]
-  alignas(64) float text_out_t[kMaxD * kRows];  // [D][kRows]
-  alignas(64) float own_out[kRows * kMaxD];     // [kRows][padded_D]
-  alignas(64) float score[kKeyBlock * kRows];   // [key][row]
+  bool text_in_lanes = false, own_begun = false;  // own_begun: own_out holds something
+  alignas(64) float query_t[kMaxD * kRows];       // [D][kRows]
+  alignas(64) float text_out_t[kMaxD * kRows];    // [D][kRows]
+  alignas(64) float own_out[kRows * kMaxD];       // [kRows][padded_D]
+  alignas(64) float score[kKeyBlock * kRows];     // [key][row]
+  RowProducts products;
   alignas(64) float spare_key[2 * kKeyBlock * kMaxD], spare_value[kKeyBlock * kMaxD];
   // In packed form: right matrices, and the last keys of the values.
   alignas(64) uint16_t query_packed[kMaxD * kRows], weight_packed[kKeyBlock * kRows], spare_packed[kMaxD * kKeyBlock];
   Prefetch<E> prefetch;
 };
 
-// One online-softmax step: scores become weights, max and sum move on. A row without a key so far has max -inf; 0
-// stands in for it, so that no -inf - -inf arises.
-template <bool Masked>
-void softmax_block(const RowSet& set, int32_t key0, int n, float factor, float cap, float* scores, Softmax& softmax) {
+// The keys of a block that all rows of a set see: inner <= j < outer. The others are masked row by row.
+struct Seen {
+  int inner, outer;
+
+  Seen(const RowSet& set, int32_t key0, int n)
+      : inner(std::clamp(set.all_from - key0, 0, n)), outer(std::clamp(set.all_to - key0, inner, n)) {}
+};
+
+// Hides the keys from .. to from the lanes r .. that do not see them.
+inline void hide(const RowSet& set, int32_t key0, int from, int to, int r, float* score) {
+  const I first = load_ints(set.first + r), limit = load_ints(set.limit + r);
+  for (int j = from; j < to; ++j) {
+    const F s = load(score + j * kRows);
+    store(score + j * kRows, ((fill(key0 + j) >= first) & (fill(key0 + j) < limit)) ? s : fill(kNegInf));
+  }
+}
+
+// One online-softmax step: max and sum move on, and write(r, seen, weight) takes the weights of a vector of rows:
+// weight(j, masked) is that of key j, and what it returns is added to the sum. A row without a key so far has max -inf;
+// 0 stands in for it, so that no -inf - -inf arises.
+template <class E, class Write>
+void softmax_block(const Problem<E>& p, const RowSet& set, int32_t key0, int n, float* scores, Softmax& softmax,
+                   Write write) {
+  const Seen seen(set, key0, n);
+  // A cap, or a factor that turns the order round, comes before the largest score is looked for.
+  const bool ahead = p.cap > 0 || p.factor <= 0;
+  const float factor = ahead ? 1.0f : p.factor;
   for (int r = 0; r < set.vectors * kLanes; r += kLanes) {
     float* score = scores + r;
-    const I first = load_ints(set.first + r), limit = load_ints(set.limit + r);
-    const F old_max = load(softmax.max + r);
-    F top = old_max;
-    for (int j = 0; j < n; ++j) {
-      F s = load(score + j * kRows) * factor;
-      if (cap > 0) s = tanh(s) * cap;
-      if (Masked) s = ((fill(key0 + j) >= first) & (fill(key0 + j) < limit)) ? s : fill(kNegInf);
-      store(score + j * kRows, s);
-      top = max(s, top);
-    }
-    const F base = top == kNegInf ? F{} : top;
+    if (ahead)
+      for (int j = 0; j < n; ++j) {
+        const F s = load(score + j * kRows) * p.factor;
+        store(score + j * kRows, p.cap > 0 ? tanh(s) * p.cap : s);
+      }
+    hide(set, key0, 0, seen.inner, r, score);
+    hide(set, key0, seen.outer, n, r, score);
+    F top = fill(kNegInf);
+    for (int j = 0; j < n; ++j) top = max(load(score + j * kRows), top);
+    const F old_max = load(softmax.max + r), new_max = max(top == kNegInf ? top : top * factor, old_max);
+    const F base = new_max == kNegInf ? F{} : new_max;
     const F rescale = exp2(old_max - base);
-    F sum = load(softmax.sum + r) * rescale;
-    for (int j = 0; j < n; ++j) {
-      const F s = load(score + j * kRows);
-      F weight = exp2(s - base);
-      if (Masked) weight = s == kNegInf ? F{} : weight;
-      store(score + j * kRows, weight);
-      sum += weight;
-    }
-    store(softmax.max + r, top);
-    store(softmax.sum + r, sum);
+    const F sum = write(r, seen, [=](int j, bool masked) {
+      const F s = load(score + j * kRows), weight = exp2(s * factor - base);
+      return masked ? (s == kNegInf ? F{} : weight) : weight;
+    });
+    store(softmax.max + r, new_max);
+    store(softmax.sum + r, load(softmax.sum + r) * rescale + sum);
     store(softmax.rescale + r, rescale);
   }
 }
 
+// The same; the weights take the scores' place.
+template <class E>
+void softmax_in_place(const Problem<E>& p, const RowSet& set, int32_t key0, int n, float* scores, Softmax& softmax) {
+  softmax_block(p, set, key0, n, scores, softmax, [=](int r, const Seen& seen, auto weight) {
+    F sum{};
+    const auto keys = [&](int j, int end, bool masked) {
+      for (; j < end; ++j) {
+        const F x = weight(j, masked);
+        store(scores + j * kRows + r, x);
+        sum += x;
+      }
+    };
+    keys(0, seen.inner, true);
+    keys(seen.inner, seen.outer, false);
+    keys(seen.outer, n, true);
+    return sum;
+  });
+}
+
+// The same; the weights are packed as a right matrix, completed with zeros up to `depth`.
+template <class E>
+void softmax_packed(const Problem<E>& p, const RowSet& set, int32_t key0, int n, int64_t depth, float* scores,
+                    Softmax& softmax, const Packed& to) {
+  softmax_block(p, set, key0, n, scores, softmax, [=](int r, const Seen& seen, auto weight) {
+    F even{}, odd{};
+    const auto pack = [&](int j, F x, F y) {
+      const U bits = to_pairs(x, y);
+      std::memcpy(to.data + j / 2 * to.stride + 2 * r, &bits, sizeof bits);
+      even += x;
+      odd += y;
+    };
+    int j = 0;
+    for (; j < seen.inner; j += 2) pack(j, weight(j, true), j + 1 < n ? weight(j + 1, true) : F{});
+    for (; j + 2 <= seen.outer; j += 2) pack(j, weight(j, false), weight(j + 1, false));
+    for (; j < n; j += 2) pack(j, weight(j, true), j + 1 < n ? weight(j + 1, true) : F{});
+    for (; j < depth; j += 2) pack(j, F{}, F{});
+    return even + odd;
+  });
+}
+
 // Queues what this tile reads and writes at its end, and the queries of the tile that this thread probably does next.
 template <class E>
-void plan_prefetch(const Problem<E>& p, const View<E, 5>& out, int64_t b, int64_t g, int64_t next_b, int64_t next_g,
-                   int64_t next_begin, ForwardTile<E>& tile) {
+void plan_prefetch(const Problem<E>& p, int64_t b, int64_t g, int64_t next_b, int64_t next_g, int64_t next_begin,
+                   ForwardTile<E>& tile) {
   Prefetch<E>& queue = tile.prefetch;
   const RowSet& set = tile.set;
   queue.clear();
-  for (int r = 0; r < set.rows; ++r) queue.add(out.at(b, set.row[r].head, set.row[r].position, set.row[r].step));
+  for (int r = 0; r < set.rows; ++r) queue.add(tile.out[r]);
   queue.to_write = queue.count;
   if (next_begin >= 0) {
     RowCursor cursor(p, next_g, next_begin);
@@ -97,7 +159,8 @@ void plan_prefetch(const Problem<E>& p, const View<E, 5>& out, int64_t b, int64_
       queue.add(p.a.path_value.at(b, g, t, j));
     }
   const int64_t span = set.end - set.begin, blocks = (span + kKeyBlock - 1) / kKeyBlock;
-  const int64_t calls = p.packed ? 4 * blocks : span / kGemmRows + blocks * p.D / kGemmRows + 1;
+  const int64_t handful = p.packed && kHasTiles ? 32 : kGemmRows, handfuls = span / handful + blocks * p.D / handful;
+  const int64_t calls = p.packed ? handfuls + 1 : handfuls * (p.D / kBetween) + 1;
   queue.spread(calls);
 }
 
@@ -110,8 +173,7 @@ void attend_text(const Problem<E>& p, int64_t b, int64_t g, ForwardTile<E>& tile
     const Block key = rows_as_floats(p.a.text_key.at(b, g), p.a.text_key.stride[2], key0, n, p.S, p, tile.spare_key);
     gemm<Start::zero, Layout::rows>(rounded_keys(n), set.vectors,
                                     {key.data, key.stride, tile.query_t, kRows, tile.score, kRows, p.D}, prefetch);
-    (set.masked(key0, n) ? softmax_block<true> : softmax_block<false>)(set, key0, n, p.factor, p.cap, tile.score,
-                                                                       tile.text);
+    softmax_in_place(p, set, key0, n, tile.score, tile.text);
     const Block value =
         rows_as_floats(p.a.text_value.at(b, g), p.a.text_value.stride[2], key0, n, p.S, p, tile.spare_value);
     const GemmOperands out{value.data, value.stride, tile.score, kRows, tile.text_out_t, kRows, n, tile.text.rescale};
@@ -130,43 +192,32 @@ void attend_packed_text(const Problem<E>& p, const PackedText<E>& text, int64_t 
   const RowSet& set = tile.set;
   const Packed query{tile.query_packed, 2 * kRows}, weight{tile.weight_packed, 2 * kRows};
   pack_right(tile.query_t, kRows, p.D, text.width, kVectors, query);
+  const auto prefetch = [&] { tile.prefetch.some(p.D); };
   for (int32_t key0 = set.begin; key0 < set.end; key0 += kKeyBlock) {
     const int n = std::min<int32_t>(kKeyBlock, set.end - key0);
-    tile.prefetch.some(p.D);
-    packed_gemm<false>(n, kRows, text.width, text.rows(slot, 0, key0), query, tile.score, kRows);
-    tile.prefetch.some(p.D);
-    (set.masked(key0, n) ? softmax_block<true> : softmax_block<false>)(set, key0, n, p.factor, p.cap, tile.score,
-                                                                       tile.text);
-    tile.prefetch.some(p.D);
+    packed_gemm<Start::zero>(n, kRows, text.width, text.rows(slot, 0, key0), query, tile.score, kRows, nullptr,
+                             prefetch);
     const int64_t depth = rounded_up(n, kDepth);
-    pack_right(tile.score, kRows, n, depth, kVectors, weight);
-    tile.prefetch.some(p.D);
+    softmax_packed(p, set, key0, n, depth, tile.score, tile.text, weight);
     const Packed value = whole_depth(text.columns(slot, 1, key0), text.width, n, tile.spare_packed);
-    if (key0 == set.begin) {
-      packed_gemm<false>(p.D, kRows, depth, value, weight, tile.text_out_t, kRows);
-    } else {
-      for (int v = 0; v < kVectors; ++v) {
-        const F rescale = load(tile.text.rescale + v * kLanes);
-        for (int64_t d = 0; d < p.D; ++d) {
-          float* out = tile.text_out_t + d * kRows + v * kLanes;
-          store(out, load(out) * rescale);
-        }
-      }
-      packed_gemm<true>(p.D, kRows, depth, value, weight, tile.text_out_t, kRows);
-    }
+    const auto add = key0 == set.begin ? packed_gemm<Start::zero, decltype(prefetch)>
+                                       : packed_gemm<Start::rescale, decltype(prefetch)>;
+    add(p.D, kRows, depth, value, weight, tile.text_out_t, kRows, tile.text.rescale, prefetch);
   }
 }
 
-// out[0 .. D) = out * rescale + sum_j score[j * kRows] * value_j for begin <= j < end, lanes = channels.
-template <class E>
+// out[0 .. D) = (Begun ? out * rescale : 0) + sum_j score[j * kRows] * value_j for begin <= j < end, lanes = channels.
+template <bool Begun, class E>
 void add_row_values(const float* score, float rescale, const E* value, int64_t stride, int begin, int end, int64_t D,
                     float* out) {
   const auto vectors = [&](auto tag, auto count, int64_t d) {
     using V = decltype(tag);
     constexpr int kCount = decltype(count)::value;
-    V sum[kCount];
+    V sum[kCount] = {};
+    if constexpr (Begun) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kCount; ++v) sum[v] = load<V>(out + d + v * kWidth<V>) * rescale;
+      for (int v = 0; v < kCount; ++v) sum[v] = load<V>(out + d + v * kWidth<V>) * rescale;
+    }
     for (int j = begin; j < end; ++j)
 #pragma GCC unroll 4
       for (int v = 0; v < kCount; ++v) sum[v] += score[j * kRows] * load<V>(value + j * stride + d + v * kWidth<V>);
@@ -182,29 +233,26 @@ void add_row_values(const float* score, float rescale, const E* value, int64_t s
 // The keys that each row sees of an array of its own (key_of(r), value_of(r)), row by row; only the softmax goes over
 // the rows together.
 template <class E, class KeyOf, class ValueOf>
-void attend_by_row(const Problem<E>& p, int64_t b, KeyOf key_of, int64_t key_stride, ValueOf value_of,
-                   int64_t value_stride, ForwardTile<E>& tile) {
+void attend_by_row(const Problem<E>& p, KeyOf key_of, int64_t key_stride, ValueOf value_of, int64_t value_stride,
+                   ForwardTile<E>& tile) {
   const RowSet& set = tile.set;
+  const auto query_of = [&](int r) { return tile.query[r]; };
   for (int32_t key0 = set.begin; key0 < set.end; key0 += kKeyBlock) {
     const int n = std::min(kKeyBlock, set.end - key0);
-    const auto begin = [&](int r) { return std::max(set.first[r] - key0, 0); };
-    const auto end = [&](int r) { return std::min(set.limit[r] - key0, n); };
-    for (int r = 0; r < set.rows; ++r) {
-      const Row& row = set.row[r];
-      score_row(p.a.query.at(b, row.head, row.position, row.step), key_of(r) + key0 * key_stride, key_stride, begin(r),
-                end(r), p.D, tile.score + r);
-    }
-    softmax_block<true>(set, key0, n, p.factor, p.cap, tile.score, tile.own);
+    score_rows(set, query_of, key_of, key_stride, key0, n, p.D, tile.products, tile.score);
+    softmax_in_place(p, set, key0, n, tile.score, tile.own);
+    const auto add = tile.own_begun ? add_row_values<true, E> : add_row_values<false, E>;
     for (int r = 0; r < set.rows; ++r)
-      add_row_values(tile.score + r, tile.own.rescale[r], value_of(r) + key0 * value_stride, value_stride, begin(r),
-                     end(r), p.D, tile.own_out + r * p.padded_D);
+      add(tile.score + r, tile.own.rescale[r], value_of(r) + key0 * value_stride, value_stride,
+          std::max(set.first[r] - key0, 0), std::min(set.limit[r] - key0, n), p.D, tile.own_out + r * p.padded_D);
+    tile.own_begun = true;
   }
 }
 
 template <class E>
 void attend_text_by_row(const Problem<E>& p, int64_t b, int64_t g, ForwardTile<E>& tile) {
   attend_by_row(
-      p, b, [&](int) { return p.a.text_key.at(b, g); }, p.a.text_key.stride[2],
+      p, [&](int) { return p.a.text_key.at(b, g); }, p.a.text_key.stride[2],
       [&](int) { return p.a.text_value.at(b, g); }, p.a.text_value.stride[2], tile);
 }
 
@@ -213,7 +261,7 @@ void attend_own_path(const Problem<E>& p, int64_t b, int64_t g, ForwardTile<E>& 
   const RowSet& set = tile.set;
   tile.set.see_own_path(p);
   attend_by_row(
-      p, b, [&](int r) { return p.a.path_key.at(b, g, set.row[r].position); }, p.a.path_key.stride[3],
+      p, [&](int r) { return p.a.path_key.at(b, g, set.row[r].position); }, p.a.path_key.stride[3],
       [&](int r) { return p.a.path_value.at(b, g, set.row[r].position); }, p.a.path_value.stride[3], tile);
 }
 
@@ -235,8 +283,7 @@ void write_rows(const Problem<E>& p, const ThoughtAttention<E>& a, int64_t b, Fo
   const RowSet& set = tile.set;
   merge(set.vectors, tile.text, tile.own);
   const auto write = [&](int r, int64_t d, F text) {
-    const Row& row = set.row[r];
-    store_channels(a.out.at(b, row.head, row.position, row.step), d, p.D,
+    store_channels(tile.out[r], d, p.D,
                    text * tile.text.rescale[r] + load(tile.own_out + r * p.padded_D + d) * tile.own.rescale[r]);
   };
   if (tile.text_in_lanes) {
@@ -267,19 +314,19 @@ void attend_item(const Problem<E>& p, const ThoughtAttention<E>& a, const Packed
                  const Items& items, int64_t item, int64_t next, ForwardTile<E>& tile) {
   const int64_t head = items.head(item), b = head / p.G, g = head % p.G, flat = items.first_row(item);
   tile.set.see_text(p, b, g, flat, static_cast<int>(std::min<int64_t>(kRows, p.rows - flat)));
+  for (int r = 0; r < tile.set.rows; ++r) {
+    const Row& row = tile.set.row[r];
+    tile.query[r] = p.a.query.at(b, row.head, row.position, row.step);
+    tile.out[r] = a.out.at(b, row.head, row.position, row.step);
+  }
   tile.text.clear();
   tile.own.clear();
-  std::fill_n(tile.own_out, tile.set.rows * p.padded_D, 0.0f);
+  tile.own_begun = false;
   tile.text_in_lanes = tile.set.rows * 2 >= kLanes && tile.set.begin < tile.set.end;
   if (tile.text_in_lanes) {
     const int64_t next_head = items.head(next);
-    plan_prefetch(p, a.out, b, g, next_head / p.G, next_head % p.G, next < items.items ? items.first_row(next) : -1,
-                  tile);
-    const auto query = [&](int r) {
-      const Row& row = tile.set.row[r];
-      return p.a.query.at(b, row.head, row.position, row.step);
-    };
-    to_lanes(tile.set, p.D, query, tile.query_t);
+    plan_prefetch(p, b, g, next_head / p.G, next_head % p.G, next < items.items ? items.first_row(next) : -1, tile);
+    to_lanes(tile.set, p.D, [&](int r) { return tile.query[r]; }, tile.query_t);
     if constexpr (kPacked<E>)
       if (p.packed) attend_packed_text(p, text, slot, tile);
     if (!p.packed) attend_text(p, b, g, tile);
@@ -302,6 +349,7 @@ void pack_block(const Problem<E>& p, const PackedText<E>& text, int64_t head, in
 
 template <class E>
 void thought_attention_forward(const ThoughtAttention<E>& a, int threads) {
+  prefer_large_pages(a.out);
   const Problem<E> p{a};
   const Items items(p);
   const int64_t heads = p.B * p.G;
@@ -312,7 +360,7 @@ void thought_attention_forward(const ThoughtAttention<E>& a, int threads) {
   if (p.packed && !by_head) shared.memory = scratch.reserve(heads * shared.matrices * shared.matrix);
 #pragma omp parallel num_threads(threads) if (items.items > 1)
   {
-    static thread_local ForwardTile<E> tile;  // large, and kept for the next call
+    ForwardTile<E>& tile = kept<ForwardTile<E>>();
     [[maybe_unused]] const TileUse use;
     if (by_head) {
       static thread_local Scratch<uint16_t> own;  // declared where every thread comes by, or it would never be freed

@@ -11,6 +11,7 @@
 
 #include "../common/gemm.hpp"
 #include "../common/packed.hpp"
+#include "../common/pages.hpp"
 #include "contract.hpp"
 
 namespace pyquiet {
@@ -93,6 +94,14 @@ class Scratch {
   std::unique_ptr<T, Free> memory_;
   int64_t size_ = 0;
 };
+
+// What a thread keeps from call to call. Not inlined: the compiler would ask for its address again and again, which is
+// a call, in the innermost loops.
+template <class T>
+__attribute__((noinline)) T& kept() {
+  static thread_local T one;
+  return one;
+}
 
 // The rows of a tile and the keys each of them sees, of the text or of the own path: first <= key < limit.
 struct RowSet {
@@ -247,56 +256,112 @@ struct Prefetch {
   }
 };
 
-// {q . k0, .. q . k3}, lanes = channels.
-template <class V, class E>
-F4 dot4(const E* query, const E* const key[4], int64_t D) {
-  V sum[4] = {};
-  int64_t d = 0;
-  for (; d + kWidth<V> <= D; d += kWidth<V>) {
-    const V q = load<V>(query + d);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) sum[j] += q * load<V>(key[j] + d);
-  }
-  F4 total = sum4(sum[0], sum[1], sum[2], sum[3]);
-  if constexpr (kWidth<V> > 8)
-    if (d < D) {
-      const E* rest[4] = {key[0] + d, key[1] + d, key[2] + d, key[3] + d};
-      total += dot4<HalfF>(query + d, rest, D - d);
-    }
-  return total;
+// The last D % kLanes channels of a row, followed by zeros.
+template <class E>
+F load_half(const E* row) {
+  const HalfF half = load<HalfF>(row);
+  F whole{};
+  std::memcpy(&whole, &half, sizeof half);
+  return whole;
 }
 
+// Products of a query with four keys, lanes = channels: still to be summed over the lanes.
+struct Products {
+  F of[4];
+};
+
+template <class E>
+__attribute__((always_inline)) inline Products multiply_keys(const E* query, const E* const key[4], int64_t D) {
+  F sum[4] = {};
+  const auto products = [&] { return Products{{sum[0], sum[1], sum[2], sum[3]}}; };
 #if defined(__AVX512BF16__)
-// The same by products of pairs, which need no conversion.
-template <class V>
-F4 dot4(const BFloat16* query, const BFloat16* const key[4], int64_t D) {
-  V sum[4] = {};
-  for (int64_t d = 0; d < D; d += 32) {
-    const __mmask32 some = D - d >= 32 ? 0xffffffff : (1u << (D - d)) - 1;
-    const __m512bh q = (__m512bh)_mm512_maskz_loadu_epi16(some, query + d);
+  if constexpr (sizeof(E) == 2) {  // pairs need no conversion
+    for (int64_t d = 0; d < D; d += 32) {
+      const __mmask32 some = D - d >= 32 ? 0xffffffff : (1u << (D - d)) - 1;
+      const __m512bh q = (__m512bh)_mm512_maskz_loadu_epi16(some, query + d);
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j)
-      sum[j] = (V)_mm512_dpbf16_ps((__m512)sum[j], q, (__m512bh)_mm512_maskz_loadu_epi16(some, key[j] + d));
+      for (int j = 0; j < 4; ++j)
+        sum[j] = (F)_mm512_dpbf16_ps((__m512)sum[j], q, (__m512bh)_mm512_maskz_loadu_epi16(some, key[j] + d));
+    }
+    return products();
   }
-  return sum4(sum[0], sum[1], sum[2], sum[3]);
-}
 #endif
+  int64_t d = 0;
+  for (; d + kLanes <= D; d += kLanes) {
+    const F q = load(query + d);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sum[j] += q * load(key[j] + d);
+  }
+  if (d == D) return products();
+  const F q = load_half(query + d);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) sum[j] += q * load_half(key[j] + d);
+  return products();
+}
+
+inline F4 totals(const Products& p) { return sum4(p.of[0], p.of[1], p.of[2], p.of[3]); }
 
 // x . y, lanes = channels.
 template <class E>
 float dot(const E* x, const E* y, int64_t D) {
-  const E* same[4] = {y, y, y, y};
-  return dot4<F>(x, same, D)[0];
+  F sum{};
+  int64_t d = 0;
+  for (; d + kLanes <= D; d += kLanes) sum += load(x + d) * load(y + d);
+  if (d < D) sum += load_half(x + d) * load_half(y + d);
+  return sum4(sum, F{}, F{}, F{})[0];
 }
 
-// score[j * kRows] = query . key_j for begin <= j < end, lanes = channels.
-template <class E>
-void score_row(const E* query, const E* key, int64_t stride, int begin, int end, int64_t D, float* score) {
+// Calls use(j, query . key_j, still in lanes) for begin <= j < end, four by four; where there are fewer, the first of
+// them stands in.
+template <class E, class Use>
+__attribute__((always_inline)) inline void multiply_row(const E* query, const E* key, int64_t stride, int begin,
+                                                        int end, int64_t D, Use use) {
   for (int j = begin; j < end; j += 4) {
-    const E* four[4];
-    for (int i = 0; i < 4; ++i) four[i] = key + std::min(j + i, end - 1) * stride;
-    const F4 s = dot4<F>(query, four, D);
-    for (int i = 0; i < std::min(4, end - j); ++i) score[(j + i) * kRows] = s[i];
+    const E* first = key + j * stride;
+    const int64_t more = end - j;
+    const E* four[4] = {first, more > 1 ? first + stride : first, more > 2 ? first + 2 * stride : first,
+                        more > 3 ? first + 3 * stride : first};
+    use(j, static_cast<int>(std::min<int64_t>(4, more)), multiply_keys(query, four, D));
+  }
+}
+
+// Room for the products of a vector of rows with some keys before they are summed.
+struct RowProducts {
+  static constexpr int kKeys = 8;
+  F sum[kKeys][kLanes];
+};
+
+// score[j][r] = query_of(r) . key_j of key_of(r), of the keys key0 .. key0 + n those that row r sees; others are left
+// as they come. Where a vector of rows is at least half full, its sums over lanes are made together.
+template <class QueryOf, class KeyOf>
+void score_rows(const RowSet& set, QueryOf query_of, KeyOf key_of, int64_t stride, int32_t key0, int n, int64_t D,
+                RowProducts& products, float* score) {
+  for (int r0 = 0; r0 < set.rows; r0 += kLanes) {
+    const int rows = std::min(kLanes, set.rows - r0);
+    if (2 * rows < kLanes) {
+      for (int r = r0; r < set.rows; ++r)
+        multiply_row(query_of(r), key_of(r) + key0 * stride, stride, std::max(set.first[r] - key0, 0),
+                     std::min(set.limit[r] - key0, n), D, [&](int j, int count, const Products& lanes) {
+                       const F4 four = totals(lanes);
+                       for (int i = 0; i < count; ++i) score[(j + i) * kRows + r] = four[i];
+                     });
+      continue;
+    }
+    for (int j0 = 0; j0 < n; j0 += RowProducts::kKeys) {
+      const int keys = std::min(RowProducts::kKeys, n - j0);
+      for (int i = 0; i < rows; ++i) {
+        const int r = r0 + i;
+        multiply_row(query_of(r), key_of(r) + (key0 + j0) * stride, stride, std::max(set.first[r] - key0 - j0, 0),
+                     std::min(set.limit[r] - key0 - j0, keys), D, [&](int j, int count, const Products& four) {
+                       for (int k = 0; k < count; ++k) products.sum[j + k][i] = four.of[k];
+                     });
+      }
+      for (int j = 0; j < keys; ++j) {
+        F sum[kLanes];
+        std::copy_n(products.sum[j], kLanes, sum);
+        store(score + (j0 + j) * kRows + r0, sum_rows<kLanes>(sum));
+      }
+    }
   }
 }
 
