@@ -124,7 +124,7 @@ def test_majority_vote(folder, thinker, capsys, monkeypatch):
         ("thoughts", ["--html", "/no/folder/page.html"], "no folder /no/folder"),
         ("thoughts", ["--max-tokens", "0"], "--max-tokens"),
         ("thoughts", ["--html-tokens", "0"], "--html-tokens"),
-        ("thoughts", ["--max-length", "2"], "max_length=2"),
+        ("thoughts", ["--max-length", "2"], "--max-length 2"),
         ("thoughts", ["--device", "nonsense"], "--device"),
         ("thoughts", ["--model", "/no/such/model"], "/no/such/model"),
         ("answers", ["--data", "TEXT"], "line 1: not a GSM8K item"),
