@@ -122,8 +122,8 @@ def diffuse(
     Args:
         denoiser: a `MaskedDenoiser`, a Hugging Face masked language model, or what has the same methods; in evaluation
             mode.
-        energy: a `pyquiet.diffusion.Energy`, or a function of (candidates, input_ids, time, log_mu); None is plain
-            masked diffusion.
+        energy: a `pyquiet.diffusion.Energy`, or a function of (candidates, input_ids, time, log_mu), and of
+            attention_mask where it names that; None is plain masked diffusion.
         input_ids: int64 [B, T]; None fills `num_samples` texts of `length` tokens from nothing. No token is special: an
             end of text is drawn and kept like any other.
         mask: bool [B, T], True where a token is to be filled in; what stands there is ignored. None: where input_ids

@@ -10,7 +10,7 @@ from transformers import EvalPrediction
 from pyquiet.datasets import TextCollator
 from pyquiet.diffusion.arguments import DiffusionTrainingArguments, NCETrainingArguments
 from pyquiet.diffusion.ema import AveragingTrainer
-from pyquiet.diffusion.modeling import MaskedDenoiser, as_denoiser
+from pyquiet.diffusion.modeling import MaskedDenoiser, as_denoiser, longest_text
 from pyquiet.diffusion.nce_energy import NCEEnergy
 from pyquiet.diffusion.training import DenoiserLearner, Masks, completions, nce_loss, nelbo, random_masks
 from pyquiet.trainers import check_trainable, evenly_spread, tokens_in
@@ -31,6 +31,12 @@ class NoiseTrainer(AveragingTrainer):
         for name in ("fsdp", "deepspeed"):
             if getattr(args, name):
                 raise ValueError(f"args: {name} is not supported, as the weights are averaged whole; leave it out")
+
+    def _check_context(self, args: Any, *contexts: int | None) -> None:
+        """Raises ValueError where texts of max_length are longer than what one of the models was made for."""
+        most = min((context for context in contexts if context is not None), default=args.max_length)
+        if args.max_length > most:
+            raise ValueError(f"args: max_length={args.max_length} is more than the {most} that the model was made for")
 
     def _masks(self, level: Tensor, inputs: dict[str, Any], seed: int) -> Masks:
         """What is masked at these levels of noise [B]."""
@@ -74,7 +80,8 @@ class DiffusionTrainer(NoiseTrainer):
 
     Raises:
         TypeError: the model is no denoiser, or args are plain TrainingArguments.
-        ValueError: a trainable weight is in half precision; FSDP, DeepSpeed; several GPUs in one process.
+        ValueError: a trainable weight is in half precision; texts of max_length do not fit into the model's context;
+            FSDP, DeepSpeed; several GPUs in one process.
     """
 
     args: DiffusionTrainingArguments
@@ -92,6 +99,7 @@ class DiffusionTrainer(NoiseTrainer):
         self.denoiser = model if isinstance(model, MaskedDenoiser) else MaskedDenoiser(model)
         model = self.denoiser.model
         check_trainable(model, args)
+        self._check_context(args, self.denoiser.context)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
 
     def _level(self, u: Tensor) -> Tensor:
@@ -170,8 +178,8 @@ class NCETrainer(NoiseTrainer):
 
     Raises:
         TypeError: the model is no NCEEnergy, or args are plain TrainingArguments.
-        ValueError: the two have different mask tokens; a trainable weight is in half precision; FSDP, DeepSpeed;
-            several GPUs in one process.
+        ValueError: the two have different mask tokens; a trainable weight is in half precision; texts of max_length do
+            not fit into one's context; FSDP, DeepSpeed; several GPUs in one process.
     """
 
     args: NCETrainingArguments
@@ -194,6 +202,7 @@ class NCETrainer(NoiseTrainer):
         if model.mask_id != self.denoiser.mask_id:
             raise ValueError(f"the energy's mask token is {model.mask_id}, the denoiser's {self.denoiser.mask_id}")
         check_trainable(model, args)
+        self._check_context(args, longest_text(model.trunk), getattr(self.denoiser, "context", None))
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
         if isinstance(self.denoiser, nn.Module):
             self.denoiser.to(args.device)

@@ -100,7 +100,7 @@ def nelbo(
         token_count: [], tokens of the joint batch that this one is a part of; the parts' losses then add up to its own.
 
     Raises:
-        ValueError: shapes do not fit, or a token to be predicted is the mask token itself or no token.
+        ValueError: shapes do not fit, or a text holds the mask token or what is no token.
     """
     denoiser = as_denoiser(denoiser)
     masked, weight = masked.to(input_ids.device), weight.to(input_ids.device)
@@ -118,15 +118,20 @@ def nelbo(
 
 def masked_nlls(denoiser: Denoiser, input_ids: Tensor, masked: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """NLLs [n] of the masked ones of the clean tokens [B, T], text by text."""
-    tokens = input_ids[masked]
-    wrong = (tokens == denoiser.mask_id) | (tokens < 0) | (tokens >= denoiser.vocab_size)
-    if bool(wrong.any()):
-        raise ValueError(
-            f"input_ids hold {int(tokens[wrong][0])} at a masked position; give clean texts of ids in "
-            f"0..{denoiser.vocab_size - 1} other than the mask's, {denoiser.mask_id}"
-        )
+    _check_clean(denoiser, input_ids, attention_mask)
     hidden = denoiser.hidden(input_ids.masked_fill(masked, denoiser.mask_id), attention_mask)
-    return token_nlls(denoiser.head, hidden[masked], tokens, denoiser.vocab_size)
+    return token_nlls(denoiser.head, hidden[masked], input_ids[masked], denoiser.vocab_size)
+
+
+def _check_clean(denoiser: Denoiser, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Raises ValueError unless the texts hold the denoiser's tokens, and its mask nowhere."""
+    wrong = (input_ids == denoiser.mask_id) | (input_ids < 0) | (input_ids >= denoiser.vocab_size)
+    found = input_ids[wrong & _real(input_ids, attention_mask)]
+    if len(found):
+        raise ValueError(
+            f"input_ids hold {int(found[0])}; give clean texts of ids in 0..{denoiser.vocab_size - 1} other than the "
+            f"mask's, {denoiser.mask_id}"
+        )
 
 
 class DenoiserLearner(nn.Module):
@@ -173,8 +178,12 @@ def completions(
 
     The denoiser is in evaluation mode as it proposes, whatever mode it is in. Completion j of position i is that of
     candidate j in a sampler's step 0 for this seed and text's id, so batches and padding have no say.
+
+    Raises:
+        ValueError: a text holds the mask token or what is no token.
     """
     denoiser = as_denoiser(denoiser)
+    _check_clean(denoiser, input_ids, attention_mask)
     masked = masked.to(input_ids.device)
     row, column = masked.nonzero(as_tuple=True)
     position = _places(_real(input_ids, attention_mask))[row, column]

@@ -202,5 +202,10 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
         NCETrainer(model(), args, denoiser=model())
     with pytest.raises(ValueError, match="mask token is 11, the denoiser's 3"):
         NCETrainer(energy(), args, denoiser=MaskedDenoiser(model(), 3))
+    short = model()
+    short.config.max_position_embeddings = 64
+    for trained, proposing in ((NCEEnergy.from_denoiser(short), model()), (energy(), short)):
+        with pytest.raises(ValueError, match="max_length=65 is more than the 64 that the model was made for"):
+            NCETrainer(trained, nce_arguments(tmp_path, max_length=65), denoiser=proposing)
     with pytest.raises(ValueError, match=r"torch.bfloat16.*load the model in float32"):
         NCETrainer(energy().bfloat16(), args, denoiser=model())

@@ -250,6 +250,8 @@ def test_bad_arguments_are_named(tmp_path, changes, message):
 def test_what_cannot_be_trained_is_refused(tmp_path):
     with pytest.raises(TypeError, match="DiffusionTrainingArguments, got TrainingArguments"):
         DiffusionTrainer(model(), TrainingArguments(str(tmp_path)))
+    with pytest.raises(ValueError, match="max_length=129 is more than the 128 that the model was made for"):
+        DiffusionTrainer(model(), arguments(tmp_path, max_length=129))
     with pytest.raises(ValueError, match=r"torch.float16.*load the model in float32"):
         DiffusionTrainer(model().half(), arguments(tmp_path))
     run(model(), arguments(tmp_path, ema_decay=0.0, save_strategy="steps", save_steps=1), examples(4))

@@ -12,7 +12,7 @@ import torch
 from pyquiet import losses
 from pyquiet.diffusion.modeling import MaskedDenoiser, backbone
 from pyquiet.diffusion.schedule import KINDS, Schedule
-from pyquiet.diffusion.training import nelbo, random_masks
+from pyquiet.diffusion.training import completions, nelbo, random_masks
 
 from ..allocations import allocations
 from ..chi_square import chi_square
@@ -240,7 +240,14 @@ def test_bad_arguments_are_named(changes, message):
 
 def test_texts_that_are_masked_already_are_refused():
     masked = torch.ones(1, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="input_ids hold 10 at a masked position"):
-        nelbo(small(), torch.tensor([[1, 10, 2]]), masked=masked, weight=torch.ones(1))
+    ids, seen = torch.tensor([[1, 10, 2]]), torch.tensor([[True, False, True]])
+    for where in (masked, seen):  # the mask token where nothing is to be predicted is no text either
+        with pytest.raises(ValueError, match="input_ids hold 10; give clean texts"):
+            nelbo(small(), ids, masked=where, weight=torch.ones(1))
+        with pytest.raises(ValueError, match="input_ids hold 10; give clean texts"):
+            completions(small(), ids, masked=where, count=2, seed=0, sequence_ids=torch.arange(1))
+    with pytest.raises(ValueError, match="input_ids hold 99; give clean texts"):
+        completions(small(), torch.tensor([[1, 99, 2]]), masked=seen, count=2, seed=0, sequence_ids=torch.arange(1))
+    nelbo(small(), ids, masked=seen, weight=torch.ones(1), attention_mask=seen.long())  # padding may hold anything
     with pytest.raises(ValueError, match=r"masked must be \[B, T\]"):
         nelbo(small(), torch.tensor([[1, 3, 2]]), masked=masked[:, :2], weight=torch.ones(1))
