@@ -21,7 +21,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="journal of its calibration, whose time counts too (default: RUN.jsonl.calibration.jsonl)",
     )
     parser.add_argument("--against", metavar="FILE", help="journal of a baseline, for the speed-up")
-    parser.add_argument("--plot", metavar="FILE", help="rates by turn and slots over time: .png, .svg or .pdf")
+    parser.add_argument("--plot", metavar="FILE", help="rates, p-values and slots over time: .png, .svg or .pdf")
     add_json(parser)
     parser.set_defaults(run=run)
 

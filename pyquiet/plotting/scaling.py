@@ -1,4 +1,4 @@
-"""The figure of a run of test-time scaling: takeovers by turn beside what was promised, and slots over time."""
+"""The figure of a run of test-time scaling: takeovers beside what was promised, p-values, and slots over time."""
 
 import os
 from collections.abc import Iterable
@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 _OBSERVED = "observed, 95 % of questions drawn anew"
 _PROMISED = "promised, 5 to 95 %"
 _AIMED_AT = "aimed at, no promise"
+_UNIFORM = "of scores like the bank's"
+_TURNS = 7  # whose p-values are drawn
 
 
 def plot_run(report: Report, records: Iterable[Record], path: str | os.PathLike[str]) -> None:
-    """Draws the rate of takeovers by turn with its 95 % interval and the promised band, and who held which slot when.
+    """Draws the rate of takeovers by turn with its 95 % interval and the promised band, the law of each turn's p-values
+    beside the uniform one, and who held which slot when.
 
     Raises:
         ValueError: another ending than .png, .svg or .pdf. OSError: the file cannot be written.
@@ -33,10 +36,12 @@ def draw_run(report: Report, records: Iterable[Record]) -> "Figure":
     """The figure of `plot_run`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    rates, times = figure.subplots(1, 2)
+    kept = list(records)
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    rates, laws, times = figure.subplots(1, 3)
     _draw_rates(rates, report)
-    _draw_slots(times, records)
+    _draw_p_values(laws, kept)
+    _draw_slots(times, kept)
     return figure
 
 
@@ -51,7 +56,22 @@ def _draw_rates(axes: "Axes", report: Report) -> None:
             promised = row.guaranteed == row.judged
             colour, label = ("tab:green", _PROMISED) if promised else ("tab:gray", _AIMED_AT)
             axes.fill_between([turn - 0.3, turn + 0.3], *band, color=colour, alpha=0.3, label=label)
-    axes.set(xlabel="turn", ylabel="share of drafts taken over", ylim=(0, 1))
+    axes.set(xlabel="turn", ylabel="share of drafts taken over", ylim=(0, 1), xticks=list(report.turns))
+    _legend(axes)
+
+
+def _draw_p_values(axes: "Axes", records: Iterable[Record]) -> None:
+    """Calibration: scores like those of the bank have p-values below x in a share of about x."""
+    turns: dict[int, list[float]] = {}
+    for record in records:
+        key, decision = record.key, record.decision
+        if key.phase == "run" and not key.attempt and decision is not None and decision.p is not None:
+            turns.setdefault(key.turn, []).append(decision.p)
+    axes.plot((0, 1), (0, 1), color="tab:gray", linestyle="--", label=_UNIFORM)
+    for turn, ps in sorted(turns.items())[:_TURNS]:
+        shares = [i / len(ps) for i in range(len(ps) + 1)]
+        axes.step([0, *sorted(ps), 1], [*shares, 1], where="post", label=f"turn {turn}")
+    axes.set(xlabel="p-value that decided", ylabel="share of drafts at most there", xlim=(0, 1), ylim=(0, 1))
     _legend(axes)
 
 
@@ -71,4 +91,4 @@ def _legend(axes: "Axes") -> None:
     """Each label once, above the axes, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
-    axes.legend(list(once.values()), list(once), loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize="small")
+    axes.legend(list(once.values()), list(once), loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize="small")

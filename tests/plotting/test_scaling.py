@@ -19,7 +19,7 @@ def run():
 
 def test_a_band_is_called_promised_only_where_it_is(run):
     report, records = run
-    rates, _ = draw_run(report, records).axes
+    rates, _, _ = draw_run(report, records).axes
     bands = [x for x in rates.collections if x.get_label() in ("promised, 5 to 95 %", "aimed at, no promise")]
     turns = {turn: row for turn, row in report.turns.items() if row.band is not None and row.judged}
     assert len(bands) == len(turns) > 1
@@ -30,9 +30,21 @@ def test_a_band_is_called_promised_only_where_it_is(run):
     assert len({band.get_label() for band in bands}) == 2  # its own first chunks make a bank for the first turn alone
 
 
+def test_laws_of_p_values_stand_beside_the_uniform_one(run):
+    report, records = run
+    _, laws, _ = draw_run(report, iter(records)).axes
+    uniform, *turns = laws.lines
+    assert uniform.get_xydata().tolist() == [[0, 0], [1, 1]]
+    assert [line.get_label() for line in turns] == [f"turn {turn}" for turn, row in report.turns.items() if row.judged]
+    for turn, line in zip(report.turns, turns, strict=True):
+        ps = [r.decision.p for r in records if r.decision and r.decision.p and r.key.turn == turn and not r.key.attempt]
+        assert (line.get_xdata()[1:-1] == sorted(ps)).all()
+        assert line.get_ydata().tolist() == [*(i / len(ps) for i in range(len(ps) + 1)), 1]
+
+
 def test_slots_and_legends(run):
     report, records = run
-    rates, times = draw_run(report, records).axes
+    rates, _, times = draw_run(report, records).axes
     held = slots(records)
     assert len(times.collections) == sum(len({row.slot for row in rows}) for rows in held.values())
     for axes, most in ((rates, 3), (times, 3)):

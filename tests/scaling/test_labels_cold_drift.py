@@ -215,6 +215,37 @@ def test_bad_settings_of_the_promise_are_named() -> None:
             atts(**options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"make": PerQuestion, "discard_rate": 0.2},
+        {"make": lambda: Online(update="epoch", batch=2, n_min=6), "on_cold": "presample", "discard_rate": 0.2},
+        {
+            "make": lambda: Online(SCORES, update="epoch", batch=2),
+            "drift": DriftMonitor(0.2),
+            "on_takeover": "resample",
+        },
+    ],
+)
+def test_the_front_door_resumes_from_every_prefix(options: dict[str, Any], tmp_path: Path) -> None:
+    """Spec 16, T9, with banks that are filled by the run itself."""
+    options = dict(options)
+    plan, make = replace(PLAN, chains=2), options.pop("make")
+
+    def run(name: str) -> int:
+        models = [HashModel("draft"), HashModel("target")]
+        atts(plan, models=models, calibration=make(), **options).run(ASKED[:3], journal=tmp_path / name)
+        return sum(len(model.requests) for model in models)
+
+    requests = run("whole.jsonl")
+    wanted, lines = transcript(tmp_path / "whole.jsonl"), (tmp_path / "whole.jsonl").read_bytes().splitlines(True)
+    records = read_journal(tmp_path / "whole.jsonl")[1]
+    for cut in range(0, len(lines) - 1, 3):
+        (tmp_path / "part.jsonl").write_bytes(b"".join(lines[: cut + 1]))
+        assert run("part.jsonl") == requests - sum(record.timing is not None for record in records[:cut])
+        assert transcript(tmp_path / "part.jsonl") == wanted
+
+
 BANKS: list[Callable[[], Calibrator]] = [
     PerQuestion,
     lambda: Online(SCORES, update="epoch", batch=2),
