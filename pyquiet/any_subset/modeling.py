@@ -17,6 +17,7 @@ from transformers import XLNetLMHeadModel
 
 from pyquiet.any_subset.engine import Cache, Engine
 from pyquiet.any_subset.order import ranks_of
+from pyquiet.heads import apply_head
 
 
 class XLNetCache(Cache):
@@ -95,7 +96,7 @@ class XLNetEngine(Engine):
         return XLNetCache(self, order, prompt)
 
     def head(self, hidden: Tensor) -> Tensor:
-        return self.model.lm_loss(hidden).to(self.dtype)  # type: ignore[no-any-return]
+        return apply_head(self.model.lm_loss, hidden).to(self.dtype)
 
     def rows(
         self,

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from pyquiet.heads import embedding_table, finish_logits, head_weight, log_prob
+from pyquiet.heads import apply_head, embedding_table, finish_logits, head_weight, log_prob
 from pyquiet.quiet_star.adapters import AdaptedBase, lay_out_adapters, record_adapters, settle_adapters, unwrapped
 from pyquiet.quiet_star.configuration import QuietStarConfig
 from pyquiet.quiet_star.generation import ThinkingGeneration
@@ -204,7 +204,7 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, AdaptedBase, Pr
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
         """What the LM head alone makes of hidden states [..., d]: [..., V], in float32 at least."""
-        logits: Tensor = self.base.get_output_embeddings()(hidden.to(head_weight(self.base).dtype))
+        logits = apply_head(self.base.get_output_embeddings(), hidden.to(head_weight(self.base).dtype))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def finish(self, raw: Tensor) -> Tensor:

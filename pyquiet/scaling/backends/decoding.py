@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pyquiet.heads import finish_logits, head_weight
+from pyquiet.heads import apply_head, finish_logits, head_weight
 from pyquiet.randomness import Purpose, Stream, draw
 from pyquiet.scaling.backends.base import RefusedError, Score, Scored, Usage
 from pyquiet.scaling.backends.jobs import Job, Writing
@@ -88,7 +88,7 @@ class DecoderRunner:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, V], in float32 at least, of hidden states [n, d]."""
-        raw = self.model.get_output_embeddings()(hidden.to(head_weight(self.model).dtype))
+        raw = apply_head(self.model.get_output_embeddings(), hidden.to(head_weight(self.model).dtype))
         return finish_logits(self.model, raw.to(torch.promote_types(raw.dtype, torch.float32)))
 
     def _score(self, reads: Sequence[Read]) -> None:
