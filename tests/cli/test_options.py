@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging
 
 import pyquiet
 from pyquiet import QuietStarForCausalLM, cli, evaluation
@@ -212,3 +213,11 @@ def test_the_reference_shows_the_same_command_line() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert "same seed, same answer (default: 0)" in module.commands()
+
+
+def test_nothing_but_what_was_asked_for_is_shown(capfd) -> None:
+    logging.enable_progress_bar()  # of loading weights
+    assert main(["infill", "--text", "The king ___1___.", "--temperature", "0"]) == 0
+    captured = capfd.readouterr()
+    assert captured.out.startswith("The king [")
+    assert captured.err == ""
