@@ -46,6 +46,8 @@ class BlockSOBA(BlockMethod):
 class StocBiO(BlockMethod):
     """Several steps of y_i and a Neumann series for H_i^{-1} grad_y f_i, anew in each step (arXiv 2010.07962).
 
+    Each step of y_i has samples of its own; the series has those of one more draw in all of its terms.
+
     Args:
         tau: step size of y, and of the series, so below 1 / L. inner: steps of y. terms: of the series.
         problem, x, eta, **kwargs: as `BlockMethod`.
@@ -64,7 +66,7 @@ class StocBiO(BlockMethod):
         y, tau = self.table.gather(rows, {})["y"], rate(self.tau, self.steps)
         with self._same_noise():
             for _ in range(self.inner):
-                y = y - tau * self._at(self._x, y, rows).gradient(lower).detach()
+                y = y - tau * self._at(self._x, y, rows).gradient(self._more(rows)).detach()
             at = self._at(self._x, y, rows)
             gradient = at.gradient(lower)
             gx, gy = at.upper(upper, self._weights(chance))

@@ -8,6 +8,7 @@ which moves towards H_i^{-1} grad_y f_i by matrix-vector products alone. z track
 """
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +28,18 @@ class _Rows(NamedTuple):
 
     now: dict[str, Tensor]
     before: dict[str, Tensor]
-    visited: Tensor
+    new: Tensor | None  # blocks that were never looked at, bool [I]; None where there is none
     outside: float  # the share of v_i that were outside of the ball
+
+
+class _Factors(NamedTuple):
+    """What the probabilities of a step's blocks make of them: weights and gammas [I], and the largest gammas."""
+
+    weights: Tensor
+    gamma: Tensor
+    gamma_bar: Tensor
+    most: float
+    most_bar: float
 
 
 class BSVRB(BlockMethod):
@@ -46,16 +57,17 @@ class BSVRB(BlockMethod):
         beta: of z, in (0, 1].
         gamma: factor of the differences: "drift", m/I - alpha, has no bias where iterates drift; "msvr",
             (m - I) / (I (1 - alpha)) + 1 - alpha, needs alpha <= 1/2; or a number. gamma_bar: of H or u.
-        tau, tau_v: step sizes of y and v; None: 0.7 / (gamma L), L the largest curvature of a batch so far: measured
-            every 100 steps, and noticed in between where a step's own products show a larger one.
+        tau, tau_v: step sizes of y and v; None: 0.7 / (gamma L), and 1 / L at most, L the largest curvature of a batch
+            so far: measured every 100 steps, and noticed in between where a step's own products show a larger one.
         radius: v_i is kept in a ball of this radius (None: no ball). floor: least eigenvalue of v1's H_i.
-        v, H: [m, dim_y] and [m, dim_y, dim_y], where they start.
+        v, H: [m, dim_y] and [m, dim_y, dim_y], where they start; None: v at 0, H_i at its first sample.
 
-    `step()` returns z_norm, s_norm, gamma_tau_L (as last measured), and the shares v_clip_frac or H_clip_frac.
+    `step()` returns z_norm, s_norm, gamma_tau_L (by the L so far), and the shares v_clip_frac or H_clip_frac.
 
     Raises:
-        ValueError: an argument is out of range, or gamma tau L reaches 2 in a step. RuntimeError: a step's estimate of
-            the hypergradient is not finite. Neither step changes x or a row.
+        ValueError: an argument is out of range, gamma tau L reaches 2 in a step (above 1 there is a warning), or tau
+            is to be chosen by a curvature of 0. RuntimeError: a step's estimate of the hypergradient or of the blocks'
+            gradients is not finite. No such step changes x or a row.
     """
 
     def __init__(
@@ -104,7 +116,7 @@ class BSVRB(BlockMethod):
         self._undo: tuple[Tensor, Tensor] | None = None  # the rows of the last step and their H before it
         self._start_rows("v", v)
         self._start_rows("H", H)
-        self.table.visited |= H is not None
+        self._factors_of: tuple[Tensor, _Factors] | None = None  # the probabilities of the last step, and its factors
 
     @property
     def clock(self) -> dict[str, float]:
@@ -113,35 +125,22 @@ class BSVRB(BlockMethod):
     def step(self) -> dict[str, float]:
         """One step; statistics of it."""
         rows, chance, lower, upper = self._draw()
-        weights, gamma = self._weights(chance), _gamma(self.gamma, self.alpha, chance).to(self._x)
-        gamma_bar = _gamma(self.gamma_bar, self.alpha_bar, chance).to(self._x)
-        blocks = self._rows(rows)
-        with self._same_noise():
-            at = self._at(self._x, blocks.now["y"], rows)
-            gradient = at.gradient(lower)
-            taus = self._rates(at, gradient, gamma, gamma_bar)
-            new = self._estimate(at, gradient, upper, blocks.now, weights, blocks.visited)
-        old = new
-        if self.steps:
-            with self._same_noise():
-                at = self._at(self._x_before, blocks.before["y"], rows)
-                old = self._estimate(at, at.gradient(lower), upper, blocks.before, weights, blocks.visited)
-        direction = self._sum(new[0] - (1 - self.beta) * old[0] if self.steps else new[0])
-        z = (1 - self.beta) * self._z + direction
-        size = float(z.norm())
-        if not math.isfinite(size):
+        factors, blocks = self._factors(chance), self._rows(rows)
+        new, old, taus = self._look(rows, blocks, lower, upper, factors)
+        z = new[0]
+        if self.steps:  # one sum over processes, of what this step adds
+            z = torch.add(z, old[0], alpha=self.beta - 1)
+        z = torch.add(self._sum(z), self._z, alpha=1 - self.beta)
+        moved, clipped = self._track(blocks, new, old, factors)
+        sizes = float(z.norm()), float(moved["s"].norm())
+        if not math.isfinite(sum(sizes)):
             raise RuntimeError(
-                f"step {self.steps}: the estimate of the hypergradient is not finite; look for losses that are not, "
-                "a lower problem that is not convex (give radius), or step sizes that are too large"
+                f"step {self.steps}: the estimate of the hypergradient or of grad_y g is not finite; look for losses "
+                "that are not, a lower problem that is not convex (give radius), or step sizes that are too large"
             )
-        moved, clipped = self._track(blocks, new, old, gamma, gamma_bar)
         self._commit(rows, blocks, moved, taus, z)
-        return {
-            "z_norm": size,
-            "s_norm": float(moved["s"].norm()),
-            "gamma_tau_L": self._stability,
-            "H_clip_frac" if self.inverts else "v_clip_frac": clipped,
-        }
+        share = "H_clip_frac" if self.inverts else "v_clip_frac"
+        return {"z_norm": sizes[0], "s_norm": sizes[1], "gamma_tau_L": self._stability, share: clipped}
 
     # -- of a step
 
@@ -149,19 +148,49 @@ class BSVRB(BlockMethod):
         d = self.problem.dim_y
         return super()._shapes() | ({"H": (d, d)} if self.inverts else {})
 
+    def _factors(self, chance: Tensor) -> _Factors:
+        if self._factors_of is None or self._factors_of[0] is not chance:
+            gamma = _gamma(self.gamma, self.alpha, chance).to(self._x)
+            bar = _gamma(self.gamma_bar, self.alpha_bar, chance).to(self._x)
+            most, most_bar = (float(factor.max()) if len(factor) else 0.0 for factor in (gamma, bar))
+            self._factors_of = chance, _Factors(self._weights(chance), gamma, bar, most, most_bar)
+        return self._factors_of[1]
+
     def _rows(self, rows: Tensor) -> _Rows:
         """The rows at this iterate and at the last one; v in its ball, H_i as it was before the last step."""
         now = self.table.gather(rows, self._now)
         before = dict(now)
         for name, velocity in self.moving.items():
-            before[name] = now[name] + self._last[name] * now[velocity]
+            before[name] = torch.add(now[name], now[velocity], alpha=self._last[name])
         outside = 0.0
         if self.inverts:
             before["H"] = self._undone(rows, now["H"])
         else:
             now["v"], outside = self._in_ball(now["v"])
             before["v"], _ = self._in_ball(before["v"])
-        return _Rows(now, before, self.table.visited[rows].to(self._x.device), outside)
+        visited = self.table.visited[rows]
+        return _Rows(now, before, None if bool(visited.all()) else ~visited.to(self._x.device), outside)
+
+    def _look(
+        self, rows: Tensor, blocks: _Rows, lower: Any, upper: Any, factors: _Factors
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], dict[str, float]]:
+        """What this point and the last one give (`_estimate`), on the same samples, and the step sizes."""
+        points = [(self._x, blocks.now), (self._x_before, blocks.before)][: 2 if self.steps else 1]
+        if self.problem.points:
+            now, before = points[0][1], points[-1][1]
+            row = {name: torch.stack([now[name], before[name]]) for name in ("y", "H" if self.inverts else "v")}
+            points = [(torch.stack([self._x, self._x_before]), row)]
+        found: list[tuple[Tensor, ...]] = []
+        for x, row in points:
+            with self._same_noise():
+                at = self._at(x, row["y"], rows)
+                gradient = at.gradient(lower)
+                if not found:
+                    taus = self._rates(at, gradient, factors)
+                found.append(self._estimate(at, gradient, upper, row, factors.weights, look=not found))
+        if self.problem.points:
+            found = list(zip(*found[0], strict=True))
+        return found[0], found[-1], taus
 
     def _undone(self, rows: Tensor, H: Tensor) -> Tensor:
         if self._undo is None:
@@ -173,75 +202,98 @@ class BSVRB(BlockMethod):
         return H
 
     def _estimate(
-        self, at: Derivatives, gradient: Tensor, upper: Any, row: dict[str, Tensor], weights: Tensor, visited: Tensor
+        self,
+        at: Derivatives,
+        gradient: Tensor,
+        upper: Any,
+        row: dict[str, Tensor],
+        weights: Tensor,
+        *,
+        look: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """At a point: the hypergradient's estimate, grad_y g_i, and the sample of H_i, or of H_i v_i - grad_y f_i."""
+        """At a point: the hypergradient's estimate, grad_y g_i, and the sample of H_i, or of H_i v_i - grad_y f_i.
+
+        With `look`, curvatures are noticed that are larger than those so far.
+        """
+        gn = gradient.detach()
         if not self.inverts:
             direction, gy, hv = at.direction(gradient, upper, row["v"], weights)
-            self._notice(row["v"], hv)
-            return direction, gradient.detach(), hv - gy
+            if look:
+                self._notice(row["v"], hv)
+            return direction, gn, hv - gy
         gx, gy = at.upper(upper, weights)
         H = at.hessian(gradient)
-        self._notice(gradient.detach(), (H @ gradient.detach()[..., None])[..., 0])
+        if look:
+            self._notice(gn, (H @ gn[..., None])[..., 0])
         # A tracker without this step's samples, or their product would be biased; a new block has none.
         tracker = row["H"]
-        if not visited.all():
-            tracker = torch.where(visited[:, None, None], tracker, self._project(H)[0])
+        if (fresh := _untracked(tracker)) is not None:
+            tracker = torch.where(fresh[..., None, None], self._project(H)[0], tracker)
         jv, _ = at.pull(gradient, torch.linalg.solve(tracker, gy), weights)
-        return gx - jv, gradient.detach(), H
+        return gx - jv, gn, H
 
     def _track(
-        self, blocks: _Rows, new: tuple[Tensor, ...], old: tuple[Tensor, ...], gamma: Tensor, gamma_bar: Tensor
+        self, blocks: _Rows, new: tuple[Tensor, ...], old: tuple[Tensor, ...], factors: _Factors
     ) -> tuple[dict[str, Tensor], float]:
         """The new rows of the sampled blocks, and the share of v_i or H_i that were projected."""
-        row, seen = blocks.now, blocks.visited
-        s = _corrected(row["s"], new[1], old[1], self.alpha, gamma, seen)
+        row = blocks.now
+        s = _corrected(row["s"], new[1], old[1], self.alpha, factors.gamma, blocks.new)
         if self.inverts:
-            H, clipped = self._project(_corrected(row["H"], new[2], old[2], self.alpha_bar, gamma_bar, seen))
+            fresh = _untracked(row["H"])
+            H, clipped = self._project(_corrected(row["H"], new[2], old[2], self.alpha_bar, factors.gamma_bar, fresh))
             return {"y": row["y"], "s": s, "H": H}, clipped
-        u = _corrected(row["u"], new[2], old[2], self.alpha_bar, gamma_bar, seen)
+        u = _corrected(row["u"], new[2], old[2], self.alpha_bar, factors.gamma_bar, blocks.new)
         return {"y": row["y"], "v": row["v"], "s": s, "u": u}, blocks.outside
 
     def _commit(self, rows: Tensor, blocks: _Rows, moved: dict[str, Tensor], taus: dict[str, float], z: Tensor) -> None:
         self.table.scatter(rows, self._now, moved)
         if self.inverts:
-            self._undo = (rows, torch.where(blocks.visited[:, None, None], blocks.now["H"], moved["H"]))
+            H = blocks.now["H"]
+            fresh = _untracked(H)
+            self._undo = (rows, H if fresh is None else torch.where(fresh[..., None, None], moved["H"], H))
         self._now = {name: self._now[name] + taus[name] for name in self._now}
         self._last = taus
         self._x_before = self._x
         self._move(z)
 
-    def _rates(self, at: Derivatives, gradient: Tensor, gamma: Tensor, gamma_bar: Tensor) -> dict[str, float]:
-        """The step sizes of this step, once in a while held against the curvature."""
-        look = self.steps % _REFRESH == 0 and len(gamma) > 0
-        if look:
+    def _rates(self, at: Derivatives, gradient: Tensor, factors: _Factors) -> dict[str, float]:
+        """The step sizes of this step, held against the curvature so far, which is measured once in a while."""
+        if self.steps % _REFRESH == 0 and gradient.numel():
             self._smoothness = max(self._smoothness, _largest_curvature(at, gradient))
-        taus = {}
-        for name, (field, factor) in {"tau": ("y", gamma), "tau_v": ("v", gamma_bar)}.items():
+        taus, stability = {}, 0.0
+        for name, field, gamma in (("tau", "y", factors.most), ("tau_v", "v", factors.most_bar)):
             if field in self.moving:
                 given = getattr(self, name)
-                most = float(factor.max()) if len(factor) else 1.0
-                chosen = _SAFE / (max(most, 1e-12) * max(self._smoothness, 1e-12))
-                taus[field] = chosen if given is None else rate(given, self.steps)
-                if look:
-                    stability = guard(factor, taus[field], self._smoothness, name)
-                    self._stability = stability if field == "y" else max(self._stability, stability)
+                taus[field] = self._chosen(name, gamma) if given is None else rate(given, self.steps)
+                stability = max(stability, guard(gamma, taus[field], self._smoothness, name))
+        if stability > 1 >= self._stability:
+            warnings.warn(f"gamma tau L = {stability:.3g} is above 1; the method may become unstable", stacklevel=3)
+        self._stability = stability
         return taus
+
+    def _chosen(self, name: str, gamma: float) -> float:
+        """The step size where none is given; without blocks there is nothing to move."""
+        if not len(self.owned):
+            return 0.0
+        if not self._smoothness:
+            raise ValueError(f"{name} is chosen by the curvature of lower in y, which is 0; give {name}")
+        return _SAFE / (max(gamma, _SAFE) * self._smoothness)
 
     def _notice(self, v: Tensor, hv: Tensor) -> None:
         """Keeps the largest curvature that products H_i v_i have shown."""
-        shown = (hv.norm(dim=1) / v.norm(dim=1)).nan_to_num(0, 0, 0)
-        self._smoothness = max(self._smoothness, float(shown.max()) if len(shown) else 0.0)
+        if v.numel():
+            shown = (hv.square().sum(-1) / v.square().sum(-1).clamp_min(1e-30)).nan_to_num_(0, 0, 0)
+            self._smoothness = max(self._smoothness, float(shown.max()) ** 0.5)
 
     def _project(self, H: Tensor) -> tuple[Tensor, float]:
         """The nearest symmetric matrices with eigenvalues of at least `floor`, and the share that had to move."""
         H = (H + H.mT) / 2
-        eye = torch.eye(H.shape[1], dtype=H.dtype, device=H.device)
+        eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
         wrong = torch.linalg.cholesky_ex(H - self.floor * eye).info > 0
         if wrong.any():
             values, vectors = torch.linalg.eigh(H[wrong])
             H[wrong] = vectors @ (values.clamp_min(self.floor)[..., None] * vectors.mT)
-        return H, int(wrong.sum()) / max(1, len(wrong))
+        return H, int(wrong.sum()) / max(1, wrong.numel())
 
     def _in_ball(self, v: Tensor) -> tuple[Tensor, float]:
         """The nearest v_i in the ball, and the share that had to move."""
@@ -282,11 +334,17 @@ class BSVRB(BlockMethod):
             self._undo = torch.tensor([r for r, _ in undone]), torch.stack([H for _, H in undone]).to(self._x)
 
 
-def _corrected(tracked: Tensor, new: Tensor, old: Tensor, alpha: float, gamma: Tensor, visited: Tensor) -> Tensor:
-    """A block's estimate after a look at it; at the first look, what was seen."""
+def _corrected(tracked: Tensor, new: Tensor, old: Tensor, alpha: float, gamma: Tensor, fresh: Tensor | None) -> Tensor:
+    """A block's estimate after a look at it; at the first look, where `fresh` says so, what was seen."""
     shape = (-1, *[1] * (tracked.ndim - 1))
-    found = (1 - alpha) * tracked + alpha * new + gamma.view(shape) * (new - old)
-    return torch.where(visited.view(shape), found, new)
+    found = tracked.lerp(new, alpha).addcmul_(gamma.view(shape), new - old)
+    return found if fresh is None else torch.where(fresh.view(shape), new, found)
+
+
+def _untracked(H: Tensor) -> Tensor | None:
+    """Blocks whose H_i [..., d, d] was not looked at or given yet, bool [...]: a tracker's diagonal is above 0."""
+    fresh = H[..., 0, 0] == 0
+    return fresh if bool(fresh.any()) else None
 
 
 def _check_gamma(name: str, gamma: str | float, alpha: float) -> str | float:
@@ -310,9 +368,9 @@ def _gamma(gamma: str | float, alpha: float, chance: Tensor) -> Tensor:
 
 def _largest_curvature(at: Derivatives, gradient: Tensor) -> float:
     """The largest eigenvalue of the blocks' H_i on this batch, from below."""
-    v = torch.ones_like(gradient) + 0.1 * torch.arange(gradient.shape[1], device=gradient.device).cos()
-    size = v.norm(dim=1, keepdim=True)
+    v = torch.ones_like(gradient) + 0.1 * torch.arange(gradient.shape[-1], device=gradient.device).cos()
+    size = v.norm(dim=-1, keepdim=True)
     for _ in range(_POWER_STEPS):
         v = at.pull(gradient, v / size.clamp_min(1e-30))[1]
-        size = v.norm(dim=1, keepdim=True)
+        size = v.norm(dim=-1, keepdim=True)
     return float(size.max())

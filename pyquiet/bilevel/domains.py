@@ -37,10 +37,13 @@ class DomainData:
         domains: int64 [n], the domain of each row, from 0 to m - 1.
 
     Raises:
-        ValueError: a domain has no rows.
+        ValueError: a domain has no rows, or a row is of none of the m domains.
     """
 
     def __init__(self, domains: Tensor, m: int) -> None:
+        others = domains[(domains < 0) | (domains >= m)].unique().tolist()
+        if others:
+            raise ValueError(f"domains must be in 0 .. {m - 1}, those of the rows to train on; got {others[:5]}")
         self.members = [(domains == i).nonzero()[:, 0] for i in range(m)]
         empty = [i for i, rows in enumerate(self.members) if not len(rows)]
         if empty:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import embedding, softplus
 from tqdm import tqdm
 
 from pyquiet.bilevel.bsvrb import BSVRB
-from pyquiet.bilevel.problem import Problem
+from pyquiet.bilevel.problem import Problem, row_scores
 from pyquiet.checks import check_count
 
 
@@ -31,6 +31,8 @@ class WeightedLogistic(Problem):
     Raises:
         ValueError: shapes do not fit, labels are others, or l2 is not positive.
     """
+
+    points = True
 
     def __init__(
         self,
@@ -69,14 +71,14 @@ class WeightedLogistic(Problem):
 
     def lower(self, x: Any, Y: Tensor, idx: Tensor, batch: Tensor | None) -> Tensor:
         losses = self._losses(self.signed, Y, idx, batch)
-        weights: Tensor = (x if batch is None else x[batch]).sigmoid()
-        return (weights * losses).mean(1) + self.l2 / 2 * Y.square().sum(1)
+        weights: Tensor = (x[..., None, :] if batch is None else x[..., batch]).sigmoid()
+        return (weights * losses).mean(-1) + self.l2 / 2 * Y.square().sum(-1)
 
     def upper(self, x: Any, Y: Tensor, idx: Tensor, batch: Tensor | None) -> Tensor:
-        return self._losses(self.validation, Y, idx, batch).mean(1)
+        return self._losses(self.validation, Y, idx, batch).mean(-1)
 
     def _losses(self, signed: Tensor, Y: Tensor, idx: Tensor, batch: Tensor | None) -> Tensor:
-        margins = Y @ signed.T if batch is None else (signed[batch] @ Y[..., None])[..., 0]  # [I, rows]
+        margins = Y @ signed.T if batch is None else row_scores(embedding(batch, signed), Y)  # [..., I, rows]
         return softplus(-margins / self.temperatures[idx, None])
 
 

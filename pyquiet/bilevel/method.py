@@ -2,7 +2,6 @@
 
 import math
 import os
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,9 +20,10 @@ from pyquiet.bilevel.samplers import SAMPLERS, BlockSampler
 from pyquiet.bilevel.table import BlockTable
 from pyquiet.checks import check_count, check_fraction
 from pyquiet.files import replacing
-from pyquiet.randomness import epoch_seed, resolve_seed
+from pyquiet.randomness import Purpose, Stream, resolve_seed, uniforms
 
 Rate = float | Callable[[int], float]
+_SEEDS = 256
 
 
 class BlockMethod(ABC):
@@ -31,7 +31,8 @@ class BlockMethod(ABC):
 
     Args:
         problem: what to minimise.
-        x: where to start: a tensor, a dict of tensors, or a module, whose parameters are then kept up to date.
+        x: where to start: a tensor, a dict of tensors, or a module, whose parameters (those that require a gradient)
+            are then kept up to date.
         blocks_per_step: I, of each process; all that it has, where these are fewer.
         samples_per_block: B, for the lower and, drawn independently, for the upper losses.
         eta: step size of x, a float or a function of the step's number.
@@ -42,7 +43,8 @@ class BlockMethod(ABC):
         seed: of blocks and samples; None takes one from torch's generator.
         group: processes that share the blocks, each with its own rows; x must start the same on all, and one vector of
             x's size is summed over them each step. None: this process alone.
-        owned: int64, the blocks of this process, which may have none; None: an equal share of `group`'s.
+        owned: int64, the blocks of this process, which may have none; None: an equal share of `group`'s. Each block is
+            that of one process.
         y: [m, dim_y], where the blocks start (zeros).
 
     Raises:
@@ -72,14 +74,18 @@ class BlockMethod(ABC):
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
         self.problem, self.flat, self.group, self.eta = problem, Flat(x), group, check_rate("eta", eta)
         self.seed, self.steps = (resolve_seed(seed) + 2**63) % 2**64 - 2**63, 0  # as an int64, for states
-        self._seeded = (-1, 0)  # a step, and its seed
-        self._x = self.flat.vector
+        self._seeds: dict[int, int] = {}  # of the next steps
+        self._generator = torch.Generator()  # of a step's blocks and samples
+        self._x, self._eta = self.flat.vector, 0.0
         self._z = torch.zeros_like(self._x)
         rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         m = check_count("problem.m", problem.m, least=1)
         share = torch.arange(m * rank // size, m * (rank + 1) // size)
         self.owned = share if owned is None else _check_owned(owned, m)
+        if group is not None:
+            _check_shares(self.owned, m, self._x.device, group)
         self.sampler = BlockSampler(len(self.owned), blocks_per_step, sampler)
+        self._weighed = (torch.empty(0), torch.empty(0))  # chances, and their weights
         self._rank = rank
         self.table = BlockTable(
             len(self.owned), self._shapes(), self.moving, dtype=self._x.dtype, device=self._x.device
@@ -132,13 +138,18 @@ class BlockMethod(ABC):
 
     def _draw(self) -> tuple[Tensor, Tensor, Any, Any]:
         """This step's rows, the probability of each, and samples for the lower and the upper losses."""
-        generator = torch.Generator().manual_seed(self._step_seed() + self._rank)
+        self._eta = rate(self.eta, self.steps)  # before anything changes
+        generator = self._generator.manual_seed(self._step_seed() + self._rank)
         rows, chance = self.sampler.draw(self.steps, self.seed + self._rank, generator)
         if not len(rows):
             return rows, chance, None, None
         idx = self.owned[rows]
         lower = self.problem.sample(idx, self.samples_per_block, generator)
         return rows, chance, lower, self.problem.sample_upper(idx, self.samples_per_block, generator)
+
+    def _more(self, rows: Tensor) -> Any:
+        """Further samples for the lower losses of a step's rows."""
+        return self.problem.sample(self.owned[rows], self.samples_per_block, self._generator) if len(rows) else None
 
     def _at(self, x: Tensor, Y: Tensor, rows: Tensor) -> Derivatives:
         return Derivatives(self.problem, self.flat, x, Y, self.owned[rows])
@@ -147,21 +158,27 @@ class BlockMethod(ABC):
     def _same_noise(self) -> Iterator[None]:
         """torch's generator in this step's own state: whatever the losses draw, they draw at both points."""
         devices = [self._x.device] if self._x.is_cuda else []
+        # Not the numbers that chose blocks and samples: torch keeps 32 bits of a seed, so one of those is turned.
+        seed = (self._step_seed() ^ 2**31) + self._rank
         with torch.random.fork_rng(devices=devices):
-            torch.default_generator.manual_seed(self._step_seed())  # torch.manual_seed walks all kinds of devices
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed walks all kinds of devices
             for device in devices:
                 with torch.cuda.device(device):
-                    torch.cuda.manual_seed(self._step_seed())
+                    torch.cuda.manual_seed(seed)
             yield
 
     def _step_seed(self) -> int:
-        if self._seeded[0] != self.steps:
-            self._seeded = self.steps, epoch_seed(self.seed, self.steps)
-        return self._seeded[1]
+        if self.steps not in self._seeds:  # some hundred at once: alone, one takes as long as they do
+            numbers = torch.arange(self.steps, self.steps + _SEEDS)
+            u = uniforms(Stream(self.seed, Purpose.EPOCH, sequence=0, position=numbers), _SEEDS)
+            self._seeds = dict(zip(numbers.tolist(), (u * 2**52).long().tolist(), strict=True))
+        return self._seeds[self.steps]
 
     def _weights(self, chance: Tensor) -> Tensor:
         """What the terms of a step's blocks count, [I], so that their sum is unbiased for the mean over all blocks."""
-        return (1 / (self.problem.m * chance)).to(self._x)
+        if chance is not self._weighed[0]:
+            self._weighed = chance, (1 / (self.problem.m * chance)).to(self._x)
+        return self._weighed[1]
 
     def _sum(self, part: Tensor) -> Tensor:
         if self.group is not None:
@@ -169,14 +186,14 @@ class BlockMethod(ABC):
         return part
 
     def _move(self, z: Tensor) -> None:
-        self._z, eta = z, rate(self.eta, self.steps)
+        self._z = z
         if self._optimizer is None:
-            self._x = self._x - eta * z
+            self._x = torch.sub(self._x, z, alpha=self._eta)
         else:
             self._parameter.data.copy_(self._x)
             self._parameter.grad = z.clone()
             for part in self._optimizer.param_groups:
-                part["lr"] = eta
+                part["lr"] = self._eta
             self._optimizer.step()
             self._x = self._parameter.detach().clone()
         self.flat.write_back(self._x)
@@ -198,7 +215,8 @@ class BlockMethod(ABC):
         Where this process has the blocks of one of them, it goes on bit by bit.
 
         Raises:
-            ValueError: no state has a block of this process, or they are of another method, variant or problem.
+            ValueError: no state has a block of this process, or they are of another method, variant or problem, or of
+                different steps.
         """
         places = self._places(states)
         home = max(range(len(states)), key=lambda number: len(places[number]))  # whose clock and seed we take
@@ -211,7 +229,7 @@ class BlockMethod(ABC):
                 fields = {name[5:]: x for name, x in state.items() if name[:5] == "rows."}
                 self.table.load_rows(to, fields, rows, ahead)
         self._x, self._z = own["x"].to(self._x), own["z"].to(self._z)
-        self.steps, self.seed, self._seeded = int(own["steps"]), int(own["seed"]), (-1, 0)
+        self.steps, self.seed, self._seeds = int(own["steps"]), int(own["seed"]), {}
         if self._optimizer is not None:
             kept = {name[10:]: x.clone() for name, x in own.items() if name[:10] == "optimizer."}
             groups = self._optimizer.state_dict()["param_groups"]
@@ -223,6 +241,11 @@ class BlockMethod(ABC):
         """For each state, our rows that it has and their places in it; raises where states do not fit or lack one."""
         mine = {name: x.shape[1:] for name, x in self.state_dict().items() if name[:5] == "rows."}
         mine |= {"x": self._x.shape}
+        if len(steps := {int(state["steps"]) for state in states if "steps" in state}) > 1:
+            raise ValueError(
+                f"states: of different steps, {sorted(steps)}, as a save that was cut off leaves them; save into a "
+                "folder of its own for each step, and load the last that is complete"
+            )
         missing, places = set(self.owned.tolist()), []
         for state in states:
             theirs = {name: x.shape[1:] for name, x in state.items() if name[:5] == "rows."}
@@ -244,16 +267,21 @@ class BlockMethod(ABC):
         file = Path(folder) / f"blocks-{self._rank:05d}-of-{size:05d}.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as partial:
-            save_file({name: x.contiguous().cpu() for name, x in self.state_dict().items()}, partial)
+            # Copies: rows are views of a table, and before the first step x is also the last x.
+            own = {name: x.to("cpu", copy=True).contiguous() for name, x in self.state_dict().items()}
+            save_file(own, partial)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Goes on from a folder that `save` wrote, by any number of processes.
 
         Raises:
-            FileNotFoundError: a process's file is missing.
+            FileNotFoundError: a process's file is missing. ValueError: the folder holds files of several runs, or of
+                different steps.
         """
         files = sorted(Path(folder).glob("blocks-*-of-*.safetensors"))
-        if not files or len(files) != int(files[0].stem[-5:]):
+        if len(sizes := {int(file.stem[-5:]) for file in files}) > 1:
+            raise ValueError(f"{folder} holds files of runs of {sorted(sizes)} processes; give each run its own folder")
+        if not files or len(files) != sizes.pop():
             raise FileNotFoundError(f"{folder} holds {len(files)} of the files blocks-*-of-*.safetensors of a run")
         self.load_state_dict(*(load_file(file) for file in files))
 
@@ -269,8 +297,17 @@ class BlockMethod(ABC):
 
 
 def rate(value: Rate, step: int) -> float:
-    """A step size at the step of this number."""
-    return float(value(step)) if callable(value) else value
+    """A step size at the step of this number.
+
+    Raises:
+        ValueError: the function gives no number of at least 0.
+    """
+    if not callable(value):
+        return value
+    found = float(value(step))
+    if not 0 <= found < math.inf:
+        raise ValueError(f"a step size must be a number of at least 0, got {found} at step {step}")
+    return found
 
 
 def check_rate(name: str, value: Rate) -> Rate:
@@ -305,18 +342,26 @@ def _check_owned(owned: Tensor, m: int) -> Tensor:
     return owned
 
 
-def guard(gamma: Tensor, tau: float, smoothness: float, name: str) -> float:
-    """gamma tau L, the largest of the step's blocks: from 2 on the extrapolated steps diverge.
+def _check_shares(owned: Tensor, m: int, device: torch.device, group: Any) -> None:
+    """Raises ValueError, in all processes, unless each block is that of exactly one of them."""
+    owners = torch.zeros(m, dtype=torch.int32, device=device)
+    owners[owned.to(device)] = 1
+    dist.all_reduce(owners, group=group)
+    wrong = (owners != 1).nonzero()[:, 0].tolist()
+    if wrong:
+        raise ValueError(f"owned: blocks {wrong[:5]} belong to no process or to several; give each block to one")
+
+
+def guard(gamma: float, tau: float, smoothness: float, name: str) -> float:
+    """gamma tau L: from 2 on the extrapolated steps diverge.
 
     Raises:
-        ValueError: it is 2 or more. Warns above 1.
+        ValueError: it is 2 or more.
     """
-    product = float(gamma.max()) * tau * smoothness if len(gamma) else 0.0
+    product = gamma * tau * smoothness
     if product >= 2:
         raise ValueError(
             f"{name}={tau:g} is too large: gamma tau L = {product:.3g} (L = {smoothness:.3g} is the largest curvature "
             f"of a batch), and from 2 on the method diverges; take {name} <= {tau / product:.3g}, or a smaller gamma"
         )
-    if product > 1:
-        warnings.warn(f"gamma {name} L = {product:.3g} is above 1; the method may become unstable", stacklevel=4)
     return product

@@ -25,10 +25,14 @@ class Problem(ABC):
     `lower` and `upper` return the losses g_i and f_i [I] at `x` (a tensor or a dict of tensors, as the optimiser was
     given them) and Y [I, d]; loss i may depend on row i of Y alone. They are evaluated at two points with the same
     batch and the same state of torch's random generator.
+
+    Where `points` is set, they also take P points at once, x's parts [P, ...] and Y [P, I, d], and then return [P, I]:
+    a step evaluates both of its points in one pass, which takes small problems little longer than one of them.
     """
 
     m: int
     dim_y: int
+    points: bool = False
 
     @abstractmethod
     def lower(self, x: Any, Y: Tensor, idx: Tensor, batch: Any) -> Tensor:
@@ -48,13 +52,16 @@ class Problem(ABC):
 
 
 class BlockwiseProblem(Problem):
-    """A problem given by the losses of one block: (x, y [d], batch of the block) -> [], lifted over blocks by vmap.
+    """A problem given by the losses of one block: (x, y [d], batch of the block) -> [], lifted over blocks by vmap,
+    and over the points of a step.
 
     Args:
         lower, upper: the losses of one block.
         sample: as `Problem.sample`; what it returns has blocks as the first dimension of all its tensors.
         sample_upper: None is `sample`.
     """
+
+    points = True
 
     def __init__(
         self,
@@ -67,9 +74,7 @@ class BlockwiseProblem(Problem):
         sample_upper: Callable[[Tensor, int | None, torch.Generator], Any] | None = None,
     ) -> None:
         self.m, self.dim_y = m, dim_y
-        self._lower, self._upper = (
-            torch.func.vmap(loss, in_dims=(None, 0, 0), randomness="same") for loss in (lower, upper)
-        )
+        self._lower, self._upper = (_over_blocks(loss) for loss in (lower, upper))
         self._sample, self._sample_upper = sample, sample if sample_upper is None else sample_upper
 
     def lower(self, x: Any, Y: Tensor, idx: Tensor, batch: Any) -> Tensor:
@@ -85,8 +90,25 @@ class BlockwiseProblem(Problem):
         return self._sample_upper(idx, samples, generator)
 
 
+def _over_blocks(loss: Callable[[Any, Tensor, Any], Tensor]) -> Callable[[Any, Tensor, Any], Tensor]:
+    one = torch.func.vmap(loss, in_dims=(None, 0, 0), randomness="same")
+    several = torch.func.vmap(one, in_dims=(0, 0, None), randomness="same")
+    return lambda x, Y, batch: (one if Y.ndim == 2 else several)(x, Y, batch)
+
+
+def row_scores(features: Tensor, Y: Tensor) -> Tensor:
+    """features_ij . y_i [..., I, B] of rows [I, B, d] and Y [..., I, d], as products of matrices.
+
+    A block's y is a row: torch multiplies many small matrices by a column four times as slowly as by a row.
+    """
+    several = Y.reshape(-1, *Y.shape[-2:]).transpose(0, 1)  # [I, points, d]
+    return (several @ features.mT).transpose(0, 1).reshape(*Y.shape[:-1], -1)
+
+
 class Flat:
     """How variables of any structure lie in one vector.
+
+    Of a module these are the parameters that require a gradient; `functional_call` takes the others from the module.
 
     Raises:
         TypeError: x is neither a tensor, nor a dict of tensors, nor a module with parameters, or not floating point.
@@ -94,10 +116,13 @@ class Flat:
     """
 
     def __init__(self, x: Tensor | Mapping[str, Tensor] | nn.Module) -> None:
-        parts = dict(x.named_parameters()) if isinstance(x, nn.Module) else {"": x} if isinstance(x, Tensor) else x
+        parts: Any = {"": x} if isinstance(x, Tensor) else x
+        if isinstance(x, nn.Module):
+            parts = {name: value for name, value in x.named_parameters() if value.requires_grad}
         if not isinstance(parts, Mapping) or not parts or not all(isinstance(part, Tensor) for part in parts.values()):
             raise TypeError(
-                f"x must be a tensor, a dict of tensors or a module with parameters, got {type(x).__name__}"
+                "x must be a tensor, a dict of tensors or a module with parameters that require a gradient, got "
+                f"{type(x).__name__}"
             )
         for name, part in parts.items():
             check_precise(f"x {name}".strip(), part)
@@ -107,9 +132,9 @@ class Flat:
         self.vector = torch.cat([part.detach().flatten() for part in parts.values()])
 
     def unflatten(self, vector: Tensor) -> Variables:
-        """The parts of a vector, as views of it."""
-        pieces = vector.split([shape.numel() for shape in self.shapes.values()])
-        parts = {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
+        """The parts of a vector [..., d_x], as views of it, [..., *shape of the part]."""
+        pieces, points = vector.split([shape.numel() for shape in self.shapes.values()], -1), vector.shape[:-1]
+        parts = {name: x.view(points + shape) for (name, shape), x in zip(self.shapes.items(), pieces, strict=True)}
         return parts[""] if self.single else parts
 
     def write_back(self, vector: Tensor) -> None:
@@ -117,8 +142,8 @@ class Flat:
         if self.module is not None:
             parts = cast(dict[str, Tensor], self.unflatten(vector))
             with torch.no_grad():
-                for name, parameter in self.module.named_parameters():
-                    parameter.copy_(parts[name])
+                for name, part in parts.items():
+                    self.module.get_parameter(name).copy_(part)
 
 
 def check_precise(name: str, value: Tensor) -> None:
@@ -146,6 +171,8 @@ class Lower(NamedTuple):
 class Derivatives:
     """The derivatives of some blocks at a point (vector of x, Y [I, d]), in one graph; what is asked for, is computed.
 
+    Of a problem with `points` also at several, (x [P, d_x], Y [P, I, d]); all shapes below then begin with P.
+
     One vector-Jacobian product of grad_y g with v gives both J^T v, summed over blocks, and each H_i v_i, since loss i
     depends on row i alone. Backward passes go through the functions of `problem` twice: fused attention cannot.
     Where there are no blocks (a process without any), the problem is not called and sums are 0.
@@ -160,7 +187,7 @@ class Derivatives:
     def upper(self, batch: Any, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """sum_i grad_x f_i [d_x], each f_i with its weight, and grad_y f_i [I, d] without."""
         losses = self._losses("upper", self.upper_Y, batch)
-        seed = torch.ones_like(losses) if weights is None else weights
+        seed = torch.ones_like(losses) if weights is None else weights.expand_as(losses)
         gx, gy = grad(losses, (self.x, self.upper_Y), seed, materialize_grads=True)
         return gx, gy if weights is None else gy / weights[:, None]
 
@@ -173,11 +200,11 @@ class Derivatives:
     def direction(self, gradient: Tensor, batch: Any, v: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """sum_i w_i (grad_x f_i - J_i^T v_i) [d_x], grad_y f_i and H_i v_i [I, d], by one backward pass."""
         losses = self._losses("upper", self.upper_Y, batch)
-        outputs, seeds = [losses], [weights]
+        outputs, seeds = [losses], [weights.expand_as(losses)]
         if gradient.requires_grad:
-            outputs, seeds = [losses, gradient], [weights, -weights[:, None] * v]
+            outputs, seeds = [losses, gradient], [*seeds, -weights[:, None] * v]
         leaves = (self.x, self.upper_Y, self.Y)
-        gx, gy, hv = grad(outputs, leaves, seeds, retain_graph=True, materialize_grads=True)
+        gx, gy, hv = grad(outputs, leaves, seeds, materialize_grads=True)
         return gx, gy / weights[:, None], hv / -weights[:, None]
 
     def pull(self, gradient: Tensor, v: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -190,22 +217,23 @@ class Derivatives:
 
     def hessian(self, gradient: Tensor) -> Tensor:
         """H_i [I, d, d]."""
-        d = self.Y.shape[1]
+        d = self.Y.shape[-1]
         if not gradient.requires_grad:
             return self.Y.new_zeros(*self.Y.shape, d)
-        rows = torch.eye(d, dtype=self.Y.dtype, device=self.Y.device)[:, None].expand(-1, *self.Y.shape)
+        rows = torch.eye(d, dtype=self.Y.dtype, device=self.Y.device).view(d, *[1] * (self.Y.ndim - 1), d)
         (H,) = grad(
-            gradient, self.Y, rows, retain_graph=True, materialize_grads=True, is_grads_batched=True
-        )  # [d, I, d]
-        return H.transpose(0, 1)
+            gradient, self.Y, rows.expand(-1, *self.Y.shape), retain_graph=True, materialize_grads=True,
+            is_grads_batched=True,
+        )  # fmt: skip  # [d, I, d]
+        return H.movedim(0, -2)
 
     def _losses(self, which: str, Y: Tensor, batch: Any) -> Tensor:
         if not len(self.idx):
-            return Y.sum(1)
+            return Y.sum(-1)
         losses: Tensor = getattr(self.problem, which)(self.variables, Y, self.idx, batch)
-        if losses.shape != self.idx.shape:
+        if losses.shape != Y.shape[:-1]:
             raise ValueError(
-                f"problem.{which} must return one loss a block, {list(self.idx.shape)}, got {list(losses.shape)}"
+                f"problem.{which} must return one loss a block, {list(Y.shape[:-1])}, got {list(losses.shape)}"
             )
         check_precise(f"problem.{which}'s loss", losses)
         if torch.is_autocast_enabled(losses.device.type):

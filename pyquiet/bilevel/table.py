@@ -1,5 +1,6 @@
 """The rows of a problem's blocks, of which a step reads and writes only those that it samples."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -13,7 +14,8 @@ class BlockTable:
 
     A field in `moving` has a velocity field of the same shape: between visits it falls by the velocity times the time
     that has passed, as if every block were updated at every step. That is made up for when a row is read, so a step
-    costs what its rows cost, whatever m is.
+    costs what its rows cost, whatever m is. A block's row is one piece of memory, read and written at once; `fields`
+    are views of it, [m, *shape].
 
     Args:
         m: rows.
@@ -34,55 +36,56 @@ class BlockTable:
         device: torch.device | str = "cpu",
         pin: bool = True,
     ) -> None:
-        self.m, self.moving, self.device = m, dict(moving), torch.device(device)
+        self.m, self.moving, self.shapes, self.device = m, dict(moving), dict(shapes), torch.device(device)
         check_precise("dtype of the table", torch.empty(0, dtype=dtype))
         pinned = pin and self.device.type == "cuda"
         home = torch.device("cpu") if pinned else self.device
-        self.fields = {
-            name: torch.zeros(m, *shape, dtype=dtype, device=home, pin_memory=pinned) for name, shape in shapes.items()
-        }
+        self._sizes = [math.prod(shape) for shape in shapes.values()]
+        self._rows = torch.zeros(m, sum(self._sizes), dtype=dtype, device=home, pin_memory=pinned)
+        self.fields = self._apart(self._rows)
         # At which time (in units of the step size, summed over steps) a moving field's row was written.
-        self.since = {name: torch.zeros(m, dtype=torch.float64, device=home) for name in moving}
+        self._since = torch.zeros(m, len(moving), dtype=torch.float64, device=home)
         self.visited = torch.zeros(m, dtype=torch.bool, device=home)
 
     def gather(self, idx: Tensor, now: Mapping[str, float]) -> dict[str, Tensor]:
-        """The rows of the blocks int64 [I] at the time `now` of each moving field, on the table's device.
-
-        Raises:
-            ValueError: a block comes twice.
-        """
-        if len(set(idx.tolist())) != len(idx):
-            raise ValueError(f"idx holds a block twice: {idx.tolist()[:20]}; of two updates of a row one would be lost")
-        idx = idx.to(self.visited.device)
-        rows = {name: field[idx] for name, field in self.fields.items()}
-        for name, velocity in self.moving.items():
-            passed = (now[name] - self.since[name][idx]).to(rows[name].dtype)
-            rows[name] -= passed.view(-1, *[1] * (rows[name].ndim - 1)) * rows[velocity]
+        """The rows of the blocks int64 [I] at the time `now` of each moving field, on the table's device."""
+        idx = idx.to(self._rows.device)
+        rows = self._apart(self._rows.index_select(0, idx))
+        if self.moving:
+            passed = (self._times(now) - self._since.index_select(0, idx)).to(self._rows.dtype)
+            for number, (name, velocity) in enumerate(self.moving.items()):
+                rows[name] = torch.addcmul(rows[name], self._like(passed[:, number], name), rows[velocity], value=-1)
         return {name: row.to(self.device, non_blocking=True) for name, row in rows.items()}
 
     @torch.no_grad()
     def scatter(self, idx: Tensor, now: Mapping[str, float], rows: Mapping[str, Tensor]) -> None:
-        """Writes rows of the blocks as they are at the time `now`; fields that are not named stay."""
-        idx = idx.to(self.visited.device)
-        for name, row in rows.items():
-            self.fields[name].index_copy_(0, idx, row.to(self.fields[name]))
-            if name in self.moving:
-                self.since[name][idx] = now[name]
-        self.visited[idx] = True
+        """Writes all fields of the blocks int64 [I], as they are at the time `now`.
+
+        Raises:
+            ValueError: a block comes twice.
+        """
+        blocks = idx.tolist()
+        if len(set(blocks)) != len(blocks):
+            raise ValueError(f"idx holds a block twice: {blocks[:20]}; of two updates of a row one would be lost")
+        idx = idx.to(self._rows.device)
+        new = torch.cat([rows[name].flatten(1) for name in self.fields], 1)
+        self._rows.index_copy_(0, idx, new.to(self._rows))
+        if self.moving:
+            self._since[idx] = self._times(now)
+        self.visited.index_fill_(0, idx, True)
 
     @torch.no_grad()
     def flush(self, now: Mapping[str, float]) -> None:
         """Brings all rows to the time `now`."""
-        for name, velocity in self.moving.items():
-            field = self.fields[name]
-            passed = (now[name] - self.since[name]).to(field.dtype)
-            field -= passed.view(-1, *[1] * (field.ndim - 1)) * self.fields[velocity]
-            self.since[name].fill_(now[name])
+        passed = (self._times(now) - self._since).to(self._rows.dtype)
+        for number, (name, velocity) in enumerate(self.moving.items()):
+            self.fields[name].addcmul_(self._like(passed[:, number], name), self.fields[velocity], value=-1)
+        self._since.copy_(self._times(now).expand_as(self._since))
 
     def state_dict(self) -> dict[str, Tensor]:
         """All rows, by the names that `load_rows` takes; tensors alone, as safetensors stores them."""
-        state = dict(self.fields) | {f"since.{name}": since for name, since in self.since.items()}
-        return state | {"visited": self.visited}
+        since = {f"since.{name}": self._since[:, number] for number, name in enumerate(self.moving)}
+        return self.fields | since | {"visited": self.visited}
 
     @torch.no_grad()
     def load_rows(
@@ -92,4 +95,18 @@ class BlockTable:
         for name, mine in self.state_dict().items():
             mine[to] = state[name][rows].to(mine)
         for name, time in (ahead or {}).items():
-            self.since[name][to] += time
+            self._since[to, list(self.moving).index(name)] += time
+
+    def _apart(self, rows: Tensor) -> dict[str, Tensor]:
+        """The fields of rows [I, numbers of a row], as views [I, *shape]."""
+        parts = rows.split(self._sizes, 1)
+        return {
+            name: part.view(len(rows), *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+    def _times(self, now: Mapping[str, float]) -> Tensor:
+        return torch.tensor([now[name] for name in self.moving], dtype=torch.float64, device=self._rows.device)
+
+    def _like(self, times: Tensor, name: str) -> Tensor:
+        """Times [I], to be multiplied with rows of a field."""
+        return times.view(-1, *[1] * len(self.shapes[name]))

@@ -185,8 +185,8 @@ def averaging(beta: float, eta: float, steps: int, monkeypatch: pytest.MonkeyPat
     estimates: list[torch.Tensor] = []
     estimate = BSVRB._estimate
 
-    def watched(self: BSVRB, *given: Any) -> Any:
-        found = estimate(self, *given)
+    def watched(self: BSVRB, *given: Any, **options: Any) -> Any:
+        found = estimate(self, *given, **options)
         estimates.append(found[0])
         return found
 

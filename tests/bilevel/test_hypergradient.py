@@ -162,7 +162,10 @@ def test_parts_of_x_lie_in_one_vector_and_come_back() -> None:
     assert {name: part.shape for name, part in parts.items()} == {"weight": (2, 3), "bias": (2,)}
     flat.write_back(flat.vector + 1)
     torch.testing.assert_close(module.bias, flat.vector[-2:] + 1)
-    with pytest.raises(TypeError, match="x must be a tensor, a dict of tensors or a module with parameters, got int"):
+    with pytest.raises(
+        TypeError,
+        match="x must be a tensor, a dict of tensors or a module with parameters that require a gradient, got int",
+    ):
         Flat(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"x must be floating point, got torch\.int64"):
         Flat(torch.ones(2, dtype=torch.int64))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pyquiet.bilevel import BSVRB, BlockSOBA
 from pyquiet.bilevel.samplers import BlockSampler
@@ -89,6 +91,124 @@ def test_v_that_is_put_back_into_its_ball_is_counted() -> None:
     assert max(method.step()["v_clip_frac"] for _ in range(30)) == 1
 
 
+def test_what_losses_draw_is_neither_what_chose_blocks_nor_samples() -> None:
+    """Both of a step come of its seed, and so do permutations of blocks; at both points losses draw the same."""
+    drawn: dict[str, list[torch.Tensor]] = {"sample": [], "loss": []}
+
+    class Drawing(Quadratics):
+        def sample(self, idx: torch.Tensor, samples: int | None, generator: torch.Generator) -> Any:
+            again = torch.Generator()
+            again.set_state(generator.get_state())
+            drawn["sample"].append(torch.rand(3, generator=again))
+            return super().sample(idx, samples, generator)
+
+        def lower(self, *given: Any) -> torch.Tensor:
+            drawn["loss"].append(torch.rand(3))
+            return super().lower(*given)
+
+    method = BSVRB(Drawing(6, 4, 3), torch.ones(4).double(), sampler="reshuffle", tau=0.02, tau_v=0.02, **SIZES)
+    method.step(), method.step()
+    first, now, before = drawn["loss"]
+    assert torch.equal(now, before)
+    assert not torch.equal(first, now)
+    assert not torch.equal(drawn["sample"][0], first)
+    permutation = torch.randperm(6, generator=torch.Generator().manual_seed(method._seeds[0]))
+    assert not torch.equal(permutation, method.sampler._permutation)
+
+
+def test_a_step_size_that_grows_too_large_is_refused_in_its_step() -> None:
+    method = made(variant="v2", eta=0.0, tau=lambda t: 0.01 if t < 5 else 1.0, tau_v=0.01)
+    for _ in range(5):
+        method.step()
+    before = {name: field.clone() for name, field in method.table.fields.items()}
+    with pytest.raises(ValueError, match=r"tau=1 is too large: gamma tau L"):
+        method.step()
+    assert method.steps == 5
+    assert all(torch.equal(field, before[name]) for name, field in method.table.fields.items())
+    with pytest.raises(ValueError, match=r"a step size must be a number of at least 0, got nan at step 0"):
+        made(eta=lambda t: float("nan")).step()
+
+
+@pytest.mark.parametrize("options", [{"alpha": 1.0, "blocks_per_step": 6}, {"gamma": 0.0}])
+def test_where_nothing_is_extrapolated_tau_is_chosen_below_the_curvature(options: dict[str, Any]) -> None:
+    method = made(variant="v2", eta=0.0, **options)
+    for _ in range(400):
+        method.step()
+    assert 0.1 < method.clock["y"] / 400 < 1 / 3
+    assert float((method.flush() - method.problem.best_y(method.x)).norm(dim=1).max()) < 10  # type: ignore[attr-defined]
+
+
+def test_a_lower_problem_without_curvature_needs_a_tau() -> None:
+    class Flat(Quadratics):
+        def lower(self, x: Any, Y: torch.Tensor, idx: torch.Tensor, batch: Any) -> torch.Tensor:
+            return Y.sum(1) * x.sum()
+
+    with pytest.raises(ValueError, match="tau is chosen by the curvature of lower in y, which is 0; give tau"):
+        BSVRB(Flat(6, 4, 3), torch.ones(4).double(), **SIZES).step()
+
+
+def test_a_given_curvature_leaves_the_first_gradient_as_it_is_seen() -> None:
+    """s starts at a block's first gradient, whether or not its H_i is known."""
+    H = torch.eye(3).double().expand(6, 3, 3)
+    known, unknown = made(variant="v1", H=H, eta=0.0, tau=0.01), made(variant="v1", eta=0.0, tau=0.01)
+    known.step(), unknown.step()
+    assert float(unknown.table.fields["s"].norm()) > 0
+    assert torch.equal(known.table.fields["s"], unknown.table.fields["s"])
+    visited = known.table.visited
+    assert int(visited.sum()) == 2
+    expected = 0.7 * H[visited] + 0.3 * unknown.table.fields["H"][visited]
+    torch.testing.assert_close(known.table.fields["H"][visited], expected, rtol=1e-12, atol=0)
+    assert torch.equal(known.table.fields["H"][~visited], H[~visited])
+
+
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_two_points_in_one_pass_are_those_of_two(variant: str) -> None:
+    class Both(Quadratics):
+        points = True
+
+        def lower(self, x: Any, Y: torch.Tensor, idx: torch.Tensor, batch: Any) -> torch.Tensor:
+            Ay = ((self.A[idx] + batch["A"]) @ Y[..., None])[..., 0]
+            Cx = (self.C[idx] @ x[..., None, :, None])[..., 0]
+            return (Y * (Ay / 2 - Cx - self.b[idx] - batch["b"])).sum(-1)
+
+        def upper(self, x: Any, Y: torch.Tensor, idx: torch.Tensor, batch: Any) -> torch.Tensor:
+            near = (Y - self.t[idx] - batch["t"]).square().sum(-1) / 2
+            return near + self.rho / 2 * x.square().sum(-1, keepdim=True)
+
+    one = made(variant=variant, tau=0.02, tau_v=0.02, eta=0.05, sampler="stratified")
+    problem = Both(6, 4, 3, noise=Noise(0.1, 1, 1))
+    two = BSVRB(
+        problem, torch.ones(4).double(), variant=variant, tau=0.02, tau_v=0.02, eta=0.05, sampler="stratified", **SIZES
+    )
+    for _ in range(40):
+        one.step(), two.step()
+    torch.testing.assert_close(two.x, one.x, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(two.flush(), one.flush(), rtol=1e-12, atol=1e-13)
+    assert float((one.x - 1).norm()) > 0.05
+
+
+def test_states_of_different_steps_are_told(tmp_path: Path) -> None:
+    """As a save that was cut off leaves them; and files of two runs in a folder."""
+    parts = [made(owned=torch.arange(3)), made(owned=torch.arange(3, 6))]
+    parts[0].step()
+    with pytest.raises(ValueError, match=r"states: of different steps, \[0, 1\]"):
+        made().load_state_dict(*(part.state_dict() for part in parts))
+    made().save(tmp_path)
+    (tmp_path / "blocks-00000-of-00002.safetensors").touch()
+    with pytest.raises(ValueError, match=r"holds files of runs of \[1, 2\] processes"):
+        made().load(tmp_path)
+
+
+def test_blocks_that_no_process_has_are_told() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match=r"owned: blocks \[2, 5\] belong to no process or to several"):
+            made(group=dist.group.WORLD, owned=torch.tensor([0, 1, 3, 4]))
+        made(group=dist.group.WORLD).step()
+    finally:
+        dist.destroy_process_group()
+
+
 def test_auto_does_not_invert_what_would_fill_memory() -> None:
     class Wide(Quadratics):
         def __init__(self) -> None:
@@ -103,7 +223,7 @@ def test_a_hypergradient_that_is_not_finite_is_told_and_changes_nothing() -> Non
             return super().upper(x, Y, idx, batch) * torch.inf
 
     method = BSVRB(Broken(6, 4, 3), torch.ones(4).double(), **SIZES)
-    with pytest.raises(RuntimeError, match="step 0: the estimate of the hypergradient is not finite"):
+    with pytest.raises(RuntimeError, match="step 0: the estimate of the hypergradient or of grad_y g is not finite"):
         method.step()
     assert not method.table.visited.any()
 

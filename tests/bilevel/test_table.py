@@ -35,8 +35,10 @@ def test_rows_move_by_their_velocity_between_visits() -> None:
 
 
 def test_a_block_that_comes_twice_is_told() -> None:
+    some, idx = table(), torch.tensor([1, 4, 1])
     with pytest.raises(ValueError, match=r"idx holds a block twice: \[1, 4, 1\]"):
-        table().gather(torch.tensor([1, 4, 1]), {"y": 2.0})
+        some.scatter(idx, {"y": 3.0}, {"y": torch.zeros(3, 2), "s": torch.zeros(3, 2)})
+    assert some.gather(torch.tensor([4]), {"y": 2.5})["y"].tolist() == [[1.0, -0.5]]  # nothing was written
 
 
 def test_every_set_of_blocks_is_equally_likely() -> None:

@@ -12,6 +12,7 @@ from pyquiet.bilevel.demonstration import auc
 from pyquiet.bilevel.domains import Part, calibrate_temperatures, domain_mixing_heads, reweight_domains
 from pyquiet.bilevel.logistic import WeightedLogistic, clean_labels
 from pyquiet.bilevel.ranking import TopKNDCG
+from pyquiet.zoo import held_out
 
 
 def flipped(n: int = 1500, validation: int = 500) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -147,10 +148,40 @@ def test_domains_weigh_the_sources_that_are_right() -> None:
     assert float(weights[0]) > float(weights[1]) > float(weights[2])
 
 
+def test_sources_are_weighed_by_a_real_models_features() -> None:
+    """Stories told from books by what a model makes of their beginnings; of three sources one's labels are right, one's
+    random and one's turned over."""
+    model, tokenizer = load("tiny-causal")
+    kinds = [[row["text"] for row in held_out(kind)] for kind in ("stories", "passages")]
+    count = min(map(len, kinds))
+    ids = torch.tensor([tokenizer(text).input_ids[:12] for pair in zip(*kinds, strict=False) for text in pair])
+    with torch.no_grad():
+        features = model.base_model(ids).last_hidden_state.mean(1)
+    features = (features - features.mean(0)) / features.std(0) / features.shape[1] ** 0.5
+    labels = torch.arange(2 * count) % 2
+    domain = torch.arange(2 * count) // 2 % 4  # the last one is the target
+    spoilt = torch.where(
+        domain == 1, torch.randint(2, labels.shape, generator=torch.Generator().manual_seed(0)), labels
+    )
+    spoilt = torch.where(domain == 2, 1 - labels, spoilt)
+    source, target = (
+        Part(torch.zeros(int(some.sum()), 2), y[some], d[some], features=features[some])
+        for some, y, d in ((domain < 3, spoilt, domain), (domain == 3, labels, torch.arange(2 * count) // 8 % 3))
+    )
+    weights = reweight_domains(source, target, steps=100)
+    assert float(weights[0]) > 0.5
+    assert float(weights[0]) > float(weights[1]) > float(weights[2])
+
+
 def test_parts_that_do_not_fit_are_told() -> None:
     part = Part(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0, 2, 2]))
     with pytest.raises(ValueError, match=r"domains: \[1\] have no rows"):
         calibrate_temperatures(part, part)
+    more, few = (
+        Part(torch.zeros(4, 3), part.labels, torch.tensor(domains)) for domains in ([0, 1, 2, 7], [0, 0, 1, 1])
+    )
+    with pytest.raises(ValueError, match=r"domains must be in 0 \.\. 1, those of the rows to train on; got \[2, 7\]"):
+        calibrate_temperatures(few, more)
     with pytest.raises(ValueError, match="train needs thought_logits"):
         domain_mixing_heads(part, part)
     with pytest.raises(ValueError, match="source needs features"):
