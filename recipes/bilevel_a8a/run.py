@@ -1,6 +1,8 @@
 """Optimises what each training row of a8a counts for 100 logistic regressions: BSVRB and its baselines, by epochs.
 
-python recipes/bilevel_a8a/run.py a8a_training.txt a8a_testing.txt OUTPUT.json [FIGURE.svg]
+python recipes/bilevel_a8a/run.py a8a_training.txt a8a_testing.txt OUTPUT.json [FIGURE.svg] [--rsvrb]
+
+It goes on where a run that was cut off has left OUTPUT.json.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pyquiet.bilevel import BSVRB, BlockSOBA, StocBiO
+from pyquiet.bilevel import BSVRB, RSVRB, BlockSOBA, StocBiO
 from pyquiet.bilevel.demonstration import read_rows
 from pyquiet.bilevel.logistic import WeightedLogistic
 from pyquiet.bilevel.method import BlockMethod
@@ -35,6 +37,8 @@ METHODS: dict[str, tuple[Callable[..., BlockMethod], dict[str, float]]] = {
     "stocBiO": (StocBiO, {"tau": 0.5}),
     "BSVRB v1": (lambda **given: BSVRB(variant="v1", **given), {"alpha": 0.3}),
 }
+EVERY = METHODS | {"RSVRB": (RSVRB, {"alpha": 0.3, "tau": 0.5})}
+SLOW = ("BSVRB v1", "RSVRB")  # a step takes many times as long: one run each, of RSVRB only where it is asked for
 
 
 class Task:
@@ -84,7 +88,7 @@ class Task:
 
 def run(task: Task, name: str, eta: float, seed: int) -> dict[str, Any]:
     """A run's curves of the validation and the test loss, and its end."""
-    make, setting = METHODS[name]
+    make, setting = EVERY[name]
     method = make(
         problem=task.problem, x=torch.zeros(task.n), y=task.start, blocks_per_step=BLOCKS, samples_per_block=SAMPLES,
         eta=eta * task.n, seed=seed, **setting,
@@ -101,11 +105,10 @@ def run(task: Task, name: str, eta: float, seed: int) -> dict[str, Any]:
     return found | {"last": looks[-1][1:], "exact": task.exact(cast(Tensor, method.x)), "ms": seconds / steps * 1e3}
 
 
-def measure(task: Task, name: str) -> list[dict[str, Any]]:
-    """The runs of all step sizes and seeds; of v1, whose step takes several times as long, one."""
-    if name == "BSVRB v1":
-        return [run(task, name, ETAS[0], SEEDS[0])]
-    return [run(task, name, eta, seed) for eta in ETAS for seed in SEEDS]
+def cases(rsvrb: bool) -> list[tuple[str, float, int]]:
+    """Methods, step sizes and seeds of all runs."""
+    every = itertools.product((name for name in METHODS if name not in SLOW), ETAS, SEEDS)
+    return [*every, *((name, ETAS[0], SEEDS[0]) for name in SLOW if rsvrb or name != "RSVRB")]
 
 
 def table(runs: list[dict[str, Any]], start: tuple[float, float]) -> str:
@@ -115,7 +118,7 @@ def table(runs: list[dict[str, Any]], start: tuple[float, float]) -> str:
         "|---|---|---|---|---|---|---|",
         f"| equal rows | | | | {start[0]:.4f} | {start[1]:.4f} | |",
     ]
-    for name, eta in itertools.product(METHODS, ETAS):
+    for name, eta in itertools.product(EVERY, ETAS):
         some = [one for one in runs if one["method"] == name and one["eta"] == eta]
         if some:
             columns = [[one[key][which] for one in some] for key in ("last", "exact") for which in (0, 1)]
@@ -129,7 +132,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
-    for number, name in enumerate(METHODS):
+    for number, name in enumerate(EVERY):
         for one in runs:
             if one["method"] == name and one["eta"] == ETAS[0]:
                 for panel, which in zip(axes, (1, 2), strict=True):
@@ -148,18 +151,21 @@ def main() -> None:
     parser.add_argument("testing", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("figure", type=Path, nargs="?")
+    parser.add_argument("--rsvrb", action="store_true", help="also one run of RSVRB: a GB of memory, and an hour or so")
     args = parser.parse_args()
     torch.set_num_threads(1)
     task = Task(args.training, args.testing)
     start = task.exact(torch.zeros(task.n))
-    runs: list[dict[str, Any]] = []
-    for name in METHODS:
-        runs += measure(task, name)
-        with replacing(args.output) as partial:
-            partial.write_text(json.dumps({"start": start, "runs": runs}) + "\n")
-        print(table(runs, start), flush=True)
-        if args.figure:
-            draw(runs, args.figure)
+    runs: list[dict[str, Any]] = json.loads(args.output.read_text())["runs"] if args.output.exists() else []
+    done = {(one["method"], one["eta"], one["seed"]) for one in runs}
+    for case in cases(args.rsvrb):
+        if case not in done:
+            runs.append(run(task, *case))
+            with replacing(args.output) as partial:
+                partial.write_text(json.dumps({"start": start, "runs": runs}) + "\n")
+            print(table(runs, start), flush=True)
+    if args.figure:
+        draw(runs, args.figure)
 
 
 if __name__ == "__main__":

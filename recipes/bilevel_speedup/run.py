@@ -1,6 +1,6 @@
 """Steps to a fixed norm of the hypergradient, by blocks and samples a step: BSVRB beside block SOBA.
 
-python recipes/bilevel_speedup/run.py OUTPUT.json [FIGURE.svg]
+python recipes/bilevel_speedup/run.py OUTPUT.json [FIGURE.svg]     (goes on where a run has left OUTPUT.json)
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyquiet.bilevel import BSVRB, BlockSOBA, Problem
 from pyquiet.bilevel.method import BlockMethod
+from pyquiet.files import replacing
 
 M, DIM_X, DIM_Y = 32, 5, 4
 GOAL = 0.03  # the norm of the hypergradient, a mean over LAST steps
@@ -126,12 +127,16 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="gamma tau")
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
-    for blocks, samples in [(blocks, 4) for blocks in reversed(BLOCKS)] + [(8, some) for some in SAMPLES if some != 4]:
-        rows += [measure(name, blocks, samples) for name in SETTINGS]
-        args.output.write_text(json.dumps(rows, indent=1) + "\n")
-        if args.figure:
-            draw(rows, args.figure)
+    rows: list[dict[str, Any]] = json.loads(args.output.read_text()) if args.output.exists() else []
+    done = {(row["method"], row["blocks"], row["samples"]) for row in rows}
+    sizes = [(blocks, 4) for blocks in reversed(BLOCKS)] + [(8, some) for some in SAMPLES if some != 4]
+    for (blocks, samples), name in itertools.product(sizes, SETTINGS):
+        if (name, blocks, samples) not in done:
+            rows.append(measure(name, blocks, samples))
+            with replacing(args.output) as partial:
+                partial.write_text(json.dumps(rows, indent=1) + "\n")
+    if args.figure:
+        draw(rows, args.figure)
 
 
 if __name__ == "__main__":
