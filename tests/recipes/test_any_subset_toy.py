@@ -1,26 +1,17 @@
 """The toy of the draft loss: its data, a short run through all of it, and what its check refuses."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "any_subset_toy"
+from .modules import modules
 
 
 @pytest.fixture
-def toy(monkeypatch):
-    if not RECIPE.is_dir():
-        pytest.skip(f"no recipe folder {RECIPE}")
-    monkeypatch.syspath_prepend(RECIPE)
-    spec = importlib.util.spec_from_file_location("any_subset_toy", RECIPE / "run.py")  # other recipes have a run too
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+def toy():
+    with modules("any_subset_toy") as recipe:
+        yield recipe.run
 
 
 def test_held_out_bytes_are_of_other_files(toy):
