@@ -82,6 +82,17 @@ def test_one_product_gives_what_dense_jacobians_give() -> None:
     torch.testing.assert_close(hv, torch.stack(expected_hv), rtol=1e-12, atol=1e-13)
 
 
+def test_losses_of_one_block_are_lifted_over_points_too() -> None:
+    problem = curved()
+    generator, idx = torch.Generator().manual_seed(2), torch.tensor([3, 0])
+    Y = torch.randn(2, 2, 3, generator=generator, dtype=torch.float64)
+    x = {name: torch.stack([part, 1 - part]) for name, part in X.items()}
+    batch = problem.sample(idx, 1, generator)
+    for lifted, one in ((problem.lower, lower), (problem.upper, upper)):
+        expected = [[one({k: v[p] for k, v in x.items()}, Y[p, i], batch[i]) for i in range(2)] for p in range(2)]
+        torch.testing.assert_close(lifted(x, Y, idx, batch), torch.stack([torch.stack(row) for row in expected]))
+
+
 def test_conjugate_gradients_solve_every_block() -> None:
     A = torch.diag_embed(torch.tensor([[1.0, 2.0, 50.0], [3.0, 3.0, 3.0]], dtype=torch.float64))
     b = torch.tensor([[1.0, -1.0, 2.0], [0.0, 0.0, 0.0]], dtype=torch.float64)

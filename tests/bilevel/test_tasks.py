@@ -50,6 +50,19 @@ def test_the_losses_of_batches_are_those_of_all_rows_in_the_mean() -> None:
     torch.testing.assert_close(problem.upper(x, Y, idx, every[1]), problem.upper(x, Y, idx, None))
 
 
+@pytest.mark.parametrize("samples", [4, None])
+def test_losses_at_two_points_are_those_of_each(samples: int | None) -> None:
+    X, y, V, right, _ = flipped(6, 5)
+    g = torch.Generator().manual_seed(3)
+    problem = WeightedLogistic(X, y, V, right, temperatures=torch.tensor([0.5, 1.0, 2.0]))
+    x, Y, idx = torch.randn(2, 6, generator=g), torch.randn(2, 2, 20, generator=g), torch.tensor([2, 0])
+    lower, upper = problem.sample(idx, samples, g), problem.sample_upper(idx, samples, g)
+    for losses, batch in ((problem.lower, lower), (problem.upper, upper)):
+        each = torch.stack([losses(x[p], Y[p], idx, batch) for p in range(2)])
+        torch.testing.assert_close(losses(x, Y, idx, batch), each)
+        assert float((each[0] - each[1]).abs().min()) > 1e-3
+
+
 def test_labels_that_are_none_are_told() -> None:
     X, y, V, right, _ = flipped(6, 5)
     with pytest.raises(ValueError, match=r"labels of features must be 1 or -1, got \[0"):
