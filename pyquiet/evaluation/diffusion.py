@@ -210,7 +210,8 @@ def diffusion_table(
     rows = [DiffusionRow("text", "none", None, *metrics(held))]
     energies = {"none": None} if energies is None else energies
     # First-hitting opens one token a step, whatever the number of steps.
-    plan = [(s, e, k) for s in samplers for e in energies for k in ((length,) if s == "first_hitting" else steps)]
+    every = [(s, e, k) for s in samplers for e in energies for k in ((length,) if s == "first_hitting" else steps)]
+    plan = list(dict.fromkeys(every))  # none twice
     runs: list[list[Diffusion]] = [[] for _ in plan]
     fixed = {"seed": seed, "progress": False, **options}
     for sampler, energy in dict.fromkeys((s, e) for s, e, _ in plan):  # to get warm

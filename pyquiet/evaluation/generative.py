@@ -80,6 +80,7 @@ def generative_table(
     """Fills in texts of which a random part is given, by each method in turn, and looks at what was written.
 
     Args:
+        methods: those of `pyquiet.infill`, each taken once.
         texts: documents; packed one after another they give texts of `length` tokens, of which `count` are taken from
             all over. The part that is given is drawn by (seed, number of the text) and the same for all methods.
         judge: a causal model and its tokenizer, see `judge_texts`.
@@ -99,7 +100,7 @@ def generative_table(
         raise ValueError(
             f"count={count}: the texts hold {len(pieces)} pieces of {length} tokens; take fewer or shorter"
         )
-    engine, codec = as_engine(model), Codec(tokenizer)
+    engine, codec, methods = as_engine(model), Codec(tokenizer), list(dict.fromkeys(methods))
     ids = torch.stack([pieces[i * len(pieces) // count] for i in range(count)]).to(engine.device)
     numbers = torch.arange(count)
     order, prompt = random_order(torch.full((count,), 1 - prompt_fraction), ids, seed=seed, sequence_ids=numbers)

@@ -134,7 +134,7 @@ def test_batches_change_nothing_but_seconds(denoiser, judge):
 
 def test_the_trace_is_the_mean_of_picks_by_time(denoiser, judge):
     energy = AREnergy(judge[0], mask_id=denoiser.mask_id)
-    found = table(denoiser, judge, energies={"none": None, "ar": energy}, steps=[2], candidates=4)
+    found = table(denoiser, judge, energies={"none": None, "ar": energy}, steps=[2, 2], candidates=4)
     assert found.rows[1].trace.shape == (0, 3)
     out = diffuse(denoiser, energy, length=LENGTH, num_samples=3, steps=2, candidates=4, seed=5)
     trace = out.trace

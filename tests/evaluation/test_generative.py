@@ -83,7 +83,7 @@ def test_batches_change_nothing_but_seconds(model, judge):
 
 
 def test_the_printed_table_and_json(model, judge):
-    found = table(model, judge, methods=("assd",), k=3)
+    found = table(model, judge, methods=("assd", "assd"), k=3)  # the second one adds nothing
     head, row = str(found).split("\n")
     assert len(head) == len(row)
     estimate = found.estimates()["assd"]["target_calls"]
