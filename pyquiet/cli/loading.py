@@ -22,7 +22,7 @@ from pyquiet import AREnergy, MaskedDenoiser, NCEEnergy, QuietStarForCausalLM, z
 from pyquiet.any_subset import as_engine, load_released
 from pyquiet.diffusion import check_tokenizers
 
-THINKER, FILLER, DENOISER, CAUSAL = "tiny-causal", "tiny-any-subset", "tiny-denoiser", "tiny-causal"
+THINKER, FILLER, DENOISER, CAUSAL = "tiny-thinker", "tiny-any-subset", "tiny-denoiser", "tiny-causal"
 
 
 def check_known(option: str, name: str, *, file: bool = False) -> None:

@@ -50,10 +50,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.set_defaults(run=run)
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, default: str = THINKER) -> None:
     """Adds the option of the model that `load_thinker` takes."""
-    words = "folder of a causal or thinking model, or an embedded one's name, such as tiny-thinker"
-    parser.add_argument("--model", default=THINKER, metavar="DIR", help=words)
+    words = "folder of a causal or thinking model, or an embedded one's name"
+    parser.add_argument("--model", default=default, metavar="DIR", help=words)
 
 
 def add_thought_tokens(parser: Any) -> None:

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from pyquiet.cli import training
-from pyquiet.cli.loading import load_thinker
+from pyquiet.cli.loading import CAUSAL, load_thinker
 from pyquiet.cli.options import Whole
 from pyquiet.cli.think import add_model, add_thought_tokens
 from pyquiet.cli.training import RATE, SEED
@@ -32,7 +32,7 @@ def add_parser(methods: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         description="Train a causal LM to think after every token (Quiet-STaR). Given again after it was stopped, the "
         "command goes on from the last checkpoint in --output. Start it with torchrun for several processes.",
     )
-    add_model(train)
+    add_model(train, CAUSAL)
     add_thought_tokens(train)
     train.add_argument("--official", action="store_true", help="the released code's loss, number for number")
     train.add_argument("--curriculum", nargs="+", metavar="M,A:STEPS[:RATE]", help="stages, instead of --steps")

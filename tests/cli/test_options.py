@@ -215,6 +215,14 @@ def test_the_reference_shows_the_same_command_line() -> None:
     assert "same seed, same answer (default: 0)" in module.commands()
 
 
+def test_think_thinks_and_training_begins_with_a_plain_model(capsys) -> None:
+    assert main(["think", "--prompt", "Once", "--max-new-tokens", "1", "--temperature", "0", "--show-thoughts"]) == 0
+    captured = capsys.readouterr()
+    assert "w " in captured.out
+    assert captured.err == ""  # no note that its thoughts have no weight
+    assert COMMANDS[("train", "quiet-star")]["--model"].default == "tiny-causal"
+
+
 def test_nothing_but_what_was_asked_for_is_shown(capfd) -> None:
     logging.enable_progress_bar()  # of loading weights
     assert main(["infill", "--text", "The king ___1___.", "--temperature", "0"]) == 0
