@@ -50,12 +50,12 @@ class BlockTable:
     def gather(self, idx: Tensor, now: Mapping[str, float]) -> dict[str, Tensor]:
         """The rows of the blocks int64 [I] at the time `now` of each moving field, on the table's device."""
         idx = idx.to(self._rows.device)
-        rows = self._apart(self._rows.index_select(0, idx))
+        rows = self._apart(self._rows.index_select(0, idx).to(self.device, non_blocking=True))
         if self.moving:
-            passed = (self._times(now) - self._since.index_select(0, idx)).to(self._rows.dtype)
+            passed = (self._times(now) - self._since.index_select(0, idx)).to(self.device, self._rows.dtype)
             for number, (name, velocity) in enumerate(self.moving.items()):
                 rows[name] = torch.addcmul(rows[name], self._like(passed[:, number], name), rows[velocity], value=-1)
-        return {name: row.to(self.device, non_blocking=True) for name, row in rows.items()}
+        return rows
 
     @torch.no_grad()
     def scatter(self, idx: Tensor, now: Mapping[str, float], rows: Mapping[str, Tensor]) -> None:
