@@ -74,7 +74,7 @@ def test_cached_call(
     ranks = DECIDED + torch.arange(queries) % (POSITIONS - DECIDED)
 
     def run() -> Tensor:
-        cache.rollback(known - content)
+        cache.commit(known - content)
         return engine.head(engine.draft(cache, tokens[None], known, ranks[None]))
 
     expected = released_infilling.network(model, tokens, order, ranks, prompt, DECIDED)

@@ -26,20 +26,14 @@ class Cache:
         """order: int64 [B, N], rank to position; prompt: int64 [B]; both on the CPU."""
         self.order, self.prompt = order, prompt
         self.length = torch.zeros_like(prompt)
-        self._committed = self.length
 
     def commit(self, length: Tensor) -> None:
         """Keep the content rows of ranks below `length` [B], and forget the rest, which were drafts."""
-        self.length = self._committed = torch.minimum(self.length, length)
-
-    def rollback(self, length: Tensor | None = None) -> None:
-        """Forget the content rows from rank `length` [B] on; None: all that were made since the last commit."""
-        self.length = torch.minimum(self.length, self._committed if length is None else length)
+        self.length = torch.minimum(self.length, length)
 
     def select(self, rows: Tensor) -> None:
         """Keep only these sequences, int64 [b]."""
-        self.order, self.prompt = self.order[rows], self.prompt[rows]
-        self.length, self._committed = self.length[rows], self._committed[rows]
+        self.order, self.prompt, self.length = self.order[rows], self.prompt[rows], self.length[rows]
 
 
 class Engine(ABC):

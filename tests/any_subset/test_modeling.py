@@ -78,7 +78,7 @@ def test_the_whole_pass_equals_the_cached_calls(model, tokens):
 
 
 @torch.no_grad()
-def test_a_rolled_back_draft_leaves_nothing_behind(model, tokens):
+def test_a_draft_that_is_not_committed_leaves_nothing_behind(model, tokens):
     order, prompt = order_from_mask(RAGGED_KNOWN)
     engine = as_engine(model)
     ranks = prompt[:, None] + 1
@@ -87,7 +87,7 @@ def test_a_rolled_back_draft_leaves_nothing_behind(model, tokens):
     wrong = engine.density(cache, other, ranks)
     cache.commit(prompt)
     engine.density(cache, other, ranks)
-    cache.rollback()
+    cache.commit(prompt)
     again = engine.density(cache, tokens, ranks)
     alone = engine.density(engine.start(order, prompt), tokens, ranks)
     torch.testing.assert_close(again, alone, rtol=0, atol=1e-6)

@@ -60,7 +60,7 @@ def test_the_cache_forgets_selects_and_ignores_idle_rows():
     hidden = engine.forward(cache, tokens, torch.tensor([3, 2]), ranks, torch.tensor([[1, 3], [2, 2]]))
     assert hidden.isfinite().all()
     assert torch.equal(hidden[0, 1], logits_of(engine, [0, 1, 2, 0], [0, 1, 2, 3], 1, 3, 3))
-    cache.rollback(torch.tensor([2, 2]))
+    cache.commit(torch.tensor([2, 2]))
     tokens[0, 2] = 1
     cache.select(torch.tensor([0]))
     hidden = engine.density(cache, tokens[:1], torch.tensor([[3]]))
