@@ -1,6 +1,6 @@
 """Held-out bound and NLLs of a denoiser by how much is masked, and how well an energy tells texts from its completions.
 
-python recipes/tiny_denoiser/quality.py HELD_OUT_JSONL DENOISER_FOLDER [ENERGY_FOLDER] [--short]
+python recipes/tiny_denoiser/quality.py HELD_OUT_JSONL DENOISER_FOLDER [ENERGY_FOLDER] [--short] [--every N]
 """
 
 from __future__ import annotations
@@ -103,10 +103,11 @@ def main() -> None:
     parser.add_argument("denoiser", type=Path)
     parser.add_argument("energy", type=Path, nargs="?")
     parser.add_argument("--short", action="store_true", help=f"score pieces of less than {LENGTH} tokens too")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="score every N-th piece alone")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.denoiser)
     denoiser = MaskedDenoiser(AutoModelForMaskedLM.from_pretrained(args.denoiser, dtype=torch.float32).eval())
-    texts = held_out(args.held_out, tokenizer, args.short)
+    texts = held_out(args.held_out, tokenizer, args.short)[:: args.every]
     if args.energy is None:
         nats, error = bound(denoiser, texts)
         size = f"{(texts != PAD).sum().item()} tokens" if args.short else f"{LENGTH} tokens"
