@@ -3,6 +3,8 @@
 All have 64 slots of every kind, as many as there are chains under way: a model in this process batches what it gets.
 
 python recipes/tiny_pair/scale.py [--questions N] [--calibration N]
+python recipes/tiny_pair/scale.py --draft THINKER --questions 24 --chains 4 --calibration 96 --calibration-chains 2 \
+    --engine sync        (a thinking draft, which think.py has made; the others alone are left out)
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pyquiet
 from pyquiet.scaling import ATTS, AcceptAll, Plan, Pools, Sampling, read_questions
@@ -33,20 +36,24 @@ def timed(what: str) -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--draft", default="tiny-draft", help="a folder, for another one")
     parser.add_argument("--questions", type=int, default=64)
+    parser.add_argument("--chains", type=int, default=PLAN.chains)
     parser.add_argument("--calibration", type=int, default=128, help="questions to calibrate on")
+    parser.add_argument("--calibration-chains", type=int, default=4)
+    parser.add_argument("--engine", nargs="+", default=["async", "sync"], choices=("async", "sync"))
     args = parser.parse_args()
-    questions = read_questions(FILES / "questions.jsonl")[: args.questions]
-    pair = ATTS("tiny-draft", "tiny-target", plan=PLAN, on_takeover="replace")
+    questions, plan = read_questions(FILES / "questions.jsonl")[: args.questions], replace(PLAN, chains=args.chains)
+    pair = ATTS(args.draft, "tiny-target", plan=plan, on_takeover="replace")
     with timed("calibration"):
-        pair.calibrate(read_questions(FILES / "calibration.jsonl")[: args.calibration])
-    for engine in ("async", "sync"):
+        pair.calibrate(read_questions(FILES / "calibration.jsonl")[: args.calibration], chains=args.calibration_chains)
+    for engine in args.engine:
         with timed(f"pair, {engine}"):
             print(pair.run(questions, engine=engine).report)
-    for name in ("tiny-target", "tiny-draft"):
+    for name in ("tiny-target", "tiny-draft") if args.draft == "tiny-draft" else ():
         alone = HFBackend(*pyquiet.load(name))
         with timed(f"{name} alone"):
-            print(ATTS(alone, alone, plan=PLAN, policy=AcceptAll()).run(questions).report)
+            print(ATTS(alone, alone, plan=plan, policy=AcceptAll()).run(questions).report)
 
 
 if __name__ == "__main__":
