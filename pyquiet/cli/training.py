@@ -6,12 +6,20 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from transformers import SchedulerType
-
 from pyquiet.cli.loading import check_known
 from pyquiet.cli.options import Number, Whole, add_quiet, usable_device
 
-SCHEDULES = tuple(str(kind.value) for kind in SchedulerType)
+
+def schedule(name: str) -> str:
+    """The type of --schedule. Its names are read when one is given: they come with all of transformers' trainer."""
+    from transformers import SchedulerType
+
+    names = [str(kind.value) for kind in SchedulerType]
+    if name not in names:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(names)}, got {name!r}")
+    return name
+
+
 # Options that are training arguments by another name: option -> (argument, its type or choices, default, help).
 Options = dict[str, tuple[str, Callable[[str], Any] | tuple[str, ...], Any, str]]
 SHARED: Options = {
@@ -19,7 +27,7 @@ SHARED: Options = {
     "--epochs": ("num_train_epochs", Number(0, open=True), 1, "passes over the data"),
     "--batch-size": ("per_device_train_batch_size", Whole(), 8, "texts at a time, in each process"),
     "--accumulate": ("gradient_accumulation_steps", Whole(), 1, "batches of a step"),
-    "--schedule": ("lr_scheduler_type", SCHEDULES, "cosine", "of the learning rates, as transformers names it"),
+    "--schedule": ("lr_scheduler_type", schedule, "cosine", "of the learning rates, as transformers names it"),
     "--warmup-steps": ("warmup_steps", Whole(0), 20, "of the learning rates"),
     "--log-every": ("logging_steps", Whole(), 10, "steps"),
     "--eval-every": ("eval_steps", Whole(), 100, "steps; needs --eval-text or --eval-dataset"),
