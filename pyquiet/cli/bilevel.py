@@ -3,28 +3,31 @@
 import argparse
 from typing import Any
 
+from pyquiet.cli.options import Number, Whole, add_quiet, add_seed
 from pyquiet.cli.reports import add_json, check_json, give
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("bilevel", help="optimise problems inside a problem", description="BSVRB.")
+    what = "optimise many small problems inside a large one"
+    parser = commands.add_parser("bilevel", help=what, description=f"BSVRB: {what}.")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     demo = actions.add_parser(
         "demo",
         help="find wrong labels by a few right ones",
         description="Turns over a share of the labels of a data set, and finds them again: each training row gets a "
         "weight, learned so that logistic regressions on the weighed rows do well on a few clean ones.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--data", default="digits", metavar="FILE", help="in LIBSVM's format, two classes; or digits")
-    demo.add_argument("--wrong", type=float, default=0.3, metavar="SHARE", help="of the training labels, turned over")
+    demo.add_argument("--data", default="digits", metavar="FILE", help="in LIBSVM's format, two classes")
+    share = "of the training labels, turned over"
+    demo.add_argument("--wrong", type=Number(0, 1), default=0.3, metavar="SHARE", help=share)
     demo.add_argument("--variant", choices=("v1", "v2"), default="v2", help="of BSVRB")
-    demo.add_argument("--epochs", type=int, default=60, help="passes over the training rows")
-    demo.add_argument("--rows", type=int, default=4000, help="training rows at most; a quarter of them more is clean")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--epochs", type=Whole(), default=60, help="passes over the training rows")
+    rows = "training rows at most; a quarter of them more is clean"
+    demo.add_argument("--rows", type=Whole(), default=4000, help=rows)
+    add_seed(demo, "run")
     demo.add_argument("--plot", metavar="FILE", help="figure of curves and weights: .png, .svg or .pdf")
     add_json(demo)
-    demo.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_quiet(demo)
     demo.set_defaults(run=run_demo)
 
 

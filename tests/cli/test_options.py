@@ -149,7 +149,7 @@ def test_types_take_their_bounds() -> None:
         (["think", "--device", "nonsense"], "--device nonsense: "),
         (["think", "--prompt"], "--prompt: expected one argument"),
         (["train", "quiet-star", "--text", "x"], "the following arguments are required: --output; see "),
-        (["bilevel", "demo", "--wrong", "2"], "--wrong must be in [0, 1], got 2.0"),  # checked by the library
+        (["bilevel", "demo", "--wrong", "2"], "--wrong must be in [0, 1], got 2"),  # checked by the library
         (["evaluate", "dreams"], "MEASURE must be one of thoughts, answers, infilling, diffusion, got 'dreams'"),
         (["infill", "--nonsense"], "unrecognized arguments: --nonsense; see pyquiet --help"),
         (["evaluate", "thoughts", "--text", "/no/such/file"], "/no/such/file: No such file or directory"),
