@@ -34,8 +34,8 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer, to which the two of diffusion add `<mask>`, and know English prose in the manner of their training books:
     `tiny-causal`, a Llama of 1.9 million parameters; `tiny-thinker`, the same taught to think; `tiny-any-subset`, an
     XLNet of 2.3 million that fills in any part of a text; `tiny-denoiser`, a ModernBERT of 1.8 million for masked
-    diffusion, and `tiny-energy`, an `NCEEnergy` of as many that corrects it. All of these but `tiny-any-subset` also
-    know a small generated world of stories. `tiny-draft` and `tiny-target`, Llamas of 0.2 and 1.6 million with another
+    diffusion, and `tiny-energy`, an `NCEEnergy` of as many that corrects it. All of these also know
+    a small generated world of stories. `tiny-draft` and `tiny-target`, Llamas of 0.2 and 1.6 million with another
     tokenizer, write out solutions of arithmetic word problems; the draft gets half of them right. `tiny-puzzler`, of
     0.1 million, learned to think from REINFORCE alone, on one puzzle. The limits of each are in the README.md of its
     folder.
