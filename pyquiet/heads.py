@@ -22,7 +22,7 @@ def head_weight(base: PreTrainedModel) -> Tensor:
 
 
 _FEW_ROWS = 5
-_LARGE_HEAD = 1 << 23  # elements: a head that no cache holds
+_LARGE_HEAD = 6 << 20  # elements: a head that no cache holds
 
 
 def apply_head(head: nn.Module, hidden: Tensor) -> Tensor:

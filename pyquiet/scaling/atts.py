@@ -27,7 +27,14 @@ from pyquiet.scaling.identity import header, made_with, taxonomy
 from pyquiet.scaling.journal import Journal
 from pyquiet.scaling.limits import TakeoverLimit
 from pyquiet.scaling.panel import Panel
-from pyquiet.scaling.plan import OnScoreFailure, OnTakeover, Plan, check_on_score_failure, check_on_takeover
+from pyquiet.scaling.plan import (
+    OnScoreFailure,
+    OnTakeover,
+    Plan,
+    check_on_score_failure,
+    check_on_takeover,
+    check_resamples,
+)
 from pyquiet.scaling.policy import AcceptAll, ConformalPolicy, Policy
 from pyquiet.scaling.questions import Asked, as_questions
 from pyquiet.scaling.records import Question, Record
@@ -143,7 +150,7 @@ class ATTS:
         if drift is not None and self.plan.no_promise:
             raise ValueError(f"drift watches what is promised, and nothing is ({self.plan.no_promise}): leave one out")
         self.rule, self.on_takeover = Rule(takeover_rate, tail or "budget", discard_rate), on_takeover
-        self.resamples = check_count("resamples", resamples, least=0)
+        self.resamples = check_resamples(resamples, on_takeover)
         self.policy, self.on_score_failure = policy, on_score_failure
         self.on_cold, self.drift = on_cold, drift
         self._saved = calibration if isinstance(calibration, str | os.PathLike) else None

@@ -367,6 +367,9 @@ class Adaptive(_Ours):
 
 def keep(calibrator: Calibrator) -> Callable[[], None]:
     """What takes a calibrator of this package back to what it knows now."""
+    own: Callable[[], Callable[[], None]] | None = getattr(calibrator, "keep", None)
+    if own is not None:
+        return own()
     if isinstance(calibrator, Adaptive):
         base, seen, taken = keep(calibrator.base), calibrator.seen, calibrator.taken
 

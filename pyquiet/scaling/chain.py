@@ -30,6 +30,7 @@ class Step:
 class _Attempt:
     chunk: Generated
     score: float | None
+    discarded: bool = False
 
 
 class Chain:
@@ -149,15 +150,17 @@ class Chain:
         chunk, action = self.chunk, record.decision.action
         if record.score is not None:
             self.score_sum, self.scores = self.score_sum + record.score, self.scores + 1
-        self._attempts[-1] = _Attempt(chunk, record.score)
+        discarded = record.decision.reason == "discard"
+        self._attempts[-1] = _Attempt(chunk, record.score, discarded)
         if self.calibrates:
             self.outcome = "turns"
         elif action == "resample" and not self._spent():
             self._stage = "draft"
         elif action in ("accept", "resample"):
             if record.decision.reason == "resampled":
-                chunk = min(self._attempts, key=lambda a: float("inf") if a.score is None else a.score).chunk
-            self._views.append(chunk, "draft")
+                chunk = self._best()
+            if not discarded:  # or else the budget is spent: nothing is left to draft another one with
+                self._views.append(chunk, "draft")
             self._end_turn(chunk)
         else:
             if action == "continue" and not self._finished(chunk):
@@ -165,6 +168,11 @@ class Chain:
             self._stage = "target"
             if self._spent():
                 self._end_turn(chunk)
+
+    def _best(self) -> Generated:
+        """The chunk with the best score of the turn's drafts that were not thrown away."""
+        kept = [attempt for attempt in self._attempts if not attempt.discarded]
+        return min(kept, key=lambda a: float("inf") if a.score is None else a.score).chunk
 
     def _finished(self, chunk: Generated) -> bool:
         """Whether nothing sensible could stand behind a chunk that the target was called for."""

@@ -1,8 +1,8 @@
 """Cold start: what a chunk is ranked among while the bank holds too few scores."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from pyquiet.scaling.calibration import Calibrator, Hierarchical, Online, PerQuestion, PerTurn, Pooled, hashed
+from pyquiet.scaling.calibration import Calibrator, Hierarchical, Online, PerQuestion, PerTurn, Pooled, hashed, keep
 from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.conformal import PValue
 
@@ -61,6 +61,16 @@ class ColdStart:
 
     def rate(self, takeover_rate: float) -> float:
         return self.base.rate(takeover_rate)
+
+    def keep(self) -> Callable[[], None]:
+        """What takes both back to what they know now."""
+        base, own = keep(self.base), keep(self.own)
+
+        def take_back() -> None:
+            base()
+            own()
+
+        return take_back
 
 
 def is_warm(calibrator: Calibrator, cell: Cell) -> bool:

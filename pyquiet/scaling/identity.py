@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from pyquiet.scaling.calibration import Calibrator, PerTurn
+from pyquiet.scaling.calibration import Adaptive, Calibrator, PerTurn
 from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.cold import ColdStart, is_warm
 from pyquiet.scaling.policy import ConformalPolicy, Policy
@@ -84,7 +84,12 @@ def made_with(atts: "ATTS", calibrator: Calibrator) -> dict[str, str]:
 
 def _kind(calibrator: Calibrator) -> list[Any]:
     """What a bank's hash does not tell."""
-    return [type(calibrator).__name__, getattr(calibrator, "n_min", 1), list(getattr(calibrator, "buckets", ()))]
+    told = [type(calibrator).__name__, getattr(calibrator, "n_min", 1), list(getattr(calibrator, "buckets", ()))]
+    learns = {
+        name: getattr(calibrator, name) for name in ("update", "batch", "window", "step") if hasattr(calibrator, name)
+    }
+    base = [_kind(calibrator.base)] if isinstance(calibrator, Adaptive) else []
+    return [*told, *([learns] if learns else []), *base]
 
 
 def _limit(atts: "ATTS") -> dict[str, Any] | None:

@@ -16,6 +16,13 @@ def check_on_takeover(value: str) -> None:
         raise ValueError(f'on_takeover must be "continue", "replace" or "resample", got {value!r}')
 
 
+def check_resamples(resamples: int, on_takeover: OnTakeover) -> int:
+    """The drafts of a turn that may be thrown away; ValueError where "resample" could then draft none again."""
+    if check_count("resamples", resamples, least=0) == 0 and on_takeover == "resample":
+        raise ValueError('resamples must be at least 1 with on_takeover="resample", got 0: no chunk would be replaced')
+    return resamples
+
+
 def check_on_score_failure(value: str) -> None:
     """Raises ValueError unless the value is an `OnScoreFailure`."""
     if value not in get_args(OnScoreFailure):

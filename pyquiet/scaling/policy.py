@@ -10,7 +10,7 @@ from pyquiet.scaling.calibration import Calibrator
 from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.conformal import NEAR, Bank, Label, PValue, Rule
 from pyquiet.scaling.drift import DriftMonitor
-from pyquiet.scaling.plan import OnScoreFailure, OnTakeover, check_on_score_failure, check_on_takeover
+from pyquiet.scaling.plan import OnScoreFailure, OnTakeover, check_on_score_failure, check_on_takeover, check_resamples
 from pyquiet.scaling.records import TAKEOVERS, Action, Decision, Key
 
 Takeover = Literal["continue", "replace"]
@@ -111,7 +111,7 @@ class ConformalPolicy(_Alone):
         self.calibrator, self.rule, self.on_takeover = calibrator, rule, on_takeover
         self.on_cold: OnCold = on_cold
         self.on_score_failure, self.fail_unscored = on_score_failure, on_score_failure == "fail"
-        self.resamples, self.drift = check_count("resamples", resamples, least=0), drift
+        self.resamples, self.drift = check_resamples(resamples, on_takeover), drift
         for n in getattr(calibrator, "sizes", ()):
             rule.warn_if_idle(n)
         self._without = {"cold": on_cold, "failed": on_score_failure, "short": on_short, "empty": on_short}

@@ -75,6 +75,26 @@ def test_the_worst_chunks_are_discarded_and_drafted_again(on_takeover: Any, tmp_
     assert f"{len(thrown)} drafts thrown away" in str(result.report)
 
 
+@pytest.mark.parametrize("plan", [PLAN, replace(PLAN, chain_tokens=60)])
+@pytest.mark.parametrize("on_takeover", ["replace", "resample"])
+def test_a_discarded_draft_is_in_no_chain(on_takeover: Any, plan: Plan, tmp_path: Path) -> None:
+    """Not even where all drafts of a turn are thrown away, or where nothing is left to draft another one with."""
+    options = {"calibration": PerQuestion(), "takeover_rate": 0.7, "discard_rate": 0.6, "on_takeover": on_takeover}
+    result = atts(plan, **options).run(BANK, journal=tmp_path / "run.jsonl")
+    records = {record.key: record for record in transcript(tmp_path / "run.jsonl") if record.key.phase == "run"}
+    chains = {(one.question.id, i): chain for one in result.questions for i, chain in enumerate(one.chains)}
+    spent = long = 0
+    for key, record in records.items():
+        if record.decision is not None and record.decision.reason == "discard":
+            draft = records[replace(key, stage="draft")]
+            if len(draft.text.strip()) > 6:  # shorter ones may come again
+                long += 1
+                assert draft.text.strip() not in chains[key.question, key.chain].text
+            spent += replace(key, stage="draft", attempt=key.attempt + 1) not in records
+    assert long > 20
+    assert (spent > 5) == (plan.chain_tokens is not None)
+
+
 def test_a_discarded_draft_counts_as_not_kept_and_so_the_promise_holds() -> None:
     """Over many banks the share of first drafts that are not kept is that of the rule, however many are discarded."""
     rates = []
@@ -208,6 +228,7 @@ def test_bad_settings_of_the_promise_are_named() -> None:
     for options, words in (
         ({"discard_rate": 0.5}, r"discard_rate must lie in \[0, takeover_rate\], got 0.5"),
         ({"resamples": -1}, "resamples must be at least 0"),
+        ({"resamples": 0, "on_takeover": "resample"}, "resamples must be at least 1 with on_takeover"),
         ({"on_cold": "wait"}, "on_cold must be"),
         ({"plan": replace(PLAN, early_majority=True), "drift": DriftMonitor()}, "drift watches what is promised"),
     ):
@@ -244,6 +265,43 @@ def test_the_front_door_resumes_from_every_prefix(options: dict[str, Any], tmp_p
         (tmp_path / "part.jsonl").write_bytes(b"".join(lines[: cut + 1]))
         assert run("part.jsonl") == requests - sum(record.timing is not None for record in records[:cut])
         assert transcript(tmp_path / "part.jsonl") == wanted
+
+
+@pytest.mark.parametrize(
+    ("made", "now"),
+    [
+        ({"update": "epoch", "batch": 2}, {"update": "epoch", "batch": 5}),
+        ({"update": "window", "window": 10}, {"update": "window", "window": 3}),
+    ],
+)
+def test_a_bank_that_learns_otherwise_does_not_go_on(made: Any, now: Any, tmp_path: Path) -> None:
+    atts(calibration=Online(SCORES, **made)).run(ASKED[:1], journal=tmp_path / "run.jsonl")
+    with pytest.raises(ValueError, match=r"was begun with another config\.calibrator"):
+        atts(calibration=Online(SCORES, **now)).run(ASKED[:1], journal=tmp_path / "run.jsonl")
+    adaptive = [Adaptive(Online(SCORES, **made), step=step) for step in (0.02, 0.9)]
+    atts(calibration=adaptive[0]).run(ASKED[:1], journal=tmp_path / "adaptive.jsonl")
+    with pytest.raises(ValueError, match=r"was begun with another config\.calibrator"):
+        atts(calibration=adaptive[1]).run(ASKED[:1], journal=tmp_path / "adaptive.jsonl")
+
+
+def test_banks_of_a_cold_start_go_on_after_an_abort(tmp_path: Path) -> None:
+    def make(bank: Online) -> ATTS:
+        return atts(calibration=bank, on_cold="presample")
+
+    bank, seen = Online(update="epoch", batch=2, n_min=6), list[Record]()
+
+    def crash(record: Record) -> None:
+        seen.append(record)
+        if len(seen) == 90:
+            raise RuntimeError("crash")
+
+    runner, begun = make(bank), bank.version
+    with pytest.raises(RuntimeError, match="crash"):
+        runner.run(ASKED, journal=tmp_path / "run.jsonl", on_record=crash)
+    assert bank.version == begun
+    assert runner.run(ASKED, journal=tmp_path / "run.jsonl").finished
+    make(Online(update="epoch", batch=2, n_min=6)).run(ASKED, journal=tmp_path / "whole.jsonl")
+    assert transcript(tmp_path / "run.jsonl") == transcript(tmp_path / "whole.jsonl")
 
 
 BANKS: list[Callable[[], Calibrator]] = [
