@@ -221,11 +221,13 @@ def span(rows: Rows) -> float:
     return float(timed["ended"].max() - timed["queued"].min()) if len(timed) else 0.0
 
 
-def calibration_span(rows: Rows) -> float:
+def calibration_span(table: Table) -> float:
     """Seconds that `calibrate` took: turns are calibrated one after the other, each by its own questions and chains."""
+    rows = table.rows()
     _, question = np.unique(rows["question"], return_inverse=True)
-    first = np.full(len(rows), np.iinfo(np.int64).max)  # of the question's chains, which tells its turn
-    np.minimum.at(first, question, rows["chain"])
+    first = np.full(len(rows), np.iinfo(np.int64).max)  # of the question's own chains, which tells its turn
+    own = rows["phase"] == table.phases.number("calibrate")  # not those that were drafted for it beforehand
+    np.minimum.at(first, question[own], rows["chain"][own])
     return sum(span(rows.where(first[question] == turn)) for turn in np.unique(first[question]))
 
 

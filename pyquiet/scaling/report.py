@@ -1,6 +1,6 @@
 """What a run did, from the header and the records of its journal alone (test-time scaling, arXiv 2509.15148)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -118,11 +118,10 @@ class Report:
 
     def calibrated(self, calibration: Table) -> "Report":
         """This report with a calibration before the run counted, from the records of that."""
-        rows = calibration.rows()
-        more = figures.cost(rows)
+        more = figures.cost(calibration.rows())
         return replace(
             self,
-            calibration=self.calibration + figures.calibration_span(rows),
+            calibration=self.calibration + figures.calibration_span(calibration),
             calibration_cost={stage: cost + more[stage] for stage, cost in self.calibration_cost.items()},
         )
 
@@ -142,42 +141,58 @@ class Report:
         }
 
     def __str__(self) -> str:
-        lines = [f"{'turn':>5}{'decisions':>11}{'takeovers':>11}  {'rate [95 % interval]':<26}{'promised':>9}  band"]
+        accuracy = (f"{name}: {share}" for name, share in self.accuracy.items())
+        return "\n".join((*self._rates(), *accuracy, *self._costs(), *self._times(), *self._notes()))
+
+    def _rates(self) -> Iterator[str]:
+        head = f"{'rate [95 % interval]':<26}{'promised':>9}  {'band':<16}"
+        yield f"{'turn':>5}{'decisions':>11}{'takeovers':>11}  {head}KS of p (1 % point)"
         for name, row in [*self.turns.items(), ("all", self.takeovers)]:
             promised = "-" if row.promised is None else f"{row.promised:.1%}"
             band = "-" if row.band is None else f"{row.band[0]} to {row.band[1]} of {row.judged}"
-            lines.append(f"{name:>5}{row.decisions:>11}{row.taken:>11}  {row.rate!s:<26}{promised:>9}  {band}")
-        lines += [f"{name}: {share}" for name, share in self.accuracy.items()]
+            law = "-" if row.ks is None else f"{row.ks:.3f} ({row.critical:.3f})"
+            counts = f"{name:>5}{row.decisions:>11}{row.taken:>11}"
+            yield f"{counts}  {row.rate!s:<26}{promised:>9}  {band:<16}{law}"
+        if any(row.band is not None for row in self.turns.values()):
+            yield "band: 5 to 95 % for independent chains; chains of one question are alike and leave it more often"
+
+    def _costs(self) -> Iterator[str]:
         for stage, cost in self.cost.items():
-            lines.append(
+            yield (
                 f"{stage}: {cost.requests} requests, {cost.completion_tokens} tokens written, "
                 f"{cost.prompt_tokens} read ({cost.cached_tokens} cached), {self.utilisation[stage]:.0%} of slots busy"
             )
-        if any(row.band is not None for row in self.turns.values()):
-            lines.append(
-                "band: 5 to 95 % for independent chains; chains of one question are alike and leave it more often"
-            )
-        before = f"and {self.calibration:.1f} s to calibrate before" if self.calibration else "no calibration counted"
-        lines.append(f"{self.wall:.1f} s, {before}")
-        counted = " ".join(f"{name} {n}" for name, n in self.reasons.items())
-        ended = " ".join(f"{name} {n}" for name, n in self.outcomes.items())
-        lines.append(f"decided by: {counted or '-'}; chains ended by: {ended or '-'}")
+        if self.target_share is not None:
+            yield f"the target wrote {self.target_share:.1%} of the tokens"
         if lost := {stage: cost for stage, cost in self.cost.items() if cost.lost}:
             told = ", ".join(f"{cost.lost} {stage}" for stage, cost in lost.items())
-            lines.append(f"requests that brought nothing, whose tokens nobody tells: {told}")
+            yield f"requests that brought nothing, whose tokens nobody tells: {told}"
+
+    def _times(self) -> Iterator[str]:
+        before = f"and {self.calibration:.1f} s to calibrate before" if self.calibration else "no calibration counted"
+        yield f"{self.wall:.1f} s, {before}"
+        answers, tokens = self.throughput["answers_per_minute"], self.throughput["tokens_per_second"]
+        yield f"throughput: {answers:.1f} chains with an answer a minute, {tokens:.1f} tokens written a second"
+        spans = [f"a {name} {half:.1f} and {most:.1f} s" for name, (half, most) in self.latency.items()]
+        if spans:
+            yield f"50 and 95 % points of the time for {', for '.join(spans)}"
+        if self.intensity is not None:
+            yield f"r = T_c / T_s = {self.intensity:.2f}, barriers {self.barrier_share:.0%}"
+        else:
+            yield f"no barriers: T_s = 0 s, T_c = {self.service:.1f} s"
+
+    def _notes(self) -> Iterator[str]:
+        counted = " ".join(f"{name} {n}" for name, n in self.reasons.items())
+        ended = " ".join(f"{name} {n}" for name, n in self.outcomes.items())
+        yield f"decided by: {counted or '-'}; chains ended by: {ended or '-'}"
         if self.discards:
-            lines.append(
-                f"{self.discards} drafts thrown away for another one, {self.takeovers.discarded} of them first"
-            )
-        lines += map(str, (watch.alarm for watch in self.drift.values() if watch.alarm is not None))
+            yield f"{self.discards} drafts thrown away for another one, {self.takeovers.discarded} of them first"
+        yield from (str(watch.alarm) for watch in self.drift.values() if watch.alarm is not None)
         if self.drift:
             told = ", ".join(f"turn {turn} {watch.e_value:.3g} ({watch.watched})" for turn, watch in self.drift.items())
-            lines.append(f"drift, e-values (of so many p-values): {told}")
+            yield f"drift, e-values (of so many p-values): {told}"
         if self.takeovers.near_ties:
-            lines.append(f"{self.takeovers.near_ties} decisions within {NEAR:.0e} of a cut")
-        if self.intensity is not None:
-            lines.append(f"r = T_c / T_s = {self.intensity:.2f}, barriers {self.barrier_share:.0%}")
-        return "\n".join(lines)
+            yield f"{self.takeovers.near_ties} decisions within {NEAR:.0e} of a cut"
 
 
 class Tally:

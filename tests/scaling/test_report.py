@@ -140,6 +140,7 @@ def test_near_ties_are_counted() -> None:
 def test_distance_of_p_values(report: Report) -> None:
     assert report.takeovers.ks == pytest.approx(0.2667, abs=1e-3)  # at 0.6: one of three below it
     assert report.takeovers.critical == pytest.approx(1.628 / 3**0.5)
+    assert "0.267 (0.940)" in str(report)
     assert ks_distance(np.array([0.5])) == 0.5
     assert ks_distance(np.array([0.1, 0.2])) == pytest.approx(0.8)
 
@@ -194,6 +195,9 @@ def lost_request(question: str, chain: int, of: str, *, tries: int = 1, n: int =
 def test_time(report: Report) -> None:
     assert report.wall == 15
     assert report.throughput == {"answers_per_minute": 12.0, "tokens_per_second": 80 / 15}
+    assert "12.0 chains with an answer a minute, 5.3 tokens written a second" in str(report)
+    assert "the target wrote 37.5% of the tokens" in str(report)
+    assert "for a chain 4.0 and 10.9 s, for a question 7.5 and 11.5 s" in str(report)
     assert report.utilisation == {"draft": 10 / 30, "score": 3 / 15, "target": 6 / 15}
     assert report.service == 10 + 3 + 6
     # Windows: drafts of a from 2 to 4 (3 of 4 slots idle), its scores from 5 to 6 (3 idle); b waits for nobody.
@@ -207,6 +211,7 @@ def test_time(report: Report) -> None:
 def test_without_barriers_there_is_no_intensity() -> None:
     report = Report.of(HEADER | {"engine": "async"}, RUN)
     assert (report.barrier, report.intensity, report.barrier_share) == (0.0, None, 0.0)
+    assert "no barriers: T_s = 0 s, T_c = 19.0 s" in str(report)
 
 
 def test_calibration_is_part_of_every_speed_up(report: Report) -> None:
@@ -228,6 +233,13 @@ def test_turns_are_calibrated_one_after_the_other_each_by_a_clock_of_its_own(rep
     assert with_bank.calibration == 6 + 7
     assert "15.0 s, and 13.0 s to calibrate before" in str(with_bank)
     assert "15.0 s, no calibration counted" in str(report)
+
+
+def test_what_was_drafted_beforehand_counts_with_the_turn_that_it_was_drafted_for(report: Report) -> None:
+    first = [stage("y", 0, 0, "draft", 0, 5, phase="calibrate")]
+    cold = [stage("z", chain, 0, "draft", 0, 3 + chain, phase="presample") for chain in (0, 1)]
+    second = [*cold, stage("z", 1, 0, "draft", 4, 11, phase="calibrate")]
+    assert report.calibrated(Table([*first, *second])).calibration == 5 + 11
 
 
 def test_second_attempts_are_no_decisions_that_a_rate_is_promised_for() -> None:
