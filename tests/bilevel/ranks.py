@@ -1,11 +1,11 @@
-"""A run of several processes, as a program, and the same run by one process that plays all of them.
-
-python -m torch.distributed.run ... -m tests.bilevel.ranks run FOLDER | resume FOLDER NEW_FOLDER
-"""
+"""A run of several processes, and the same run by one process that plays all of them."""
 
 from __future__ import annotations
 
-import sys
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +17,6 @@ from pyquiet.bilevel import BSVRB
 from .quadratics import Noise, Quadratics
 
 SHARES = {1: [range(7)], 2: [range(5), range(5, 7)], 4: [range(3), range(3, 4), range(0), range(4, 7)]}
-
-STEPS = {"run": 20, "resume": 6}
 
 
 class Played(BSVRB):
@@ -56,17 +54,28 @@ def states_of(count: int, steps: int, begin: list[dict[str, Tensor]] | None = No
     return [one.state_dict() for one in parts]
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
-    rank, count = dist.get_rank(), dist.get_world_size()
+def in_ranks(count: int, store: Path, steps: int, new: Path, old: Path | None = None) -> None:
+    """Steps in so many processes, from what a folder holds if one is given; their states are saved in a new folder.
+
+    The processes are forks of one that has loaded torch: launched by themselves they would spend seconds on that.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pyquiet.bilevel"])
+    with ProcessPoolExecutor(count, context) as pool:
+        parts = [pool.submit(_step_and_save, rank, count, store, steps, new, old) for rank in range(count)]
+        for part in parts:
+            part.result()
+
+
+def _step_and_save(rank: int, count: int, store: Path, steps: int, new: Path, old: Path | None) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timedelta(seconds=120)
+    )
     method = method_of(rank, count, group=dist.group.WORLD)
-    if sys.argv[1] == "resume":
-        method.load(sys.argv[2])
-    for _ in range(STEPS[sys.argv[1]]):
+    if old is not None:
+        method.load(old)
+    for _ in range(steps):
         method.step()
-    method.save(sys.argv[-1])
+    method.save(new)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
