@@ -24,18 +24,40 @@ def embedded_file(name: str) -> Path:
 def model(role: str, name: str, tokenizer: str | None) -> "str | Backend":
     """The model that a user calls so: servers, the tokenizer given for them at hand, or what `ATTS` makes of a name.
 
-    Raises ValueError for a tokenizer that is given for something else than servers.
+    Raises ValueError for what is none of these, before anybody is asked over the net, and for a tokenizer that is given
+    for something else than servers.
     """
+    from pyquiet.cli.loading import check_known
+
+    option = f"--{role}"
     if not name.startswith(("http://", "https://")):
         if tokenizer is not None:
-            raise ValueError(f"--{role}-tokenizer is for servers; {name} brings its own, leave it out")
+            raise ValueError(f"{option}-tokenizer is for servers; {name} brings its own, leave it out")
+        try:
+            check_known(option, name)
+        except ValueError as error:
+            raise ValueError(f"{error}; the address of a server begins with http:// or https://") from None
         return name
     from pyquiet.scaling.backends.openai import OpenAIBackend
-    from pyquiet.zoo import available, folder
 
     addresses, _, served = name.partition("#")
-    known = str(folder(tokenizer)) if tokenizer in available() else tokenizer
-    return OpenAIBackend([address.strip() for address in addresses.split(",")], served or None, tokenizer=known)
+    words = None if tokenizer is None else _tokenizer(f"{option}-tokenizer", tokenizer)
+    return OpenAIBackend([address.strip() for address in addresses.split(",")], served or None, tokenizer=words)
+
+
+def _tokenizer(option: str, name: str) -> Any:
+    """An embedded model's tokenizer, a folder's, or that of a model of the Hugging Face hub that was fetched before."""
+    from transformers import AutoTokenizer
+
+    from pyquiet.zoo import available, folder
+
+    try:
+        return AutoTokenizer.from_pretrained(folder(name) if name in available() else name, local_files_only=True)
+    except (OSError, ValueError):
+        raise ValueError(
+            f"{option} {name}: no embedded model, no folder with a tokenizer, and not fetched from the Hugging Face "
+            f"hub before: hf download {name} --exclude '*.safetensors'"
+        ) from None
 
 
 def calibration_journal(journal: str) -> str:
@@ -87,7 +109,12 @@ def _online(atts: "ATTS", args: argparse.Namespace, watch: Watch) -> str:
     begun = _calibrated(atts, args, watch, "pooled") if args.calibrate else "empty at first"
     bank = atts.calibrator.bank if isinstance(atts.calibrator, Pooled) else None
     atts.calibrator = Online(bank, update="epoch", n_min=args.n_min or 1)
-    return f"online, {begun}; it takes in the first chunks of 16 questions at a time, and no rate is guaranteed"
+    but = (
+        " but to first turns of questions that come while it holds too few scores"
+        if args.on_cold == "presample"
+        else ""
+    )
+    return f"online, {begun}; it takes in the first chunks of 16 questions at a time, and no rate is guaranteed{but}"
 
 
 def _calibrated(atts: "ATTS", args: argparse.Namespace, watch: Watch, kind: "Kind | None" = None) -> str:

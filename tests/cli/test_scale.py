@@ -166,6 +166,13 @@ def test_a_bank_that_grows(begun: bool, tmp_path: Path, capsys: pytest.CaptureFi
     assert bool(shown["report"]["drift"]) == begun
 
 
+def test_a_bank_that_grows_promises_what_comes_before_it_is_warm(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scale", *SMALL, "--calibrator", "online", "--on-cold", "presample"]) == 0
+    text = capsys.readouterr().out
+    assert "no rate is guaranteed but to first turns of questions that come while it holds too few scores" in text
+    assert "turn 0: the rate is guaranteed" in text
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -173,6 +180,15 @@ def test_a_bank_that_grows(begun: bool, tmp_path: Path, capsys: pytest.CaptureFi
         (["--takeover-rate", "2"], "--takeover-rate must lie between 0 and 1"),
         (["--questions", "missing.jsonl"], "missing.jsonl"),
         (["--draft-tokenizer", "tiny-draft"], "--draft-tokenizer is for servers; tiny-draft brings its own"),
+        (
+            ["--draft", "nowhere"],
+            "--draft nowhere: no model folder (a folder with a config.json) and no embedded model",
+        ),
+        (["--target", "localhost:8001/v1"], "the address of a server begins with http://"),
+        (
+            ["--draft", "http://127.0.0.1:9/v1", "--draft-tokenizer", "nowhere"],
+            "--draft-tokenizer nowhere: no embedded model, no folder with a tokenizer, and not fetched",
+        ),
         (["--limit", "-63"], "--limit must be at least 1, got -63"),
         (["--draft-tokens", "0"], "--draft-tokens must be at least 1, got 0"),
         (["--target-tokens", "0"], "--target-tokens must be at least 1, got 0"),
