@@ -15,7 +15,7 @@ from pyquiet.checks import check_count
 from pyquiet.scaling import answers
 from pyquiet.scaling.answers import Vote
 from pyquiet.scaling.backends.connect import Model, connect
-from pyquiet.scaling.calibration import BUCKETS, Calibrator, Hierarchical, Kind, PerQuestion, PerTurn, Pooled, fit, keep
+from pyquiet.scaling.calibration import BUCKETS, Calibrator, Hierarchical, Kind, PerQuestion, PerTurn, Pooled, fit
 from pyquiet.scaling.calibration_files import check_taxonomy, load_calibrator, save_calibrator
 from pyquiet.scaling.calls import Retry
 from pyquiet.scaling.cells import Cell
@@ -422,8 +422,8 @@ def _presampling(filled: PerQuestion | ColdStart, chains: int) -> dict[str, Any]
 
 @contextmanager
 def _kept(policy: Policy, finished: Callable[[], bool]) -> Iterator[None]:
-    """Takes back what a calibrator has learned if the run does not finish: its journal teaches that again."""
-    undo = keep(policy.calibrator) if isinstance(policy, ConformalPolicy) else lambda: None
+    """Takes back what a policy has learned if the run does not finish: its journal teaches that again."""
+    undo: Callable[[], None] = getattr(policy, "keep", lambda: lambda: None)()
     try:
         yield
     finally:

@@ -1,8 +1,10 @@
 """A watch on p-values: are they still what they must be where the promise holds?"""
 
 import bisect
+import copy
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -69,6 +71,11 @@ class DriftMonitor:
     def fresh(self) -> Self:
         """One that has seen nothing, for a run of its own."""
         return replace(self)
+
+    def keep(self) -> Callable[[], None]:
+        """What takes it back to what it has seen by now."""
+        now = copy.deepcopy(vars(self))
+        return lambda: vars(self).update(copy.deepcopy(now))
 
     def log_capital(self, turn: int = 0) -> float:
         """Natural logarithm of a turn's capital."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pyquiet.scaling.calls import together
 from pyquiet.scaling.chain import Chain, Step
 from pyquiet.scaling.panel import Panel
-from pyquiet.scaling.session import Session, Stopped, chunk_of
+from pyquiet.scaling.session import Grade, Session, Stopped, chunk_of
 
 
 async def run_async(session: Session, panels: Iterable[Panel]) -> None:
@@ -91,9 +91,7 @@ async def _turn(session: Session, panel: Panel, chains: list[Chain]) -> None:
 async def _judge_together(session: Session, panel: Panel, group: list[tuple[Chain, Step]]) -> None:
     """Scores all chunks, then decides on them at once; those decided before an interruption count with the rest."""
     filed = {chain: record for chain, step in group if (record := session.on_file(chain, step)) is not None}
-    rest = [(chain, step) for chain, step in group if chain not in filed]
-    found = await together(session.grade(chain, session.rank(panel, chain)) for chain, _ in rest)
-    graded = [(chain, step, grade) for (chain, step), grade in zip(rest, found, strict=True) if grade is not None]
+    graded = await _grades(session, panel, [(chain, step) for chain, step in group if chain not in filed])
     records = [record for record in filed.values() if record.key.stage == "score"]
     records += [session.undecided(step, grade) for _, step, grade in graded]
     uniforms = [record.key.uniform(session.plan.seed) for record in records]
@@ -104,3 +102,21 @@ async def _judge_together(session: Session, panel: Panel, group: list[tuple[Chai
         record = session.judged(chain, step, grade, decision)
         session.commit(record, panel.question)
         chain.apply(record)
+
+
+async def _grades(session: Session, panel: Panel, group: list[tuple[Chain, Step]]) -> list[tuple[Chain, Step, Grade]]:
+    """The scores of all chunks that did not end their chain."""
+    found: dict[Chain, Grade] = {}
+
+    async def find(chain: Chain) -> None:
+        if (grade := await session.grade(chain, session.rank(panel, chain))) is not None:
+            found[chain] = grade
+
+    try:
+        await together(find(chain) for chain, _ in group)
+    except BaseException:  # an error of one of them, or Ctrl-C: the others will not be judged, and were paid for
+        for chain, step in group:
+            if chain in found:
+                session.drop(step, found[chain], panel.question)
+        raise
+    return [(chain, step, found[chain]) for chain, step in group if chain in found]

@@ -1,12 +1,12 @@
 """Policies: what becomes of a draft's chunk."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 from pyquiet.checks import check_count, check_fraction
-from pyquiet.scaling.calibration import Calibrator
+from pyquiet.scaling.calibration import Calibrator, keep
 from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.conformal import NEAR, Bank, Label, PValue, Rule
 from pyquiet.scaling.drift import DriftMonitor
@@ -15,7 +15,7 @@ from pyquiet.scaling.records import TAKEOVERS, Action, Decision, Key
 
 Takeover = Literal["continue", "replace"]
 OnCold = Literal["takeover", "accept"]
-_LEARNED = ("p", "discard", "cold")  # reasons of decisions whose scores calibrators see
+_LEARNED = ("p", "discard", "cold", "forced")  # reasons of decisions whose scores calibrators see
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,8 @@ class Policy(Protocol):
 
     If it has an attribute `scored` that is False, no chunk is scored for it (the reason is then "unscored"). If it has
     one `fail_unscored` that is True, a chain whose scoring failed for good ends there. One `identity`, its settings as
-    JSON values, is kept in journals, which are then refused under others.
+    JSON values, is kept in journals, which are then refused under others. A method `keep` of one that learns gives what
+    takes it back to what it knows now; it is called after a run that did not finish, whose journal teaches it again.
     """
 
     together: bool
@@ -146,7 +147,8 @@ class ConformalPolicy(_Alone):
     def observe(self, chunk: Chunk, decision: Decision) -> None:
         """Shows the monitor a p-value, and the calibrator the score of a first draft that was judged or met no bank.
 
-        Warns (UserWarning) at an alarm.
+        Neither depends on what was decided: a bank without the scores that a limit let pass would hold good ones only.
+        Such a one counts as taken over, by the rule. Warns (UserWarning) at an alarm.
         """
         if self.drift is not None and decision.watched is not None:
             turn = chunk.cell.turn
@@ -154,12 +156,23 @@ class ConformalPolicy(_Alone):
             if alarm is not None:
                 warnings.warn(str(alarm), stacklevel=2)
         if chunk.score is not None and not chunk.key.attempt and decision.reason in _LEARNED and not self._frozen:
-            self.calibrator.observe(chunk.score, chunk.cell, decision.action in (*TAKEOVERS, "resample"))
+            fired = decision.action in (*TAKEOVERS, "resample") or decision.reason == "forced"
+            self.calibrator.observe(chunk.score, chunk.cell, fired)
 
     def advance(self) -> None:
         """A batch of questions has ended: the calibrator may take in what it has seen."""
         if not self._frozen:
             self.calibrator.advance()
+
+    def keep(self) -> Callable[[], None]:
+        """What takes the calibrator and the monitor back to what they know now."""
+        undo = [keep(self.calibrator), *([self.drift.keep()] if self.drift is not None else [])]
+
+        def take_back() -> None:
+            for back in undo:
+                back()
+
+        return take_back
 
     @property
     def _frozen(self) -> bool:

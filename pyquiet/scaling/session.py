@@ -176,13 +176,22 @@ class Session:
         """Puts a request on file that never came back, so that accounts add up; no chain needs the record."""
 
         def lose(timing: Timing, error: BaseException) -> None:
-            first = replace(key, stage="lost", attempt=0)
-            name = replace(first, attempt=self._lost[first])
-            self._lost[first] += 1
             outcome: Outcome = "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"
-            self.commit(Record(name, prompt=prompt, timing=timing, reason=key.stage, outcome=outcome), question)
+            self._lose(Record(key, prompt=prompt, timing=timing, outcome=outcome), question)
 
         return lose
+
+    def drop(self, step: Step, grade: Grade, question: Question) -> None:
+        """Puts a score on file that came back and that nothing will be decided on: it was paid for."""
+        if grade.timing is not None:
+            score = Record(step.key, prompt=grade.prompt, usage=grade.graded.usage, timing=grade.timing)
+            self._lose(replace(score, outcome="cancelled"), question)
+
+    def _lose(self, record: Record, question: Question) -> None:
+        first = replace(record.key, stage="lost", attempt=0)
+        name = replace(first, attempt=self._lost[first])
+        self._lost[first] += 1
+        self.commit(replace(record, key=name, reason=record.key.stage), question)
 
     @staticmethod
     async def _or_ends(chain: Chain, work: Awaitable[T]) -> T | None:
@@ -208,7 +217,8 @@ class Session:
         if decision.guaranteed and (why := self.plan.no_promise):
             decision = replace(decision, guaranteed=False, why=why)
         if decision.action in TAKEOVERS and not (self._limit is None or self._limit.take(chain.question.id)):
-            decision = Decision("accept", "forced", decision.p, decision.n, decision.version)
+            why = "a takeover beyond the limit"
+            decision = replace(decision, action="accept", reason="forced", guaranteed=False, why=why, near_tie=False)
         return replace(record, decision=decision)
 
     @staticmethod

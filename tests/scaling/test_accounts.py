@@ -125,6 +125,30 @@ def test_chains_that_are_ranked_together(tmp_path: Path) -> None:
     assert check(tmp_path / "run.jsonl", models)
 
 
+@pytest.mark.parametrize("error", [RefusedError("no"), GoneError("away")])
+def test_scores_that_wait_to_be_ranked_are_counted_when_one_of_them_fails(error: Exception, tmp_path: Path) -> None:
+    class Last(HashModel):
+        """Answers three scores at once, and fails at the fourth then."""
+
+        async def score(self, request: Any) -> Any:
+            if len(self.requests) != 3:
+                return await super().score(request)
+            self.requests.append("score")
+            await asyncio.sleep(0.02)
+            raise error
+
+    journal = tmp_path / "run.jsonl"
+    first, _ = run(journal, engine="sync", models=[HashModel("draft"), Last("target")], policy=RankPolicy(1))
+    lost = check(journal, first)
+    assert Counter(record.outcome for record in lost) == {"failed": 1, "cancelled": 3}
+    assert sum(record.usage.prompt_tokens > 0 for record in lost) == 3  # what they read is known, and paid for
+    second, result = run(journal, engine="sync", policy=RankPolicy(1))
+    assert result.finished
+    check(journal, first, second)
+    wanted = run(tmp_path / "whole.jsonl", engine="sync", policy=RankPolicy(1))[1]
+    assert result.questions == wanted.questions
+
+
 def test_a_crash_loses_no_account(tmp_path: Path) -> None:
     journal, seen = tmp_path / "run.jsonl", list[Record]()
 

@@ -317,7 +317,7 @@ def test_ranks_need_all_chains_of_a_turn() -> None:
         assert len(taken) == min(2, len(together))
         if kept:
             assert min(taken) >= max(kept)  # type: ignore[type-var]
-    for cut in range(0, len(paper.records), 3):
+    for cut in range(len(paper.records) + 1):
         again = Paper(paper.records[:cut])
         made = setting(HashModel("draft"), HashModel("target"), RankPolicy(2))
         asyncio.run(run(made, run_sync, again, list(again.records)))

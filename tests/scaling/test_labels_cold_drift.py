@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,13 @@ from pyquiet.scaling import (
     Report,
     Rule,
     Sampling,
+    TakeoverLimit,
     read_journal,
 )
 from pyquiet.scaling.calibration import Calibrator
-from pyquiet.scaling.records import Record
+from pyquiet.scaling.cells import Cell
+from pyquiet.scaling.policy import Chunk
+from pyquiet.scaling.records import Decision, Key, Record
 
 from .fake_models import HashModel
 
@@ -163,6 +167,42 @@ def test_on_cold_matters_to_a_bank_only_where_first_turns_are_cold() -> None:
         atts(calibration=cold).run(ASKED)
 
 
+GROWING: list[tuple[str, dict[str, Any]]] = [
+    ("p", {"on_takeover": "resample"}),
+    ("discard", {"takeover_rate": 0.6, "discard_rate": 0.5}),
+    ("cold", {"on_cold": "accept"}),
+    ("forced", {"limit": TakeoverLimit(per_question=1)}),
+]
+
+
+@pytest.mark.parametrize(("reason", "options"), GROWING)
+def test_every_first_draft_enters_a_bank_that_grows_whatever_became_of_it(
+    reason: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """And no other: which scores enter must depend on neither scores nor decisions."""
+    bank = Online(update="stream", n_min=6)
+    atts(calibration=bank, **options).run(ASKED, journal=tmp_path / "run.jsonl", engine="sync")
+    records = [r for r in read_journal(tmp_path / "run.jsonl")[1] if r.decision is not None and not r.key.turn]
+    first = [r for r in records if not r.key.attempt]
+    assert len(first) == 24
+    assert sum(r.decision.reason == reason for r in first if r.decision) > 3
+    assert len(records) > 24 or reason in ("cold", "forced")
+    assert bank.bank.scores.tolist() == sorted(r.score for r in first if r.score is not None)
+
+
+def test_a_limit_bends_neither_the_watch_nor_a_rate_that_adapts() -> None:
+    def run(calibrator: Calibrator, **options: Any) -> Any:
+        return atts(calibration=calibrator, **options).run(BANK, engine="sync").report
+
+    cap, watched = TakeoverLimit(per_question=0), {"tail": "smoothed", "drift": DriftMonitor(0.01)}
+    free, capped = run(Online(SCORES), **watched), run(Online(SCORES), limit=cap, **watched)
+    assert capped.takeovers.taken == 0 < capped.reasons["forced"]
+    assert capped.drift[0] == free.drift[0]  # the good chunks alone would look like drift
+    adaptive = Adaptive(Pooled(SCORES), step=0.2)
+    run(adaptive, limit=cap)
+    assert abs(adaptive.taken / adaptive.seen - 0.4) <= (0.6 + 0.2) / (0.2 * adaptive.seen) < 0.1
+
+
 class Drifting(HashModel):
     """Likes what stands behind some questions much less than the bank's."""
 
@@ -178,6 +218,7 @@ def drifting(**options: Any) -> ATTS:
 
 
 MANY = [f"Asked {i}?" for i in range(12)]
+MANY_IDS = [str(i) for i in range(12)]
 
 
 def test_drift_withdraws_the_promise_of_its_turn(tmp_path: Path) -> None:
@@ -224,6 +265,46 @@ def test_a_policy_of_ones_own_tells_of_drift_too() -> None:
     assert result.report.drift[0].alarm == monitor.alarms[0]
 
 
+def test_an_alarm_freezes_a_bank_that_grows_with_what_it_has_not_taken_in_yet() -> None:
+    bank, monitor = Online(SCORES, update="epoch", batch=2), DriftMonitor(0.2, freeze=True)
+    policy = ConformalPolicy(bank, Rule(0.4), drift=monitor)
+    cell, begun = Cell("q", "", 0), bank.version
+    chunk = Chunk(Key("run", "q", 0, 0, "score"), cell, 1.0)
+    policy.observe(chunk, Decision("accept", "p", 0.5, 19))
+    with pytest.warns(UserWarning, match="drifted"):
+        policy.observe(chunk, Decision("accept", "p", 1e-9, watched=1e-9))
+    policy.advance()
+    assert bank.version == begun
+
+
+def test_a_monitor_of_ones_own_is_taken_back_after_an_abort(tmp_path: Path) -> None:
+    """Else the journal would show it twice what it has seen, and a frozen bank would not learn what it had."""
+
+    def crash(record: Record) -> None:
+        if record.key.question == MANY_IDS[-1]:
+            raise RuntimeError("crash")
+
+    def runner() -> ATTS:
+        bank, monitor = Online(SCORES, update="epoch", batch=6), DriftMonitor(0.8, freeze=True)
+        policy = ConformalPolicy(bank, Rule(0.4), drift=monitor)
+        return atts(models=[HashModel("draft"), Drifting("target")], policy=policy)
+
+    whole, half = runner(), runner()
+    with pytest.warns(UserWarning, match="drifted"):
+        whole.run(MANY, journal=tmp_path / "whole.jsonl", engine="sync")
+    for action in (crash, None):
+        context = pytest.raises(RuntimeError, match="crash") if action else nullcontext()
+        with context, pytest.warns(UserWarning, match="drifted"):
+            half.run(MANY, journal=tmp_path / "half.jsonl", engine="sync", on_record=action)
+        assert isinstance(half.policy, ConformalPolicy)
+        assert half.policy.drift is not None
+        assert bool(half.policy.drift.seen) == (action is None)
+    assert isinstance(whole.policy, ConformalPolicy)
+    assert half.policy.drift == whole.policy.drift
+    assert half.policy.calibrator.version == whole.policy.calibrator.version
+    assert transcript(tmp_path / "half.jsonl") == transcript(tmp_path / "whole.jsonl")
+
+
 def test_bad_settings_of_the_promise_are_named() -> None:
     for options, words in (
         ({"discard_rate": 0.5}, r"discard_rate must lie in \[0, takeover_rate\], got 0.5"),
@@ -261,7 +342,7 @@ def test_the_front_door_resumes_from_every_prefix(options: dict[str, Any], tmp_p
     requests = run("whole.jsonl")
     wanted, lines = transcript(tmp_path / "whole.jsonl"), (tmp_path / "whole.jsonl").read_bytes().splitlines(True)
     records = read_journal(tmp_path / "whole.jsonl")[1]
-    for cut in range(0, len(lines) - 1, 3):
+    for cut in range(len(lines)):
         (tmp_path / "part.jsonl").write_bytes(b"".join(lines[: cut + 1]))
         assert run("part.jsonl") == requests - sum(record.timing is not None for record in records[:cut])
         assert transcript(tmp_path / "part.jsonl") == wanted
