@@ -103,7 +103,8 @@ def _add_promise(parser: argparse.ArgumentParser) -> None:
         "--drift-level",
         type=Number(0, 1, open=True),
         metavar="P",
-        help="watch for scores that leave the bank behind, with this probability of a false alarm",
+        help="watch for scores that leave the bank behind, with this probability of a false alarm (more where a small "
+        "bank grows by several chains of a question)",
     )
     promise.add_argument(
         "--freeze-on-drift", action="store_true", help="at an alarm a bank that grows takes in nothing more"

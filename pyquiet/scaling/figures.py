@@ -75,8 +75,9 @@ class Drift:
 class Cost:
     """Requests of one stage and their tokens: read (`cached` of them not anew) and written.
 
-    Requests that came back and those that were `lost`, given up or cancelled, whose tokens nobody has told; `retries`
-    of both are sendings after their first one, so that the sum of the three is what was sent.
+    Requests that were used, and those that were `lost`: given up, cancelled, or back too late for a decision. Their
+    tokens count where somebody told them, which is so where they came back. `retries` of both are sendings after their
+    first one, so that the sum of the three is what was sent.
     """
 
     requests: int = 0

@@ -166,7 +166,7 @@ class Report:
             yield f"the target wrote {self.target_share:.1%} of the tokens"
         if lost := {stage: cost for stage, cost in self.cost.items() if cost.lost}:
             told = ", ".join(f"{cost.lost} {stage}" for stage, cost in lost.items())
-            yield f"requests that brought nothing, whose tokens nobody tells: {told}"
+            yield f"requests that nothing came of, their tokens counted where they were told: {told}"
 
     def _times(self) -> Iterator[str]:
         before = f"and {self.calibration:.1f} s to calibrate before" if self.calibration else "no calibration counted"

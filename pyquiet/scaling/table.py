@@ -17,7 +17,7 @@ _FIELDS = {
     **dict.fromkeys(("prompt_tokens", "cached_tokens", "completion_tokens"), "i"),
     **dict.fromkeys(("queued", "started", "ended"), "d"),
     **dict.fromkeys(("slot", "tries"), "i"),  # slot -1: no request was made
-    "lost": "?",  # the request for the stage brought nothing
+    "lost": "?",  # nothing came of the request for the stage
     **dict.fromkeys(("score", "p"), "d"),  # nan: there is none
     **dict.fromkeys(("action", "reason", "n", "version"), "i"),  # action -1: nothing was decided
     **dict.fromkeys(("guaranteed", "near_tie"), "?"),

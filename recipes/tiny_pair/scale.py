@@ -4,7 +4,7 @@ All have 64 slots of every kind, as many as there are chains under way: a model 
 
 python recipes/tiny_pair/scale.py [--questions N] [--calibration N]
 python recipes/tiny_pair/scale.py --draft THINKER --questions 24 --chains 4 --calibration 96 --calibration-chains 2 \
-    --engine sync        (a thinking draft, which think.py has made; the others alone are left out)
+    --engine sync        (a thinking draft, which think.py has made)
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import pyquiet
 from pyquiet.scaling import ATTS, AcceptAll, Plan, Pools, Sampling, read_questions
-from pyquiet.scaling.backends.huggingface import HFBackend
 from pyquiet.zoo import folder
 
 FILES = folder("tiny-target")
@@ -50,10 +48,9 @@ def main() -> None:
     for engine in args.engine:
         with timed(f"pair, {engine}"):
             print(pair.run(questions, engine=engine).report)
-    for name in ("tiny-target", "tiny-draft") if args.draft == "tiny-draft" else ():
-        alone = HFBackend(*pyquiet.load(name))
-        with timed(f"{name} alone"):
-            print(ATTS(alone, alone, plan=plan, policy=AcceptAll()).run(questions).report)
+    for role, model in (("target", pair.target), ("draft", pair.draft)):
+        with timed(f"{role} alone"):
+            print(ATTS(model, model, plan=plan, policy=AcceptAll()).run(questions).report)
 
 
 if __name__ == "__main__":

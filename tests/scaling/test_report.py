@@ -183,7 +183,7 @@ def test_requests_that_were_lost_are_counted_apart(report: Report) -> None:
     assert more.cost["target"].lost == 1
     assert more.service == report.service + 3 * 0.5  # slots were held
     assert (more.takeovers, more.outcomes, more.reasons) == (report.takeovers, report.outcomes, report.reasons)
-    assert "requests that brought nothing, whose tokens nobody tells: 2 draft, 1 target" in str(more)
+    assert "requests that nothing came of, their tokens counted where they were told: 2 draft, 1 target" in str(more)
     assert [held.start for held in slots([*RUN, *lost])["target"]] == [6, 14.5]
 
 
@@ -272,7 +272,7 @@ def test_a_report_in_words_and_as_json(report: Report) -> None:
     for words in ("25.0% [0.0%, 50.0%]", "40.0%", "0 to 3 of 3", "pass@1: 50.0%", "r = T_c / T_s = 2.11", "forced 1"):
         assert words in text
     assert "for independent chains; chains of one question are alike" in text
-    assert "brought nothing" not in text
+    assert "nothing came of" not in text
     assert "independent" not in str(Report.of({}, RUN))  # no rule, no band
 
 
