@@ -63,3 +63,53 @@ class Quadratics(Problem):
 
     def upper(self, x: Any, Y: Tensor, idx: Tensor, batch: Any) -> Tensor:
         return (Y - self.t[idx] - batch["t"]).square().sum(1) / 2 + self.rho / 2 * x.square().sum()
+
+
+class Replicas(Quadratics):
+    """So many runs of one problem at once, for means over them: x [R d_x] and rows [R d_y] hold one after the other.
+
+    Each has noise of its own, and each its own order of the blocks, so that runs that look at the same numbers look at
+    different blocks. At other numbers of samples the same seed gives the same noise, scaled.
+    """
+
+    points = True
+
+    def __init__(self, count: int, m: int, dim_x: int, dim_y: int, *, noise: Noise) -> None:
+        super().__init__(m, dim_x, dim_y, noise=noise)
+        self.count, self.dim_y = count, count * dim_y
+        g = torch.Generator().manual_seed(11)
+        order = torch.stack([torch.randperm(m, generator=g) for _ in range(count)], 1)
+        self.A, self.C, self.b, self.t = (part[order] for part in (self.A, self.C, self.b, self.t))  # [m, R, ...]
+        self.solution = self.solution.repeat(count)
+
+    def _runs(self, flat: Tensor) -> Tensor:
+        return flat.view(*flat.shape[:-1], self.count, -1)
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """The hypergradients, [R, d_x]."""
+        return self._runs(x - self.solution) @ self.curvature
+
+    def settled(self) -> tuple[Tensor, Tensor]:
+        """y_i and v_i at the solution, [m, R d_y] each."""
+        y = torch.linalg.solve(self.A, (self.C @ self._runs(self.solution)[..., None])[..., 0] + self.b)
+        return y.flatten(1), torch.linalg.solve(self.A, y - self.t).flatten(1)
+
+    def sample(self, idx: Tensor, samples: int | None, generator: torch.Generator) -> dict[str, Tensor]:
+        d = self.dim_y // self.count
+        scale = 0.0 if samples is None else samples**-0.5  # a mean over samples
+
+        def noise(size: float, *more: int) -> Tensor:
+            return scale * size * torch.randn(len(idx), self.count, d, *more, generator=generator, dtype=torch.float64)
+
+        E = noise(self.noise.A, d)
+        return {"A": (E + E.mT) / 2, "b": noise(self.noise.b), "t": noise(self.noise.t)}
+
+    def lower(self, x: Any, Y: Tensor, idx: Tensor, batch: Any) -> Tensor:
+        y = self._runs(Y)
+        Ay = ((self.A[idx] + batch["A"]) @ y[..., None])[..., 0]
+        Cx = (self.C[idx] @ self._runs(x)[..., None, :, :, None])[..., 0]
+        return (y * (Ay / 2 - Cx - self.b[idx] - batch["b"])).sum((-1, -2))
+
+    def upper(self, x: Any, Y: Tensor, idx: Tensor, batch: Any) -> Tensor:
+        near = (self._runs(Y) - self.t[idx] - batch["t"]).square().sum((-1, -2)) / 2
+        return near + self.rho / 2 * x.square().sum(-1, keepdim=True)
