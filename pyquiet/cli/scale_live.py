@@ -46,15 +46,16 @@ class _Board:
 
     def take(self, record: "Record") -> None:
         from pyquiet.scaling.answers import equal
-        from pyquiet.scaling.records import TAKEOVERS
 
-        self.tokens[record.key.stage] += record.usage.completion_tokens
-        if record.decision is not None:
-            self.decided[record.key.turn] += 1
-            self.taken[record.key.turn] += record.decision.action in TAKEOVERS
-        if record.key.stage == "end":
+        key, decision = record.key, record.decision
+        self.tokens[key.stage] += record.usage.completion_tokens
+        # A rate is promised for first drafts, and nothing was decided on those that fill a bank.
+        if decision is not None and decision.reason != "calibration" and not key.attempt:
+            self.decided[key.turn] += 1
+            self.taken[key.turn] += decision.action != "accept"
+        if key.stage == "end" and key.phase != "presample":
             self.ended += 1
-            right = self.answers.get(record.key.question)
+            right = self.answers.get(key.question)
             if right is not None:
                 self.graded += 1
                 self.right += record.answer is not None and equal(record.answer, right)
