@@ -68,7 +68,7 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, AdaptedBase, Pr
                 module._is_hf_initialized = True  # so that post_init leaves its weights alone
         if config.base_adapters is not None:
             settle_adapters(base, config.base_adapters)
-        self.base = base
+        self.base, config.base_config = base, base.config  # one: it may grow, with its vocabulary
         table = embedding_table(base)
         width = table.shape[1]
         dtype = torch.promote_types(table.dtype, torch.float32)

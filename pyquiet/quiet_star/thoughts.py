@@ -7,6 +7,7 @@ than a context variable, is there again when activation checkpointing recomputes
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -140,6 +141,8 @@ class ThoughtLayout:
 
 
 _layout: ContextVar[ThoughtLayout | None] = ContextVar("pyquiet_layout", default=None)
+# Configurations are changed while a forward thinks, and bases may share them: one thread at a time.
+_turn = threading.RLock()
 
 
 @contextmanager
@@ -166,14 +169,15 @@ def thinking(base: PreTrainedModel, *, packed: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _lent(configs: list[Any]) -> Iterator[None]:
-    names = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation = ATTENTION_NAME
-        yield
-    finally:
-        for config, name in zip(configs, names, strict=True):
-            config._attn_implementation = name
+    with _turn:
+        names = [config._attn_implementation for config in configs]
+        try:
+            for config in configs:
+                config._attn_implementation = ATTENTION_NAME
+            yield
+        finally:
+            for config, name in zip(configs, names, strict=True):
+                config._attn_implementation = name
 
 
 def _lending(checkpoint: Callable[..., Any], configs: list[Any]) -> Callable[..., Any]:
@@ -209,18 +213,19 @@ def run_rows(
     elif mask is None:  # without one, transformers would look for texts packed one after another
         mask = position_ids.new_ones(len(position_ids), layout.text_rows)
     config = base.config.get_text_config()
-    layout.base_attention = config._attn_implementation
     token = _layout.set(layout)
     try:
-        with thinking(base, packed=packed):
-            output = base.base_model(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                position_ids=position_ids,
-                use_cache=not packed,
-                thought_layout=layout,
-                **{cache_argument(base.base_model.__class__): layout.cache},
-            )
+        with _turn:
+            layout.base_attention = config._attn_implementation
+            with thinking(base, packed=packed):
+                output = base.base_model(
+                    inputs_embeds=embeds,
+                    attention_mask=mask,
+                    position_ids=position_ids,
+                    use_cache=not packed,
+                    thought_layout=layout,
+                    **{cache_argument(base.base_model.__class__): layout.cache},
+                )
     finally:
         _layout.reset(token)
     if layout.layers_seen != config.num_hidden_layers:
@@ -245,6 +250,8 @@ def _attention(
     In a packed forward they are [B, G, rows, D], those of the paths after those of the text.
     """
     layout: ThoughtLayout | None = kwargs.pop("thought_layout", None)
+    if layout is None and _layout.get() is None:
+        raise RuntimeError("another thread thinks with this model: call the base in one thread at a time")
     if layout is None:
         raise NotImplementedError(
             f"{type(module).__name__} cannot think: it does not hand keyword arguments of the model on to its attention"

@@ -8,7 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import pyquiet
 
-from .thinkers import random_ids, thinker
+from .architectures import VOCABULARY, build
+from .thinkers import awake, random_ids, thinker
 
 LOADERS = {
     "own class": pyquiet.QuietStarForCausalLM.from_pretrained,
@@ -145,3 +146,15 @@ def test_saving_again_gives_the_same_files(tmp_path):
     loaded.save_pretrained(tmp_path / "second")
     first = (tmp_path / "first" / "model.safetensors").read_bytes()
     assert (tmp_path / "second" / "model.safetensors").read_bytes() == first
+
+
+@pytest.mark.parametrize("who", ["model", "base"])
+def test_a_vocabulary_that_has_grown_comes_back(who, tmp_path):
+    base = build("llama", dtype=torch.float32, attention="sdpa")
+    model = awake(pyquiet.QuietStarForCausalLM.from_base(base))
+    (model if who == "model" else model.base).resize_token_embeddings(VOCABULARY + 21)
+    model.save_pretrained(tmp_path)
+    loaded = pyquiet.QuietStarForCausalLM.from_pretrained(tmp_path)
+    ids = random_ids(1, 4)
+    assert torch.equal(loaded(ids, seed=0).logits, model(ids, seed=0).logits)
+    assert loaded.logits_size == VOCABULARY + 21

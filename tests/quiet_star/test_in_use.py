@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -87,3 +90,34 @@ def test_what_generate_cannot_use_is_refused(name):
     model, ids = thinker(), random_ids(1, 4)
     with pytest.raises(ValueError, match=name):
         model.generate(ids, max_new_tokens=1, **{name: ids if name == "position_ids" else "static"})
+
+
+@torch.no_grad()
+def test_threads_may_generate_with_one_model():
+    model, ids = thinker(dtype=torch.float32, attention="sdpa"), random_ids(2, 4)
+    options = {"max_new_tokens": 6, "do_sample": True}
+    expected = [model.generate(ids, seed=seed, **options) for seed in range(8)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # in the middle of forwards, many times
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            actual = list(pool.map(lambda seed: model.generate(ids, seed=seed, **options), range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(map(torch.equal, actual, expected))
+    assert model.base.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+def test_a_base_that_another_thread_thinks_with_says_so():
+    model, ids = thinker(dtype=torch.float32, attention="sdpa"), random_ids(1, 4)
+    with ThreadPoolExecutor(1) as pool:
+
+        def elsewhere(*_):
+            handle.remove()
+            with pytest.raises(RuntimeError, match="another thread thinks"):
+                pool.submit(model.base, ids).result()
+
+        handle = model.base.base_model.layers[0].register_forward_pre_hook(elsewhere)
+        expected = model.generate(ids, max_new_tokens=3, seed=1)
+    assert torch.equal(model.generate(ids, max_new_tokens=3, seed=1), expected)
