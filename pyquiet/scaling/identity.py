@@ -38,6 +38,10 @@ def header(atts: "ATTS", questions: Sequence[Question], policy: Policy | None, e
         "config": atts.plan.to_dict() | decides | others,
         "draft": dict(atts.draft.identity),
         "target": dict(atts.target.identity),
+        "kv_bytes_per_token": {
+            role: getattr(backend, "kv_bytes_per_token", None)
+            for role, backend in (("draft", atts.draft), ("target", atts.target))
+        },
         "template": _template(atts),
         "bank": "" if atts.calibrator is None else atts.calibrator.version,
         "questions": [{"id": q.id, "answer": q.answer, "group": q.group, "text": q.text} for q in questions],

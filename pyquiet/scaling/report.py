@@ -28,6 +28,8 @@ class Report:
         latency: 50 % and 95 % points for chains and questions.
         wall, calibration: seconds; a speed-up is of their sum. throughput: chains with an answer a minute, and tokens
             written a second.
+        peak_target_tokens: the most tokens that the target's writing requests held at once; kv_bytes_peak: bytes of
+            their keys and values, None where the backend tells no size of one (servers).
         utilisation: by pool. service, barrier: T_c and T_s; intensity: r = T_c / T_s, None without barriers.
     """
 
@@ -51,6 +53,7 @@ class Report:
     service: float
     barrier: float
     peak_target_tokens: int
+    kv_bytes_peak: int | None
     intensity: float | None = field(init=False)
     barrier_share: float | None = field(init=False)
 
@@ -85,6 +88,8 @@ class Report:
         takeovers = figures.turn(config, run, seed)
         takeovers = replace(takeovers, guaranteed=sum(row.guaranteed for row in turns.values()))
         written = sum(cost[stage].completion_tokens for stage in ("draft", "target"))
+        peak = peak_tokens(run.stage("target"))
+        token_bytes = header.get("kv_bytes_per_token", {}).get("target")
         ends = run.stage("end")
         answered = int((ends["answer"] >= 0).sum())
         gold = {q["id"]: q["answer"] for q in header.get("questions", []) if q.get("answer") is not None}
@@ -113,7 +118,8 @@ class Report:
             },
             service=service_seconds(run),
             barrier=barrier_seconds(run, sizes) if header.get("engine") == "sync" else 0.0,
-            peak_target_tokens=peak_tokens(run.stage("target")),
+            peak_target_tokens=peak,
+            kv_bytes_peak=None if token_bytes is None else peak * int(token_bytes),
         )
 
     def calibrated(self, calibration: Table) -> "Report":

@@ -218,3 +218,16 @@ def test_errors_that_pass_are_no_loss(tmp_path: Path) -> None:
     models, result = run(tmp_path / "run.jsonl", models=models)
     assert check(tmp_path / "run.jsonl", models) == []
     assert result.report.cost["draft"].retries + result.report.calibration_cost["draft"].retries == 1
+
+
+def test_peaks_are_told_in_bytes_where_a_model_says_what_a_token_takes(tmp_path: Path) -> None:
+    class Measured(HashModel):
+        kv_bytes_per_token = 24
+
+    for target, bytes_ in ((Measured("target"), 24), (HashModel("target"), None)):
+        journal = tmp_path / f"{bytes_}.jsonl"
+        _, result = run(journal, models=[HashModel("draft"), target])
+        report, peak = result.report, result.report.peak_target_tokens
+        assert peak > 0
+        assert report.kv_bytes_peak == (None if bytes_ is None else 24 * peak)
+        assert Report.of(*read_journal(journal)) == report

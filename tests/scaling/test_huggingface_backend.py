@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import pyquiet
+from pyquiet.heads import cache_argument
 from pyquiet.randomness import Purpose, Stream, draw
 from pyquiet.scaling.backends.base import Choose, ContextOverflowError, Generated, Prompt, RefusedError, Score
 from pyquiet.scaling.backends.decoding import _DRAWS
 from pyquiet.scaling.backends.huggingface import HFBackend
 
-from .small_models import TOKENIZER, brute_force, ids_of, llama, mistral, using, wants
+from .small_models import TOKENIZER, brute_force, deepseek, gemma, ids_of, llama, mamba, mistral, using, wants
 
 
 @pytest.mark.parametrize("make", [llama, mistral])
@@ -192,3 +194,18 @@ def test_a_thinking_model_draws_by_the_seed() -> None:
     first, again, other = using(thinker(), work)
     assert first == again
     assert first.ids != other.ids
+
+
+@pytest.mark.parametrize("make", [llama, mistral, gemma, deepseek])
+def test_a_tokens_keys_and_values_are_measured_by_a_cache(make: Any) -> None:
+    model, ids, cache = make(), torch.tensor([ids_of(3, 20)]), DynamicCache()
+    model.base_model(ids, use_cache=True, **{cache_argument(type(model.base_model)): cache})
+    held = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+    assert HFBackend(model, TOKENIZER).kv_bytes_per_token == held / 20
+    if make is llama:
+        assert held / 20 == 2 * 2 * 2 * 8 * 8  # keys and values, layers, heads, head size, float64
+
+
+def test_where_more_than_keys_and_values_is_held_nobody_says_how_much() -> None:
+    for model in (mamba(), thinker()):
+        assert HFBackend(model, TOKENIZER).kv_bytes_per_token is None

@@ -136,7 +136,10 @@ class TextCodec(Protocol):
 
 
 class Backend(Protocol):
-    """One model that drafts, scores or continues. It may be opened again after it was closed."""
+    """One model that drafts, scores or continues. It may be opened again after it was closed.
+
+    If it has an attribute `kv_bytes_per_token`, what keys and values of a token take, reports tell a peak in bytes.
+    """
 
     @property
     def codec(self) -> TextCodec | None:

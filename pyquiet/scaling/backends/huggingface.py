@@ -109,6 +109,14 @@ class HFBackend:
         }
 
     @property
+    def kv_bytes_per_token(self) -> int | None:
+        """Bytes of keys and values that a token takes, by a cache that the model has filled.
+
+        None for a model whose cache is more than that, and for one that thinks, whose thoughts take some too.
+        """
+        return self._runner.token_bytes if isinstance(self._runner, DecoderRunner) else None
+
+    @property
     def kept_bytes(self) -> int:
         """Bytes of keys and values kept between requests now."""
         return self._store.size

@@ -36,6 +36,12 @@ class Layout:
     counts: tuple[int, ...]
     places: tuple[tuple[Place, Place], ...]
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's keys and values in all layers: 2 x layers x key heads x head size x width for most."""
+        kinds = zip(self.kinds, self.counts, strict=True)
+        return sum(count * like.shape[1] * like.shape[3] * like.element_size() for like, count in kinds)
+
     @classmethod
     def of(cls, cache: DynamicCache) -> Layout:
         """That of a cache which a model has filled."""
