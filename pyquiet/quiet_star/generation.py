@@ -16,7 +16,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
 
 from pyquiet.heads import embedding_table
-from pyquiet.quiet_star.inputs import check_context, check_inputs, to_left_padding
+from pyquiet.quiet_star.inputs import check_context, check_inputs, check_way, to_left_padding
 from pyquiet.quiet_star.thinking import Text, Thinker, ThoughtOptions, average
 from pyquiet.randomness import Purpose, Stream, draw
 
@@ -99,7 +99,7 @@ class ThinkingGeneration(GenerationMixin):
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         if input_ids is None or kwargs.get("inputs_embeds") is not None or kwargs.get("past_key_values") is not None:
             raise ValueError("generate needs input_ids; inputs_embeds and past_key_values are not supported")
-        for name in ("position_ids", "cache_implementation"):
+        for name in ("position_ids", "cache_implementation", "custom_generate"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"generate with thoughts does not take {name}: leave it out")
         merged, _ = self._prepare_generation_config(generation_config, **kwargs)  # as transformers will
@@ -107,6 +107,7 @@ class ThinkingGeneration(GenerationMixin):
         if mask is None:
             mask = self._prepare_mask(input_ids, merged)
         check_inputs(input_ids, mask, embedding_table(self.base).shape[0])
+        check_way(merged, kwargs.get("assistant_model"), len(input_ids), embedding_table(self.base).shape[0])
         if mask is None:
             mask = torch.ones_like(input_ids)
         check_context(

@@ -1,7 +1,11 @@
 """Checks of what a user hands in, made before anything is computed."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.configuration_utils import GenerationMode
 
 from pyquiet.datasets import IGNORED as IGNORED
 from pyquiet.quiet_star.configuration import QuietStarConfig
@@ -67,6 +71,23 @@ def check_context(config: QuietStarConfig, length: int, thought_tokens: int | No
             f"input_ids too long: {length} tokens and a thought of {m} tokens with START and END "
             f"need {needed} positions, but the model's context (max_position_embeddings) is {context}; shorten the "
             "text or thought_tokens"
+        )
+
+
+def check_way(config: GenerationConfig, assistant: Any, rows: int, vocabulary: int) -> None:
+    """Raises ValueError for ways of generating that know no thoughts, outputs they lack, a pad token that is none."""
+    way = config.get_generation_mode(assistant)
+    if way not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        what = way.value.replace("_", " ")
+        raise ValueError(f'generate with thoughts is greedy or samples; for {what} give think="never"')
+    for name, usual in (("guidance_scale", 1), ("output_attentions", 0), ("output_hidden_states", 0)):
+        if (value := getattr(config, name, None)) not in (None, usual):
+            raise ValueError(f'generate with thoughts does not take {name}={value}: leave it out or give think="never"')
+    pad, rows = config.pad_token_id, rows * (config.num_return_sequences or 1)
+    if rows > 1 and config.eos_token_id is not None and pad is not None and not 0 <= pad < vocabulary:
+        raise ValueError(
+            f"pad_token_id must lie in 0..{vocabulary - 1}, the model's vocabulary, where rows may end before others; "
+            f"got {pad}"
         )
 
 

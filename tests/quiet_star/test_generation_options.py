@@ -8,7 +8,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.streamers import BaseStreamer
 
 from . import sequential_reference as reference
-from .architectures import PAD
+from .architectures import EOS, PAD, VOCABULARY
 from .thinkers import CallCounter, assert_close, padded, random_ids, thinker, tokens_of
 
 DICT = {"return_dict_in_generate": True, "return_thoughts": True}
@@ -211,16 +211,34 @@ def test_think_always_is_the_default():
     ("options", "word"),
     [
         ({"num_beams": 3}, "beam"),
-        ({"prompt_lookup_num_tokens": 3}, "assist|prompt_lookup"),
+        ({"num_beams": 4, "num_beam_groups": 2}, "group beam"),
+        ({"num_beams": 2, "force_words_ids": [[5]]}, "constrained"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive"),
+        ({"dola_layers": "high"}, "dola"),
+        ({"prompt_lookup_num_tokens": 3}, "assist"),
         ({"assistant_model": "itself"}, "assist"),
+        ({"guidance_scale": 1.5}, "guidance_scale=1.5"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"output_hidden_states": True}, "output_hidden_states"),
     ],
-    ids=["beams", "prompt lookup", "assistant"],
+    ids=str,
 )
 def test_other_ways_of_generating_are_refused(options, word):
     model, ids = thinker(), random_ids(1, 4)
     expected = model.generate(ids, max_new_tokens=3, seed=1)
     if "assistant_model" in options:
         options = {"assistant_model": model.base}
-    with pytest.raises((ValueError, NotImplementedError), match=f"(?i){word}"):
+    with pytest.raises(ValueError, match=f'{word}.*think="never"'):
         model.generate(ids, max_new_tokens=3, seed=1, **options)
     assert torch.equal(model.generate(ids, max_new_tokens=3, seed=1), expected)
+
+
+@pytest.mark.parametrize("pad", [-1, VOCABULARY])
+def test_a_pad_token_that_is_none_is_refused_where_it_would_be_read(pad):
+    model, ids = thinker(), random_ids(2, 4)
+    options = {"max_new_tokens": 3, "seed": 1, "eos_token_id": EOS, "pad_token_id": pad}
+    with pytest.raises(ValueError, match="pad_token_id"):
+        model.generate(ids, **options)
+    with pytest.raises(ValueError, match="pad_token_id"):
+        model.generate(ids[:1], do_sample=True, num_return_sequences=2, **options)
+    assert model.generate(ids[:1], **options).shape[0] == 1

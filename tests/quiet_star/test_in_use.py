@@ -85,7 +85,7 @@ def test_nan_is_named_however_short_the_thought(m):
         model.think_at_every_token(ids, seed=0)
 
 
-@pytest.mark.parametrize("name", ["position_ids", "cache_implementation"])
+@pytest.mark.parametrize("name", ["position_ids", "cache_implementation", "custom_generate"])
 def test_what_generate_cannot_use_is_refused(name):
     model, ids = thinker(), random_ids(1, 4)
     with pytest.raises(ValueError, match=name):
