@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyquiet.files import check_writable
+
 if TYPE_CHECKING:
     from pyquiet.scaling import ATTS, Backend
     from pyquiet.scaling.calibration import Kind
@@ -126,6 +128,8 @@ def _calibrated(atts: "ATTS", args: argparse.Namespace, watch: Watch, kind: "Kin
     questions, each = read_questions(source), args.calibration_chains
     journal = calibration_journal(args.journal) if args.journal else None
     n_min = args.n_min or 1
+    if args.save_calibration is not None:
+        check_writable(args.save_calibration, make=True)
     with watch("calibrating", len(questions) * each) as show:
         atts.calibrate(questions, kind=kind, chains=each, turns=turns, n_min=n_min, journal=journal, on_record=show)
     if args.save_calibration:

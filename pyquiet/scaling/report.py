@@ -11,6 +11,7 @@ from pyquiet.scaling.conformal import NEAR
 from pyquiet.scaling.figures import Cost, Drift, Share, Turn
 from pyquiet.scaling.records import Record
 from pyquiet.scaling.slots import POOLS, barrier_seconds, peak_tokens, service_seconds
+from pyquiet.scaling.spent import Spent
 from pyquiet.scaling.table import DISCARD, Names, Rows, Table
 
 
@@ -26,6 +27,8 @@ class Report:
         accuracy: "pass@1", "maj@m", "weighted@m", "pass@k": over questions whose answer is known.
         cost, calibration_cost: by stage. target_share: of the tokens written, the target's.
         latency: 50 % and 95 % points for chains and questions.
+        spent_before: what had been spent on a bank that was there already, as a bank tells that knows; part of no other
+            figure here.
         wall, calibration: seconds; a speed-up is of their sum. throughput: chains with an answer a minute, and tokens
             written a second.
         peak_target_tokens: the most tokens that the target's writing requests held at once; kv_bytes_peak: bytes of
@@ -54,6 +57,7 @@ class Report:
     barrier: float
     peak_target_tokens: int
     kv_bytes_peak: int | None
+    spent_before: Spent | None = None
     intensity: float | None = field(init=False)
     barrier_share: float | None = field(init=False)
 
@@ -151,14 +155,14 @@ class Report:
         return "\n".join((*self._rates(), *accuracy, *self._costs(), *self._times(), *self._notes()))
 
     def _rates(self) -> Iterator[str]:
-        head = f"{'rate [95 % interval]':<26}{'promised':>9}  {'band':<16}"
+        head = f"{'rate [95 % interval]':<26}{'promised':>9}  {'band':<22}"
         yield f"{'turn':>5}{'decisions':>11}{'takeovers':>11}  {head}KS of p (1 % point)"
         for name, row in [*self.turns.items(), ("all", self.takeovers)]:
             promised = "-" if row.promised is None else f"{row.promised:.1%}"
             band = "-" if row.band is None else f"{row.band[0]} to {row.band[1]} of {row.judged}"
             law = "-" if row.ks is None else f"{row.ks:.3f} ({row.critical:.3f})"
             counts = f"{name:>5}{row.decisions:>11}{row.taken:>11}"
-            yield f"{counts}  {row.rate!s:<26}{promised:>9}  {band:<16}{law}"
+            yield f"{counts}  {row.rate!s:<26}{promised:>9}  {band:<22}{law}"
         if any(row.band is not None for row in self.turns.values()):
             yield "band: 5 to 95 % for independent chains; chains of one question are alike and leave it more often"
 
@@ -170,6 +174,9 @@ class Report:
             )
         if self.target_share is not None:
             yield f"the target wrote {self.target_share:.1%} of the tokens"
+        if self.peak_target_tokens:
+            size = "" if self.kv_bytes_peak is None else f", {self.kv_bytes_peak / 2**20:.1f} MiB of keys and values"
+            yield f"at most {self.peak_target_tokens} tokens in the requests that the target wrote for at once{size}"
         if lost := {stage: cost for stage, cost in self.cost.items() if cost.lost}:
             told = ", ".join(f"{cost.lost} {stage}" for stage, cost in lost.items())
             yield f"requests that nothing came of, their tokens counted where they were told: {told}"
@@ -177,6 +184,8 @@ class Report:
     def _times(self) -> Iterator[str]:
         before = f"and {self.calibration:.1f} s to calibrate before" if self.calibration else "no calibration counted"
         yield f"{self.wall:.1f} s, {before}"
+        if self.spent_before is not None:
+            yield f"the bank was there already: {self.spent_before} had been spent on it, which is not counted here"
         answers, tokens = self.throughput["answers_per_minute"], self.throughput["tokens_per_second"]
         yield f"throughput: {answers:.1f} chains with an answer a minute, {tokens:.1f} tokens written a second"
         spans = [f"a {name} {half:.1f} and {most:.1f} s" for name, (half, most) in self.latency.items()]

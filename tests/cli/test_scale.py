@@ -189,6 +189,10 @@ def test_a_bank_that_grows_promises_what_comes_before_it_is_warm(capsys: pytest.
             ["--draft", "http://127.0.0.1:9/v1", "--draft-tokenizer", "nowhere"],
             "--draft-tokenizer nowhere: no embedded model, no folder with a tokenizer, and not fetched",
         ),
+        (
+            ["--calibrate", str(scale_models.embedded_file("questions.jsonl")), "--save-calibration", "/dev/null"],
+            "/dev/null is no folder; give the name of one",
+        ),
         (["--limit", "-63"], "--limit must be at least 1, got -63"),
         (["--draft-tokens", "0"], "--draft-tokens must be at least 1, got 0"),
         (["--target-tokens", "0"], "--target-tokens must be at least 1, got 0"),

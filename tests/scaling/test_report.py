@@ -172,6 +172,9 @@ def test_cost(report: Report) -> None:
     assert report.target_share == 30 / 80
     assert report.peak_target_tokens == 130
     assert report.kv_bytes(8) == 1040
+    assert "at most 130 tokens in the requests that the target wrote for at once\n" in str(report)
+    told = Report.of(HEADER | {"kv_bytes_per_token": {"target": 2**16}}, RUN)
+    assert "130 tokens in the requests that the target wrote for at once, 8.1 MiB of keys and values\n" in str(told)
 
 
 def test_requests_that_were_lost_are_counted_apart(report: Report) -> None:
