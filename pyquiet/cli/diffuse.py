@@ -35,7 +35,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     given.add_argument("--text", help=r"with gaps: ___, or ___3___ for 3 tokens; \_ is an underscore, \\ a backslash")
     parser.add_argument("--length", type=options.Whole(), default=64, help="tokens to write, where there is no --text")
     parser.add_argument("--gap-tokens", type=options.Whole(), default=3, help="of ___")
-    parser.add_argument("--samples", type=options.Whole(), default=1, help="texts to write")
+    parser.add_argument("--num-samples", type=options.Whole(), default=1, help="texts to write")
     add_model(parser)
     parser.add_argument(
         "--energy",
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
             energy,
             input_ids=ids[None].to(device),
             mask=~given[None].to(device),
-            num_samples=args.samples,
+            num_samples=args.num_samples,
             banned=codec.banned(denoiser.vocab_size),
             on_step=on_step,
             progress=False,
@@ -146,7 +146,7 @@ def _in_words(samples: "list[list[tuple[str, bool]]]", out: "Diffusion") -> str:
 
 
 def _run_many(args: argparse.Namespace, how: dict[str, Any], device: "torch.device") -> int:
-    """Fills the texts of a file. Sample j of text i has the noise of number i * samples + j."""
+    """Fills the texts of a file. Sample j of text i has the noise of number i * num_samples + j."""
     import torch
 
     from pyquiet.diffusion.inputs import check_context, read_texts
@@ -156,7 +156,7 @@ def _run_many(args: argparse.Namespace, how: dict[str, Any], device: "torch.devi
 
     many = prompts.read(args)
     denoiser, tokenizer, energy = _models(args, device)
-    codec, count = Codec(tokenizer), args.samples
+    codec, count = Codec(tokenizer), args.num_samples
     banned = codec.banned(denoiser.vocab_size)
 
     def read(prompt: "Prompt") -> tuple[list[int], list[bool]]:

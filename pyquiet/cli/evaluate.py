@@ -60,12 +60,12 @@ def _add_answers(measures: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--task", choices=["gsm8k", "commonsenseqa"], required=True, help="which benchmark")
     parser.add_argument("--data", required=True, metavar="FILE", help="the task's JSON lines")
     words = "the first ones, with --majority-vote of a shuffle (default: all, then 128)"
-    parser.add_argument("--items", type=options.Whole(), help=words)
+    parser.add_argument("--limit", type=options.Whole(), help=words)
     parser.add_argument("--think", choices=["both", "always", "never"], default="both", help="never: the plain model")
     parser.add_argument("--max-length", type=options.Whole(), default=256, help="tokens of question and answer")
     vote = parser.add_argument_group("majority vote (gsm8k)")
     vote.add_argument("--majority-vote", action="store_true", help="reason step by step, and count the answers")
-    vote.add_argument("--samples", type=options.Whole(), default=8, help="votes on a question")
+    vote.add_argument("--num-samples", type=options.Whole(), default=8, help="votes on a question")
     options.add_temperature(vote, 0.9, "the votes")
     options.add_max_new_tokens(vote, 384)
     _add_common(parser, "texts", 16)
@@ -130,8 +130,8 @@ def run_answers(args: argparse.Namespace) -> int:
                 tokenizer,
                 items,
                 think=word,
-                count=args.items or 128,
-                samples=args.samples,
+                limit=args.limit or 128,
+                num_samples=args.num_samples,
                 temperature=args.temperature,
                 max_new_tokens=args.max_new_tokens,
                 **_options(args),
@@ -141,7 +141,7 @@ def run_answers(args: argparse.Namespace) -> int:
         report |= {word: vote.to_dict() for word, vote in votes.items()}
         words = "\n".join(f"{word:<7}{vote}" for word, vote in votes.items())
     else:
-        chosen = items[: args.items]
+        chosen = items[: args.limit]
         scores = direct_answers(
             model, tokenizer, chosen, task.symbols, think=think, max_length=args.max_length, **_options(args)
         )

@@ -32,7 +32,7 @@ def add_parser(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     words = "of the whole text, several"
     parser.add_argument("--steps", nargs="+", type=options.Whole(), default=[8, 16, 32, 64], help=words)
     add_law(parser)
-    parser.add_argument("--items", type=options.Whole(), default=16, help="texts to write by each")
+    parser.add_argument("--num-samples", type=options.Whole(), default=16, help="texts to write by each")
     parser.add_argument("--length", type=options.Whole(), default=128, help="tokens of a text")
     options.add_batch_size(parser, "texts", 8)
     parser.add_argument(
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             energies=energies,
             samplers=args.sampler,
             steps=args.steps,
-            count=args.items,
+            num_samples=args.num_samples,
             length=args.length,
             level=args.level,
             order=args.order,
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         )
     matched = table.matched(args.match)
     about = {"model": args.model, "text": args.text, "judge": args.judge, **law(args)}
-    words = f"{args.items} texts of {args.length} tokens; judge {args.judge}; means +- standard errors"
+    words = f"{args.num_samples} texts of {args.length} tokens; judge {args.judge}; means +- standard errors"
     models = {
         f"energy {name}": getattr(energy, "lm", energy) for name, energy in energies.items() if energy is not None
     }

@@ -37,7 +37,9 @@ def add_parser(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help=f"of {', '.join(METHODS)}; several for --table (default: {' '.join(FIXED_METHODS)}), one else (auto)",
     )
     words = "texts of a table (default: 16), or the first stories or problems"
-    parser.add_argument("--items", type=options.Whole(), help=words)
+    parser.add_argument("--limit", type=options.Whole(), help=words)
+    words = "fillings of a story, completions of a problem (default: 1)"
+    parser.add_argument("--num-samples", type=options.Whole(), help=words)
     words = "texts at a time (default: 8; 1 for --table)"
     parser.add_argument("--batch-size", type=options.Whole(), help=words)
     add_json(parser)
@@ -48,10 +50,8 @@ def add_parser(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     table.add_argument("--judge", default=CAUSAL, metavar="DIR", help="causal model, whose perplexity is shown")
     stories = parser.add_argument_group("stories")
     stories.add_argument("--hidden", type=int, choices=[1, 3], default=1, help="of five sentences")
-    stories.add_argument("--trials", type=options.Whole(), default=1, help="fillings of a story")
     code = parser.add_argument_group("HumanEval infilling")
     code.add_argument("--gap-tokens", metavar="N", help="number or range (default: as many as the solution has)")
-    code.add_argument("--samples", type=options.Whole(), default=1, help="completions of a problem")
     code.add_argument("--output", metavar="FILE", help="write the completions as the benchmark's checker reads them")
     code.add_argument(
         "--execute",
@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     how = law(args) | {"batch_size": args.batch_size or (1 if args.table else 8), "progress": not args.quiet}
     if not args.humaneval:
         options.check_needed(args, "--humaneval", "gap_tokens", "output", "execute")
+    if args.table:
+        options.check_needed(args, "--stories or --humaneval", "num_samples")
     if not args.table and args.method and len(args.method) > 1:
         raise ValueError("--method: several are compared by --table alone; give one")
     check_json(args)
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         if args.table:
             report, words, models = _table(args, how)
         else:
-            how["method"] = args.method[0] if args.method else "auto"
+            how |= {"method": args.method[0] if args.method else "auto", "num_samples": args.num_samples or 1}
             report, words, models = (_stories if args.stories else _code)(args, how)
     about = {"model": args.model, "seed": args.seed, "temperature": args.temperature}
     give(args, {**about, **report}, words, models)
@@ -94,7 +96,7 @@ def _table(args: argparse.Namespace, how: dict[str, Any]) -> Found:
         texts,
         (judge.to(model.device), words),
         methods=args.method or FIXED_METHODS,
-        count=args.items or 16,
+        limit=args.limit or 16,
         length=args.length,
         prompt_fraction=args.prompt_fraction,
         **how,
@@ -108,9 +110,9 @@ def _table(args: argparse.Namespace, how: dict[str, Any]) -> Found:
 def _stories(args: argparse.Namespace, how: dict[str, Any]) -> Found:
     from pyquiet.evaluation import infill_stories, read_stories
 
-    stories = read_stories(args.stories)[: args.items]
+    stories = read_stories(args.stories)[: args.limit]
     model, tokenizer = _filler(args)
-    scores = infill_stories(model, tokenizer, stories, hidden=args.hidden, trials=args.trials, **how)
+    scores = infill_stories(model, tokenizer, stories, hidden=args.hidden, **how)
     report = {"stories": args.stories, "hidden": args.hidden, "method": how["method"], **scores.to_dict()}
     return report, f"{scores}\n{cost_in_words(scores.cost)}", {"model": model}
 
@@ -122,8 +124,8 @@ def _code(args: argparse.Namespace, how: dict[str, Any]) -> Found:
 
     target = check_target(args.output) if args.output else None
     lengths = read_length(args.gap_tokens) if args.gap_tokens else None
-    problems = read_code_problems(args.humaneval)[: args.items]
-    how |= {"lengths": lengths, "samples": args.samples, "execute": args.execute, "timeout": args.timeout}
+    problems = read_code_problems(args.humaneval)[: args.limit]
+    how |= {"lengths": lengths, "execute": args.execute, "timeout": args.timeout}
     model, tokenizer = _filler(args)
     scores = infill_code(model, tokenizer, problems, **how)
     if target:

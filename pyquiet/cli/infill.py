@@ -29,7 +29,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--text", help="with gaps (default: standard input)")
     parser.add_argument("--gap-tokens", default="3", metavar="N", help="of ___, a number or a range")
-    parser.add_argument("--samples", type=options.Whole(), default=1, help="fillings to draw")
+    parser.add_argument("--num-samples", type=options.Whole(), default=1, help="fillings to draw")
     parser.add_argument("--code", action="store_true", help="white space is written as the released code model has it")
     add_model(parser)
     add_law(parser)
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load_filler(args.model, args.tokenizer)
     model.to(device, options.dtype(args))
     codec = Codec(tokenizer, args.code)
-    texts = [codec.gapped(*gaps, trim=not args.code)] * args.samples
+    texts = [codec.gapped(*gaps, trim=not args.code)] * args.num_samples
     with memory_in_words():
         filled, took = fill_gaps(model, texts, banned=codec.banned(model.config.vocab_size), **how)
     words = [in_marks(codec.parts(one.ids, one.given)) for one in filled] + [cost_in_words(took)]
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_many(args: argparse.Namespace, how: dict[str, Any], default: range, device: "torch.device") -> int:
-    """Fills the texts of a file. Sample j of text i has the noise of number i * samples + j."""
+    """Fills the texts of a file. Sample j of text i has the noise of number i * num_samples + j."""
     from pyquiet.any_subset import as_engine
     from pyquiet.any_subset.gaps import combinations, fill_gaps
     from pyquiet.any_subset.inputs import read_inputs
@@ -97,7 +97,7 @@ def _run_many(args: argparse.Namespace, how: dict[str, Any], default: range, dev
     given = prompts.read(args)
     model, tokenizer = load_filler(args.model, args.tokenizer)
     model.to(device, options.dtype(args))
-    codec, count = Codec(tokenizer, args.code), args.samples
+    codec, count = Codec(tokenizer, args.code), args.num_samples
     how |= {"banned": codec.banned(model.config.vocab_size)}
 
     def gapped(prompt: "Prompt") -> "Gapped":

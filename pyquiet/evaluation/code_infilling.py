@@ -72,7 +72,7 @@ def infill_code(
     problems: Sequence[CodeProblem],
     *,
     lengths: range | None = None,
-    samples: int = 1,
+    num_samples: int = 1,
     execute: bool = False,
     timeout: float = 5.0,
     seed: int = 0,
@@ -87,7 +87,7 @@ def infill_code(
     Args:
         lengths: tokens of a gap; several are chosen between as in `fill_gaps`. None is the number that the canonical
             solution has, as in the paper: the model is told it.
-        samples: of each problem.
+        num_samples: of each problem.
         execute: run each completion with the problem's test, `passes` says how. A model wrote it, nobody has read it,
             and it runs with your rights: do this only where no harm can come of it, in a container without a network.
         timeout: seconds of a program.
@@ -96,20 +96,20 @@ def infill_code(
     Raises:
         ValueError, TypeError: an option is out of range; as `infill`.
     """
-    check_count("samples", samples, least=1)
+    check_count("num_samples", num_samples, least=1)
     codec, texts = Codec(tokenizer, drops_white_space(tokenizer)), []
     for problem in problems:
         true = len(codec.encode(problem.canonical_solution))
         gap = range(true, true + 1) if lengths is None else lengths
-        texts += [codec.gapped([problem.prompt, problem.suffix], [gap])] * samples
+        texts += [codec.gapped([problem.prompt, problem.suffix], [gap])] * num_samples
     found, cost = fill_all(model, codec, texts, seed=seed, batch_size=batch_size, progress=progress, **options)
-    pairs = list(zip([problem for problem in problems for _ in range(samples)], found, strict=True))
+    pairs = list(zip([problem for problem in problems for _ in range(num_samples)], found, strict=True))
     measures = {"exact match": [text == problem.canonical_solution for problem, text in pairs]}
     if execute:
         bar = tqdm(pairs, "tested", disable=None if progress else True)
         measures["pass@1"] = [passes(problem, text, timeout) for problem, text in bar]
-    table = {name: torch.tensor(row).double().view(-1, samples) for name, row in measures.items()}
-    return InfillingScores(table, in_turns(found, samples), cost)
+    table = {name: torch.tensor(row).double().view(-1, num_samples) for name, row in measures.items()}
+    return InfillingScores(table, in_turns(found, num_samples), cost)
 
 
 def passes(problem: CodeProblem, completion: str, timeout: float = 5.0) -> bool:

@@ -176,7 +176,7 @@ def diffusion_table(
     energies: Mapping[str, Any] | None = None,
     samplers: Sequence[str] = ("schedule_first",),
     steps: Sequence[int] = (8, 16, 32, 64),
-    count: int = 16,
+    num_samples: int = 16,
     length: int = 128,
     level: Literal["token", "character"] = "token",
     order: int = 2,
@@ -190,8 +190,8 @@ def diffusion_table(
 
     Args:
         denoiser: as `pyquiet.diffuse` takes it, and its tokenizer.
-        texts: documents; packed one after another they give pieces of `length` tokens. `count` of them, from all over,
-            are held out: they are the first row. The others are the reference of the n-grams.
+        texts: documents; packed one after another they give pieces of `length` tokens. `num_samples` of them, from all
+            over, are held out: they are the first row. The others are the reference of the n-grams.
         judge: a causal model and its tokenizer, see `judge_texts`. It flatters the texts of an energy that it is part
             of: there look at the n-grams.
         energies: by the names that the table shall give them; None stands for no energy, and is what is taken if this
@@ -203,9 +203,13 @@ def diffusion_table(
     Raises:
         ValueError, TypeError: an option is out of range, or the texts are too short; as `pyquiet.diffuse`.
     """
-    for name, value in (("count", count), ("batch_size", batch_size), *(("steps", value) for value in steps)):
+    for name, value in (
+        ("num_samples", num_samples),
+        ("batch_size", batch_size),
+        *(("steps", value) for value in steps),
+    ):
         check_count(name, value, least=1)
-    held, reference = _pieces(texts, tokenizer, length, count)
+    held, reference = _pieces(texts, tokenizer, length, num_samples)
     metrics = TextMetrics(tokenizer, judge, reference, level=level, order=order, add=add)
     rows = [DiffusionRow("text", "none", None, *metrics(held))]
     energies = {"none": None} if energies is None else energies
@@ -216,7 +220,7 @@ def diffusion_table(
     fixed = {"seed": seed, "progress": False, **options}
     for sampler, energy in dict.fromkeys((s, e) for s, e, _ in plan):  # to get warm
         diffuse(denoiser, energies[energy], length=min(length, 8), steps=2, sampler=sampler, **fixed)
-    for ids in tqdm(torch.arange(count).split(batch_size), "written", disable=None if progress else True):
+    for ids in tqdm(torch.arange(num_samples).split(batch_size), "written", disable=None if progress else True):
         batch = {"length": length, "num_samples": len(ids), "sequence_ids": ids}
         for (sampler, energy, k), run in zip(plan, runs, strict=True):  # in turn: a change of pace meets all
             run.append(diffuse(denoiser, energies[energy], sampler=sampler, steps=k, **batch, **fixed))
@@ -274,8 +278,8 @@ def _pieces(
     pieces = [row["input_ids"] for row in packed(texts, tokenizer, length) if len(row["input_ids"]) == length]
     if len(pieces) <= count:
         raise ValueError(
-            f"count={count}: the texts hold {len(pieces)} pieces of {length} tokens, of which some must be left as the "
-            "reference; take fewer, shorter pieces or more text"
+            f"num_samples={count}: the texts hold {len(pieces)} pieces of {length} tokens, of which some must be left "
+            "as the reference; take fewer, shorter pieces or more text"
         )
     held = {i * len(pieces) // count for i in range(count)}
     return torch.stack([pieces[i] for i in sorted(held)]), [piece for i, piece in enumerate(pieces) if i not in held]

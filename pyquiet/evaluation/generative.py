@@ -68,7 +68,7 @@ def generative_table(
     judge: Judge,
     *,
     methods: Sequence[str] = FIXED_METHODS,
-    count: int = 16,
+    limit: int = 16,
     length: int = 512,
     prompt_fraction: float = 0.05,
     k: int | str = "auto",
@@ -81,7 +81,7 @@ def generative_table(
 
     Args:
         methods: those of `pyquiet.infill`, each taken once.
-        texts: documents; packed one after another they give texts of `length` tokens, of which `count` are taken from
+        texts: documents; packed one after another they give texts of `length` tokens, of which `limit` are taken from
             all over. The part that is given is drawn by (seed, number of the text) and the same for all methods.
         judge: a causal model and its tokenizer, see `judge_texts`.
         k: drafts a round; "auto" is each method's own number: 5 for "assd" and "ngram", 2 for "one_call".
@@ -91,19 +91,19 @@ def generative_table(
     Raises:
         ValueError, TypeError: an option is out of range, or the texts are too short; as `infill`.
     """
-    for name, value in (("count", count), ("batch_size", batch_size)):
+    for name, value in (("limit", limit), ("batch_size", batch_size)):
         check_count(name, value, least=1)
     if not 0 <= prompt_fraction < 1:
         raise ValueError(f"prompt_fraction must be in [0, 1), got {prompt_fraction}")
     pieces = [row["input_ids"] for row in packed(texts, tokenizer, length) if len(row["input_ids"]) == length]
-    if len(pieces) < count:
+    if len(pieces) < limit:
         raise ValueError(
-            f"count={count}: the texts hold {len(pieces)} pieces of {length} tokens; take fewer or shorter"
+            f"limit={limit}: the texts hold {len(pieces)} pieces of {length} tokens; take fewer or shorter"
         )
     engine, codec, methods = as_engine(model), Codec(tokenizer), list(dict.fromkeys(methods))
-    ids = torch.stack([pieces[i * len(pieces) // count] for i in range(count)]).to(engine.device)
-    numbers = torch.arange(count)
-    order, prompt = random_order(torch.full((count,), 1 - prompt_fraction), ids, seed=seed, sequence_ids=numbers)
+    ids = torch.stack([pieces[i * len(pieces) // limit] for i in range(limit)]).to(engine.device)
+    numbers = torch.arange(limit)
+    order, prompt = random_order(torch.full((limit,), 1 - prompt_fraction), ids, seed=seed, sequence_ids=numbers)
     hidden = torch.ones(ids.shape, dtype=torch.bool).scatter_(1, order, torch.arange(length) >= prompt[:, None])
     hidden = hidden.to(ids.device)
     fixed = {"seed": seed, "banned": codec.banned(engine.vocab_size), **options}

@@ -27,14 +27,14 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class InfillingScores:
-    """Measures, float64 [items, trials] each, what was filled in of each item and trial, and what that took."""
+    """Measures, float64 [items, samples] each, what was filled in of each item and sample, and what that took."""
 
     measures: dict[str, Tensor]
     fillings: list[list[str]]
     cost: Cost
 
     def estimates(self) -> dict[str, Estimate]:
-        """Means over the items; the error is that between items, whose trials are averaged."""
+        """Means over the items; the error is that between items, whose samples are averaged."""
         return {name: Estimate.of(values.mean(1)) for name, values in self.measures.items()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class InfillingScores:
 
     def __str__(self) -> str:
         scores = "; ".join(f"{name} {score}" for name, score in self.estimates().items())
-        return f"{scores}; {len(self.fillings)} items, {len(self.fillings[0])} trials"
+        return f"{scores}; {len(self.fillings)} items, {len(self.fillings[0])} samples"
 
 
 def read_stories(path: str | os.PathLike[str]) -> list[list[str]]:
@@ -79,7 +79,7 @@ def infill_stories(
     stories: Sequence[Sequence[str]],
     *,
     hidden: int = 1,
-    trials: int = 1,
+    num_samples: int = 1,
     seed: int = 0,
     batch_size: int = 8,
     progress: bool = True,
@@ -91,8 +91,8 @@ def infill_stories(
 
     Args:
         hidden: sentences to fill in, 1 or 3.
-        trials: fillings of each story.
-        seed: of the fillings, whose noise depends on it, the story's number and the trial alone.
+        num_samples: fillings of each story.
+        seed: of the fillings, whose noise depends on it, the story's number and the sample's alone.
         options: those of `pyquiet.infill`.
 
     Raises:
@@ -101,7 +101,7 @@ def infill_stories(
     """
     if hidden not in _HIDDEN:
         raise ValueError(f"hidden must be 1 or 3, of five sentences, got {hidden}")
-    check_count("trials", trials, least=1)
+    check_count("num_samples", num_samples, least=1)
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
@@ -111,19 +111,19 @@ def infill_stories(
     for story in stories:
         before, middle, after = (" ".join(story[x]) for x in (slice(part.start), part, slice(part.stop, None)))
         length = len(codec.behind(f" {middle}"))
-        texts += [codec.gapped([before, f" {after}"], [range(length, length + 1)])] * trials
-        missing += [middle] * trials
+        texts += [codec.gapped([before, f" {after}"], [range(length, length + 1)])] * num_samples
+        missing += [middle] * num_samples
     found, cost = fill_all(model, codec, texts, seed=seed, batch_size=batch_size, progress=progress, **options)
     scorer = RougeScorer([*_ROUGE.values()])
     scores = [scorer.score(*pair) for pair in zip(missing, found, strict=True)]
     table = {name: [100 * score[key].fmeasure for score in scores] for name, key in _ROUGE.items()}
-    measures = {name: torch.tensor(row, dtype=torch.float64).view(-1, trials) for name, row in table.items()}
-    return InfillingScores(measures, in_turns([text.strip() for text in found], trials), cost)
+    measures = {name: torch.tensor(row, dtype=torch.float64).view(-1, num_samples) for name, row in table.items()}
+    return InfillingScores(measures, in_turns([text.strip() for text in found], num_samples), cost)
 
 
-def in_turns(texts: list[str], trials: int) -> list[list[str]]:
-    """The texts of each item, of which `trials` follow each other."""
-    return [texts[i : i + trials] for i in range(0, len(texts), trials)]
+def in_turns(texts: list[str], each: int) -> list[list[str]]:
+    """The texts of each item, of which `each` follow each other."""
+    return [texts[i : i + each] for i in range(0, len(texts), each)]
 
 
 def fill_all(

@@ -104,8 +104,8 @@ def majority_vote(
     items: Sequence[AnswerItem],
     *,
     think: Think = "always",
-    count: int = 128,
-    samples: int = 8,
+    limit: int = 128,
+    num_samples: int = 8,
     temperature: float = 0.9,
     seed: int = 0,
     thoughts_per_token: int | None = None,
@@ -113,7 +113,7 @@ def majority_vote(
     batch_size: int = 16,
     progress: bool = True,
 ) -> MajorityVote:
-    """Answers to the first `count` items, shuffled by seed 42 as datasets does: each reasons aloud `samples` times.
+    """Answers to the first `limit` items, shuffled by seed 42 as datasets does: each reasons aloud `num_samples` times.
 
     A sample continues "Q: question\\nA: Let's think step by step." by `max_new_tokens` at most; behind that and
     "\\nTherefore, the answer (arabic numerals) is" it writes 12 tokens more, whose first integer is its vote.
@@ -127,18 +127,24 @@ def majority_vote(
         ValueError, TypeError: as `model.generate`; an option out of range, or a question too long for the context.
     """
     check_think(model, think)
-    if not items or min(count, batch_size, max_new_tokens) < 1 or not 1 <= samples <= _MOST_SAMPLES or temperature < 0:
+    if (
+        not items
+        or min(limit, batch_size, max_new_tokens) < 1
+        or not 1 <= num_samples <= _MOST_SAMPLES
+        or temperature < 0
+    ):
         raise ValueError(
-            f"majority_vote needs an item, at least 1 for count={count}, batch_size={batch_size} and "
-            f"max_new_tokens={max_new_tokens}, samples={samples} in 1..{_MOST_SAMPLES}, temperature={temperature} >= 0"
+            f"majority_vote needs an item, at least 1 for limit={limit}, batch_size={batch_size} and "
+            f"max_new_tokens={max_new_tokens}, num_samples={num_samples} in 1..{_MOST_SAMPLES}, "
+            f"temperature={temperature} >= 0"
         )
-    chosen = chosen_items(len(items), count)
+    chosen = chosen_items(len(items), limit)
     answers = [int(items[i].answer.replace(",", "")) for i in chosen]
     opening = opening_ids(tokenizer)
     prompts = {i: opening + token_ids(tokenizer, items[i].prompt + STEPS) for i in chosen}
     therefore = continuation_ids(tokenizer, "so it is 12.", THEREFORE)
     _check_room(model, max(map(len, prompts.values())), max_new_tokens, len(therefore))
-    jobs = [(i, sample) for i in chosen for sample in range(samples)]
+    jobs = [(i, sample) for i in chosen for sample in range(num_samples)]
     options: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -161,7 +167,7 @@ def majority_vote(
             new = until_the_end(model, output.sequences[:, max(map(len, texts)) :])
             texts = [text + more for text, more in zip(texts, new, strict=True)]
         votes += [first_integer(tokenizer.decode(tokens)) for tokens in new]
-    return MajorityVote(chosen, [votes[i : i + samples] for i in range(0, len(votes), samples)], answers)
+    return MajorityVote(chosen, [votes[i : i + num_samples] for i in range(0, len(votes), num_samples)], answers)
 
 
 def _check_room(model: PreTrainedModel, prompt: int, max_new_tokens: int, therefore: int) -> None:

@@ -55,8 +55,8 @@ def table(found: dict[str, Any], held_out: str, work: Path, grid: tuple[int, ...
         if not file.exists():
             spelling = tokenizer()
             out = diffusion_table(
-                found["denoiser"], spelling, [held_out], (found["ar"], spelling), steps=steps, count=count, length=T,
-                energies={energy: energies[energy] for energy in names}, level="character", order=ORDER,
+                found["denoiser"], spelling, [held_out], (found["ar"], spelling), steps=steps, num_samples=count,
+                length=T, energies={energy: energies[energy] for energy in names}, level="character", order=ORDER,
                 batch_size=BATCH, candidates=CANDIDATES, **options,
             )  # fmt: skip
             torch.save(out, file)

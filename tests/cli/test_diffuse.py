@@ -116,7 +116,7 @@ def test_gaps_are_filled_and_samples_differ_as_json(folder, models, capsys):
         "The ___ sat on the ___4___.",
         "--gap-tokens",
         "2",
-        "--samples",
+        "--num-samples",
         "2",
         "--steps",
         "2",
@@ -223,7 +223,7 @@ def test_the_embedded_models_are_the_default(capsys):
         (["--prompt", "\udce4"], "UTF-8"),
         (["--length", "0"], "--length"),
         (["--gap-tokens", "0"], "--gap-tokens"),
-        (["--samples", "0"], "--samples"),
+        (["--num-samples", "0"], "--num-samples"),
         (["--steps", "0"], "--steps"),
         (["--candidates", "0"], "--candidates must be at least 1, got 0"),
         (["--window", "2"], "--window must be in [0, 1], got 2"),
@@ -242,7 +242,7 @@ def test_errors_are_one_line_that_names_the_cause(folder, capsys, arguments, nam
 
 def test_the_table(folder, models, capsys):
     denoiser, tokenizer, energies = models
-    options = ["--energy", "none", "ar", "DATA/energy", "--steps", "1", "3", "--length", "10", "--items", "2"]
+    options = ["--energy", "none", "ar", "DATA/energy", "--steps", "1", "3", "--length", "10", "--num-samples", "2"]
     options += ["--candidates", "3", "--seed", "3", "--level", "character", "--order", "3", "--match", "variation_1"]
     output = folder / "report.json"
     assert evaluate(folder, *options, "--json", str(output)) == 0
@@ -255,7 +255,7 @@ def test_the_table(folder, models, capsys):
     names = {"none": None, "ar": energies["ar"], str(folder / "energy"): energies["trained"]}
     table = diffusion_table(
         denoiser, tokenizer, [(folder / "text.txt").read_text()], pyquiet.load("tiny-causal"), energies=names,
-        steps=[1, 3], length=10, count=2, candidates=3, seed=3, level="character", order=3, progress=False,
+        steps=[1, 3], length=10, num_samples=2, candidates=3, seed=3, level="character", order=3, progress=False,
     )  # fmt: skip
     rows = table.to_dict()["rows"]
     assert [row["method"] for row in report["rows"]] == [row["method"] for row in rows]
@@ -272,7 +272,7 @@ def test_the_table(folder, models, capsys):
 def test_the_printed_table_and_the_figure(folder, capsys):
     pytest.importorskip("matplotlib")
     plot = folder / "table.png"
-    options = ["--steps", "1", "2", "--length", "10", "--items", "2", "--plot", str(plot)]  # and no energy
+    options = ["--steps", "1", "2", "--length", "10", "--num-samples", "2", "--plot", str(plot)]  # and no energy
     assert evaluate(folder, *options, "--sampler", "schedule_first", "first_hitting") == 0
     first, *lines = capsys.readouterr().out.rstrip("\n").split("\n")
     assert first == "2 texts of 10 tokens; judge tiny-causal; means +- standard errors"
@@ -283,7 +283,7 @@ def test_the_printed_table_and_the_figure(folder, capsys):
 
 
 def test_the_embedded_energies_are_compared_by_default(folder, capsys):
-    sizes = ["--steps", "2", "--length", "10", "--items", "3", "--candidates", "4", "--quiet", "--json"]
+    sizes = ["--steps", "2", "--length", "10", "--num-samples", "3", "--candidates", "4", "--quiet", "--json"]
     assert main(["evaluate", "diffusion", "--text", str(folder / "text.txt"), *sizes]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [row["energy"] for row in report["rows"]] == ["none", "none", "ar", "tiny-energy"]
@@ -296,10 +296,10 @@ def test_the_embedded_energies_are_compared_by_default(folder, capsys):
     ("arguments", "named"),
     [
         (["--text", "/no/such/file"], "/no/such/file"),
-        (["--length", "10000"], "count=16"),
+        (["--length", "10000"], "num_samples=16"),
         (["--judge", "/no/judge"], "--judge /no/judge"),
         (["--match", "entropy"], "--match"),
-        (["--items", "0"], "--items"),
+        (["--num-samples", "0"], "--num-samples"),
         (["--order", "0"], "--order"),
         (["--steps", "8", "0"], "--steps must be at least 1, got 0"),
         (["--plot", "table.jpg"], "table.jpg"),

@@ -84,7 +84,7 @@ def test_thoughts_are_reported_drawn_and_shown(folder, thinker, tmp_path, capsys
 
 def test_direct_answers(folder, thinker, capsys):
     items = read_gsm8k(folder / "gsm8k.jsonl")
-    assert evaluate(folder, "answers", "--items", "2", "--seed", "1") == 0
+    assert evaluate(folder, "answers", "--limit", "2", "--seed", "1") == 0
     assert capsys.readouterr().out == f"{direct_answers(*thinker, items[:2], DIGITS, seed=1, progress=False)}\n"
     assert evaluate(folder, "answers", "--think", "never", "--json", "--max-length", "20") == 0
     report = json.loads(capsys.readouterr().out)
@@ -102,11 +102,11 @@ def test_majority_vote(folder, thinker, capsys, monkeypatch):
         return majority_vote(*arguments, **options)
 
     monkeypatch.setattr("pyquiet.evaluation.majority_vote", recorded)
-    options = ["--samples", "2", "--max-new-tokens", "3", "--temperature", "0.5", "--items", "2", "--seed", "6"]
+    options = ["--num-samples", "2", "--max-new-tokens", "3", "--temperature", "0.5", "--limit", "2", "--seed", "6"]
     assert evaluate(folder, "answers", "--majority-vote", *options, "--json", "--batch-size", "3") == 0
     report = json.loads(capsys.readouterr().out)
     items = read_gsm8k(folder / "gsm8k.jsonl")
-    shape = {"count": 2, "samples": 2, "max_new_tokens": 3, "temperature": 0.5}
+    shape = {"limit": 2, "num_samples": 2, "max_new_tokens": 3, "temperature": 0.5}
     expected = majority_vote(*thinker, items, seed=6, **shape, progress=False)
     assert report["always"] == expected.to_dict()
     assert len(report["never"]["items"]) == 2
@@ -128,9 +128,9 @@ def test_majority_vote(folder, thinker, capsys, monkeypatch):
         ("thoughts", ["--device", "nonsense"], "--device"),
         ("thoughts", ["--model", "/no/such/model"], "/no/such/model"),
         ("answers", ["--data", "TEXT"], "line 1: not a GSM8K item"),
-        ("answers", ["--items", "0"], "--items"),
+        ("answers", ["--limit", "0"], "--limit"),
         ("answers", ["--majority-vote", "--task", "commonsenseqa"], "--task gsm8k"),
-        ("answers", ["--majority-vote", "--samples", "0"], "--samples must be at least 1, got 0"),
+        ("answers", ["--majority-vote", "--num-samples", "0"], "--num-samples must be at least 1, got 0"),
         ("answers", ["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
     ],
 )

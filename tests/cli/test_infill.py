@@ -85,7 +85,7 @@ def test_the_filled_parts_are_marked_and_what_it_took_is_told(folder, filler, ca
 
 
 def test_json_holds_the_samples(folder, filler, capsys):
-    arguments = ["--text", "The ___1-3___ sat", "--samples", "3", "--json", "--method", "sequential"]
+    arguments = ["--text", "The ___1-3___ sat", "--num-samples", "3", "--json", "--method", "sequential"]
     assert run(folder, *arguments) == 0
     report = json.loads(capsys.readouterr().out)
     parts, filled, took = expected(filler, ["The", " sat"], [range(1, 4)], count=3, method="sequential")
@@ -134,7 +134,7 @@ def test_a_file_of_weights_with_another_tokenizer(folder, capsys):
         (["--text", "___1-9___ ___1-9___"], "81 combinations"),
         (["--text", "a ___999999999___"], "GiB of memory"),
         (["--gap-tokens", "many"], "'many'"),
-        (["--samples", "0"], "--samples"),
+        (["--num-samples", "0"], "--num-samples"),
         (["--temperature", "-1"], "--temperature"),
         (["--top-p", "0"], "--top-p"),
         (["--k", "3"], "--k 3 goes with a method"),
@@ -159,12 +159,12 @@ def test_a_full_memory_is_told_in_words(folder, capsys, monkeypatch):
 
 
 def test_the_table(folder, filler, capsys):
-    options = ["--table", "DATA/text.txt", "--length", "16", "--items", "2", "--prompt-fraction", "0.2", "--seed", "3"]
+    options = ["--table", "DATA/text.txt", "--length", "16", "--limit", "2", "--prompt-fraction", "0.2", "--seed", "3"]
     assert evaluate(folder, *options, "--method", "assd", "ngram", "--k", "4", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     texts = [(folder / "text.txt").read_text()]
     table = generative_table(
-        *filler, texts, pyquiet.load("tiny-causal"), methods=("assd", "ngram"), count=2, length=16,
+        *filler, texts, pyquiet.load("tiny-causal"), methods=("assd", "ngram"), limit=2, length=16,
         prompt_fraction=0.2, seed=3, k=4, progress=False,
     )  # fmt: skip
     for method, row in table.to_dict()["methods"].items():
@@ -186,9 +186,9 @@ def test_stories(folder, filler, capsys):
         "DATA/stories.csv",
         "--hidden",
         "3",
-        "--trials",
+        "--num-samples",
         "2",
-        "--items",
+        "--limit",
         "2",
         "--method",
         "sequential",
@@ -196,7 +196,7 @@ def test_stories(folder, filler, capsys):
     assert evaluate(folder, *options) == 0
     words, line = capsys.readouterr().out.rstrip("\n").split("\n")
     stories = read_stories(folder / "stories.csv")[:2]
-    scores = infill_stories(*filler, stories, hidden=3, trials=2, method="sequential", progress=False)
+    scores = infill_stories(*filler, stories, hidden=3, num_samples=2, method="sequential", progress=False)
     assert words == str(scores)
     assert line.startswith(f"{scores.cost['tokens']} tokens, {scores.cost['target_calls']} calls")
     assert evaluate(folder, *options, "--json") == 0
@@ -208,11 +208,11 @@ def test_code(folder, filler, capsys, monkeypatch):
     monkeypatch.setattr(
         "pyquiet.evaluation.code_infilling.passes", lambda *a: executed.append(a[2]) or len(executed) % 2
     )
-    options = ["--humaneval", "DATA/code.jsonl", "--items", "2", "--samples", "2", "--method", "assd", "--k", "3"]
+    options = ["--humaneval", "DATA/code.jsonl", "--limit", "2", "--num-samples", "2", "--method", "assd", "--k", "3"]
     assert evaluate(folder, *options, "--output", "DATA/samples.jsonl") == 0
     assert executed == []
     problems = read_code_problems(folder / "code.jsonl")[:2]
-    scores = infill_code(*filler, problems, samples=2, method="assd", k=3, progress=False)
+    scores = infill_code(*filler, problems, num_samples=2, method="assd", k=3, progress=False)
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().split("\n")[:-1]]
     assert lines == [{"task_id": "Line/0", "completion": text} for texts in scores.fillings for text in texts]
     assert capsys.readouterr().out.split("\n")[0] == str(scores)
@@ -228,9 +228,10 @@ def test_code(folder, filler, capsys, monkeypatch):
     ("arguments", "named"),
     [
         (["--table", "/no/such/file"], "/no/such/file"),
-        (["--table", "DATA/text.txt", "--length", "10000"], "count=16"),
+        (["--table", "DATA/text.txt", "--length", "10000"], "limit=16"),
         (["--table", "DATA/text.txt", "--judge", "/no/judge"], "--judge /no/judge"),
-        (["--table", "DATA/text.txt", "--items", "0"], "--items"),
+        (["--table", "DATA/text.txt", "--limit", "0"], "--limit"),
+        (["--table", "DATA/text.txt", "--num-samples", "2"], "--num-samples has no use without --stories"),
         (["--stories", "DATA/text.txt"], "no file of stories"),
         (["--stories", "DATA/stories.csv", "--method", "assd", "ngram"], "--table alone"),
         (["--humaneval", "DATA/text.txt"], "line 1: not a problem"),

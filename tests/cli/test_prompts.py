@@ -35,8 +35,8 @@ LINES = {
 }
 OPTIONS = {
     "think": ["--max-new-tokens", "5", "--temperature", "1", "--show-thoughts"],
-    "infill": ["--samples", "2", "--method", "sequential"],
-    "diffuse": ["--samples", "2", "--length", "6", "--steps", "4", "--energy", "FOLDER/causal", "--candidates", "3"],
+    "infill": ["--num-samples", "2", "--method", "sequential"],
+    "diffuse": ["--num-samples", "2", "--length", "6", "--steps", "4", "--energy", "FOLDER/causal", "--candidates=3"],
 }
 
 
@@ -203,7 +203,7 @@ def test_what_it_took_is_told_and_a_finished_file_is_left_alone(folder, command,
         ("infill", ['{"text": "a ___"}', '{"text": "none"}'], [], "line 2: text has no gap"),
         ("infill", ['{"text": "a ___0___"}'], [], "line 1: a gap's length"),
         ("infill", ['{"text": "a ___1-9___ b ___1-9___"}'], [], "line 1: the gaps have 81 combinations"),
-        ("infill", ['{"text": "a ___"}'], ["--samples", "0"], "--samples"),
+        ("infill", ['{"text": "a ___"}'], ["--num-samples", "0"], "--num-samples"),
         ("diffuse", ['{"prompt": "a"}', "", '{"text": "a"}'], [], "line 3: text has no gap"),
         ("diffuse", ['{"text": "a ___2-3___"}'], [], "line 1: the gap ___2-3___ has several lengths"),
         ("diffuse", ['{"text": "a [MASK] ___"}'], [], "line 1: mask gives the token"),

@@ -41,7 +41,7 @@ def denoiser(judge):
 
 
 def table(denoiser, judge, **options):
-    options = {"count": 3, "length": LENGTH, "steps": [1, 3], "seed": 5, "progress": False} | options
+    options = {"num_samples": 3, "length": LENGTH, "steps": [1, 3], "seed": 5, "progress": False} | options
     return diffusion_table(denoiser, judge[1], [TEXT], judge, **options)
 
 
@@ -218,8 +218,8 @@ def test_the_quality_that_all_reach_is_the_default(curves):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"count": 0}, "count"),
-        ({"count": 1000}, "count=1000"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"num_samples": 1000}, "num_samples=1000"),
         ({"batch_size": 0}, "batch_size"),
         ({"steps": [4, 0]}, "steps"),
         ({"length": 1}, "max_length"),

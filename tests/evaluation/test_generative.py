@@ -29,7 +29,7 @@ def model(judge):
 
 
 def table(model, judge, **options):
-    options = {"count": 3, "length": LENGTH, "prompt_fraction": 0.25, "seed": 5, "progress": False} | options
+    options = {"limit": 3, "length": LENGTH, "prompt_fraction": 0.25, "seed": 5, "progress": False} | options
     return generative_table(model, judge[1], [TEXT], judge, **options)
 
 
@@ -99,8 +99,8 @@ def test_the_printed_table_and_json(model, judge):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"count": 0}, "count"),
-        ({"count": 1000}, "count=1000"),
+        ({"limit": 0}, "limit"),
+        ({"limit": 1000}, "limit=1000"),
         ({"batch_size": 0}, "batch_size"),
         ({"prompt_fraction": 1.0}, "prompt_fraction"),
         ({"length": 1}, "max_length"),

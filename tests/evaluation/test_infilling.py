@@ -68,7 +68,7 @@ def rouge_1(truth, found):
 @pytest.mark.parametrize(("hidden", "missing"), [(1, slice(2, 3)), (3, slice(1, 4))])
 def test_stories_are_filled_and_scored(model, tokenizer, hidden, missing):
     pytest.importorskip("rouge_score")
-    options = {"hidden": hidden, "trials": 2, "progress": False, "method": "sequential", "seed": 4}
+    options = {"hidden": hidden, "num_samples": 2, "progress": False, "method": "sequential", "seed": 4}
     scores = infill_stories(model, tokenizer, STORIES, **options)
     codec, expected = Codec(tokenizer), []
     for number, story in enumerate(STORIES):
@@ -109,11 +109,11 @@ def test_the_truth_has_the_best_score(model, tokenizer, monkeypatch):
 
 
 def test_options_out_of_range(model, tokenizer):
-    for option in ({"hidden": 2}, {"trials": 0}, {"batch_size": 0}, {"temperature": -1.0}):
+    for option in ({"hidden": 2}, {"num_samples": 0}, {"batch_size": 0}, {"temperature": -1.0}):
         with pytest.raises(ValueError, match=next(iter(option))):
             infill_stories(model, tokenizer, STORIES, progress=False, **option)
     with pytest.raises(ValueError, match="samples"):
-        infill_code(model, tokenizer, [PROBLEM], samples=0)
+        infill_code(model, tokenizer, [PROBLEM], num_samples=0)
 
 
 def test_problems_are_read_packed_or_not(tmp_path):
@@ -133,7 +133,7 @@ def test_problems_are_read_packed_or_not(tmp_path):
 def test_completions_have_as_many_tokens_as_the_solution_or_as_told(model, tokenizer):
     codec = Codec(tokenizer)
     options = {"progress": False, "method": "assd", "k": 3}
-    scores = infill_code(model, tokenizer, [PROBLEM] * 2, samples=2, **options)
+    scores = infill_code(model, tokenizer, [PROBLEM] * 2, num_samples=2, **options)
     assert scores.cost["tokens"] == 4 * len(codec.encode(SOLUTION))
     assert [len(texts) for texts in scores.fillings] == [2, 2]
     assert len({text for texts in scores.fillings for text in texts}) == 4
@@ -144,7 +144,7 @@ def test_completions_have_as_many_tokens_as_the_solution_or_as_told(model, token
 def test_exact_matches_and_passes_are_counted(model, tokenizer, monkeypatch):
     found = [SOLUTION, "    return b + a\n", "    return a\n", SOLUTION]
     monkeypatch.setattr("pyquiet.evaluation.code_infilling.fill_all", lambda *_, **__: (found, {}))
-    scores = infill_code(model, tokenizer, [PROBLEM] * 2, samples=2, execute=True, progress=False)
+    scores = infill_code(model, tokenizer, [PROBLEM] * 2, num_samples=2, execute=True, progress=False)
     assert scores.measures["exact match"].tolist() == [[1, 0], [0, 1]]
     assert scores.measures["pass@1"].tolist() == [[1, 1], [0, 1]]
     assert scores.to_dict()["pass@1"]["mean"] == 0.75
@@ -160,7 +160,7 @@ def test_code_of_a_tokenizer_without_white_space_comes_back_with_it():
     model = random_xlnet(vocabulary=len(tokenizer), scale=0.2)
     torch.nn.init.zeros_(model.lm_loss.bias)  # all tokens come
     problem = CodeProblem("0", "def f(a):\n", "  return a\n", "  a = 1\n", "", "f")
-    scores = infill_code(model, tokenizer, [problem], samples=30, progress=False, method="sequential")
+    scores = infill_code(model, tokenizer, [problem], num_samples=30, progress=False, method="sequential")
     text = "".join(scores.fillings[0])
     assert all(space in text for space in ("\n", "\t", "  "))
     assert not any(special in text for special in tokenizer.all_special_tokens)

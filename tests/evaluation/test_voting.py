@@ -103,7 +103,7 @@ def test_what_is_asked_and_how_it_is_counted(by_character):
         return next(answers)
 
     model = Scripted(write)
-    result = quiet(model, by_character, ITEMS, think="never", count=4, samples=3, batch_size=6, temperature=0.7)
+    result = quiet(model, by_character, ITEMS, think="never", limit=4, num_samples=3, batch_size=6, temperature=0.7)
     order = chosen_items(5, 4)
     assert result.items == order
     assert result.answers == [2 * i for i in order]
@@ -132,7 +132,9 @@ def test_a_thinking_models_votes_do_not_depend_on_the_batch(reader, by_character
     runs = []
     for batch_size, samples in ((4, 3), (1, 3), (5, 2)):
         texts.clear()
-        quiet(reader, by_character, ITEMS, count=2, samples=samples, max_new_tokens=6, batch_size=batch_size, seed=3)
+        quiet(
+            reader, by_character, ITEMS, limit=2, num_samples=samples, max_new_tokens=6, batch_size=batch_size, seed=3
+        )
         runs.append([texts[i : i + samples] for i in range(0, len(texts), samples)])
     assert runs[0] == runs[1]
     assert [row[:2] for row in runs[0]] == runs[2]
@@ -144,7 +146,7 @@ def test_a_thinking_models_votes_do_not_depend_on_the_batch(reader, by_character
 def test_draws_are_counted_by_item_and_sample(by_character, batch_size):
     model = Scripted(lambda prompt: "1")
     model.think_at_every_token = None  # what tells a thinking model
-    quiet(model, by_character, ITEMS, samples=3, batch_size=batch_size, seed=9, thoughts_per_token=2)
+    quiet(model, by_character, ITEMS, num_samples=3, batch_size=batch_size, seed=9, thoughts_per_token=2)
     ids = [options["sequence_ids"].tolist() for options in model.options]
     assert ids[::2] == ids[1::2]  # of reasoning and of its answer
     assert [i for batch in ids[::2] for i in batch] == [
@@ -160,7 +162,7 @@ def test_a_model_that_does_not_think_leaves_torchs_generator_as_it_was(reader, b
     monkeypatch.setattr("pyquiet.evaluation.voting.first_integer", lambda text: texts.append(text))
     model = reader.base if plain else reader
     state = torch.random.get_rng_state()
-    options = {"think": "never", "count": 2, "samples": 2, "max_new_tokens": 5}
+    options = {"think": "never", "limit": 2, "num_samples": 2, "max_new_tokens": 5}
     for seed in (0, 0, 1):
         quiet(model, by_character, ITEMS, seed=seed, batch_size=1, **options)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -171,16 +173,16 @@ def test_a_model_that_does_not_think_leaves_torchs_generator_as_it_was(reader, b
 
 def test_temperature_zero_is_greedy(reader, by_character):
     model = Scripted(lambda prompt: "1")
-    quiet(model, by_character, ITEMS, think="never", count=1, samples=1, temperature=0)
+    quiet(model, by_character, ITEMS, think="never", limit=1, num_samples=1, temperature=0)
     assert model.options[0]["do_sample"] is False
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"samples": 0}, "samples=0"),
-        ({"samples": 257}, "samples=257"),
-        ({"count": 0}, "count=0"),
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"num_samples": 257}, "num_samples=257"),
+        ({"limit": 0}, "limit=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"max_new_tokens": 600}, "max_position_embeddings"),
@@ -198,7 +200,7 @@ def test_the_longest_prompt_just_fits(reader, by_character):
     """640 places: prompt, reasoning, the question for the number, 12 tokens and a thought of START, 2, END."""
     prompt = len(f"Q: {ITEMS[0].question}\nA: Let's think step by step.")
     room = 640 - prompt - len("\nTherefore, the answer (arabic numerals) is") - 12 - 4
-    options = {"count": 1, "samples": 1, "temperature": 0.0}
+    options = {"limit": 1, "num_samples": 1, "temperature": 0.0}
     with pytest.raises(ValueError, match="lower it by 1,"):
         quiet(reader, by_character, ITEMS, max_new_tokens=room + 1, **options)
     with pytest.raises(ValueError, match="lower it by 996,"):
@@ -211,6 +213,6 @@ def test_the_real_file_with_the_embedded_model(shared):
         pytest.skip(f"no {file}")
     base, tokenizer = pyquiet.load("tiny-causal")
     model = pyquiet.QuietStarForCausalLM.from_base(base, tokenizer=tokenizer, thought_tokens=1)
-    result = quiet(model, tokenizer, read_gsm8k(file), count=2, samples=2, max_new_tokens=8)
+    result = quiet(model, tokenizer, read_gsm8k(file), limit=2, num_samples=2, max_new_tokens=8)
     assert result.items == [30, 754]
     assert all(len(votes) == 2 for votes in result.votes)
