@@ -1,5 +1,7 @@
 """Checks of arguments that every system makes, and their words."""
 
+from numbers import Real
+
 
 def check_count(name: str, value: int, *, least: int) -> int:
     """`value`, if it is an int of at least `least`; else a TypeError or ValueError that names it."""
@@ -15,9 +17,16 @@ def some_of(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def check_number(name: str, value: float) -> float:
+    """`value`, if it is a real number, numpy's among them; else a TypeError that names it."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    return value
+
+
 def check_fraction(name: str, value: float) -> float:
-    """`value`, if it lies in [0, 1]; else a ValueError that names it."""
-    if not 0 <= value <= 1:
+    """`value`, if it lies in [0, 1]; else a TypeError or ValueError that names it."""
+    if not 0 <= check_number(name, value) <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
     return value
 

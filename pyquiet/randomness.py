@@ -330,14 +330,18 @@ def _check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits must have shape [R, V] with V >= 1, got {list(logits.shape)}")
 
 
+def check_temperature(name: str, temperature: float) -> None:
+    """Raises ValueError, by that name, unless 1 / temperature neither overflows nor vanishes in float32."""
+    if not (temperature == 0 or 1e-37 <= temperature <= 1e37):
+        raise ValueError(f"{name} must be 0 (greedy) or in [1e-37, 1e37], got {temperature}")
+
+
 def check_processing(
     vocabulary: int, temperature: float, top_k: int | None = None, top_p: float | None = None,
     banned: Tensor | None = None, name: str = "temperature",
 ) -> None:  # fmt: skip
     """Raises ValueError or TypeError for arguments of `process_logits` out of range; `name` is the temperature's."""
-    # 1 / temperature must neither overflow nor vanish in float32.
-    if not (temperature == 0 or 1e-37 <= temperature <= 1e37):
-        raise ValueError(f"{name} must be 0 (greedy) or in [1e-37, 1e37], got {temperature}")
+    check_temperature(name, temperature)
     if top_k is not None and _integer("top_k", top_k) < 1:
         raise ValueError(f"top_k must be at least 1, or None to keep all ids, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:

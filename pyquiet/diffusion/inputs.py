@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyquiet.checks import check_count, check_fraction
+from pyquiet.checks import check_count, check_fraction, check_number
 from pyquiet.diffusion.energy import Energy, as_energy
 from pyquiet.diffusion.modeling import Denoiser
 from pyquiet.diffusion.schedule import Schedule
 from pyquiet.kernels.importance_resampling import SCHEMES
-from pyquiet.randomness import check_sequence_ids, process_logits
+from pyquiet.randomness import process_logits, resolve_sequence_ids
 
 SAMPLERS = ("schedule_first", "ancestral", "cached", "first_hitting", "semi_autoregressive")
 MODES = ("standard", "reveal_set")
@@ -120,7 +120,7 @@ def read_texts(
             raise ValueError(f"num_samples={num_samples} goes with one text, got {len(tokens)} in input_ids")
         tokens, fill, real = (x.repeat(num_samples, 1) for x in (tokens, fill, real))
     places = (real.cumsum(1) - 1).clamp(min=0)
-    return Texts(tokens, fill, real, places, _checked_ids(sequence_ids, len(tokens)))
+    return Texts(tokens, fill, real, places, resolve_sequence_ids(sequence_ids, len(tokens)))
 
 
 def check_context(denoiser: Denoiser, columns: int) -> None:
@@ -190,13 +190,6 @@ def _checked_tokens(denoiser: Denoiser, tokens: Tensor, fill: Tensor, real: Tens
     return tokens.masked_fill(fill, denoiser.mask_id)
 
 
-def _checked_ids(sequence_ids: Tensor | None, batch: int) -> Tensor:
-    if sequence_ids is None:
-        return torch.arange(batch)
-    check_sequence_ids(sequence_ids, batch)
-    return sequence_ids.cpu()
-
-
 def read_energy(energy: Any) -> Energy | None:
     """The energy, or None for None; TypeError or ValueError where it is none, or in training mode."""
     if getattr(energy, "training", False):
@@ -227,13 +220,13 @@ def read_options(
     """
     check_count("candidates", candidates, least=1)
     check_fraction("window", window)
-    if not 0 < energy_temperature < math.inf:
+    if not 0 < check_number("energy_temperature", energy_temperature) < math.inf:
         raise ValueError(f"energy_temperature must be positive and finite, got {energy_temperature}")
     for name, value, known in (("mode", mode, MODES), ("scheme", scheme, SCHEMES)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     check_count("max_candidates", max_candidates, least=1)
-    if ess_target is not None and not 1 <= ess_target <= max_candidates:
+    if ess_target is not None and not 1 <= check_number("ess_target", ess_target) <= max_candidates:
         raise ValueError(f"ess_target must be in [1, max_candidates] = [1, {max_candidates}], got {ess_target}")
     if ess_target is not None and candidates > max_candidates:
         raise ValueError(f"candidates={candidates} must be at most max_candidates={max_candidates} with an ess_target")

@@ -167,46 +167,26 @@ def diffuse(
             energies that are none (NaN), naming text and position or candidate; what a hook returns.
     """
     began = time.perf_counter()
-    denoiser = as_denoiser(denoiser)
-    energy = read_energy(energy)
+    denoiser, energy, schedule = as_denoiser(denoiser), read_energy(energy), read_schedule(schedule)
     hooks = {"order": order, "tokens": tokens, "remask": remask, "on_step": on_step}
     check_sampler(sampler, hooks, energy, context, stride)
-    schedule = read_schedule(schedule)
     check_count("steps", steps, least=1)
     texts = read_texts(denoiser, input_ids, mask, attention_mask, length, num_samples, sequence_ids)
     check_context(denoiser, min(texts.tokens.shape[1], context or texts.tokens.shape[1]))
+    proposal = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "banned": banned}
     options = read_options(
-        denoiser,
-        energy=energy,
-        candidates=candidates,
-        window=window,
-        energy_temperature=energy_temperature,
-        proposal={"temperature": temperature, "top_k": top_k, "top_p": top_p, "banned": banned},
-        correct=correct,
-        mode=mode,
-        ess_target=ess_target,
-        max_candidates=max_candidates,
-        scheme=scheme,
-        seed=resolve_seed(seed),
-        energy_microbatch=energy_microbatch,
-    )
+        denoiser, energy=energy, candidates=candidates, window=window, energy_temperature=energy_temperature,
+        proposal=proposal, correct=correct, mode=mode, ess_target=ess_target, max_candidates=max_candidates,
+        scheme=scheme, seed=resolve_seed(seed), energy_microbatch=energy_microbatch,
+    )  # fmt: skip
     stride = stride or max(1, (context or 1) // 2)
     if energy is not None and options.weighs:
         for rows, columns in _seen(texts, context, stride):
             check_energy(energy, texts, rows, columns)
     # No gradients, and no autocast, which would change the law.
-    with (
-        torch.no_grad(),
-        torch.autocast(denoiser.device.type, enabled=False),
-        tqdm(disable=not progress, unit="step", desc="diffuse") as bar,
-    ):
-
-        def report(step: int, t: float, now: Tensor) -> None:
-            bar.update()
-            if on_step is not None:
-                on_step(step, t, now)
-
-        session = Session(denoiser, texts, options, schedule, tokens=tokens, on_step=report)
+    autocast = torch.autocast(denoiser.device.type, enabled=False)
+    with torch.no_grad(), autocast, tqdm(disable=not progress, unit="step", desc="diffuse") as bar:
+        session = Session(denoiser, texts, options, schedule, tokens=tokens, on_step=_reporting(bar, on_step))
         if remask is not None:
             session.remasked(remask, order, steps)
         elif order is not None:
@@ -218,6 +198,17 @@ def diffuse(
             bar.total = len(plan)
             session.follow(plan, reuse=sampler == "cached")
     return _result(session, options, began)
+
+
+def _reporting(bar: Any, on_step: OnStep | None) -> OnStep:
+    """What a session calls after each step: moves the bar and hands the step on."""
+
+    def report(step: int, time: float, tokens: Tensor) -> None:
+        bar.update()
+        if on_step is not None:
+            on_step(step, time, tokens)
+
+    return report
 
 
 def _seen(texts: Texts, context: int | None, stride: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -95,12 +95,7 @@ def next_token_loss(
     """
     student = answering_model(student)
     _check_options(student, ntp_objective, teacher, teacher_nlls, policy_weight, nll_weight)
-    check_inputs(input_ids, attention_mask, embedding_table(student).shape[0])
-    check_labels(labels, input_ids, some=False)
-    if teacher_nlls is not None and teacher_nlls.shape != input_ids[:, 1:].shape:
-        raise ValueError(
-            f"teacher_nlls must be [B, T - 1] = {list(input_ids[:, 1:].shape)}, got {list(teacher_nlls.shape)}"
-        )
+    _check_texts(student, input_ids, attention_mask, labels, teacher_nlls)
     checked = ThoughtOptions.checked(1, len(input_ids), seed, thoughts_per_token, 1.0, None, None, sequence_ids)
     options = (checked.seed, thoughts_per_token, 1.0, None, None, sequence_ids)
     text = Text.of(input_ids, attention_mask)
@@ -125,12 +120,7 @@ def next_token_loss(
     t = graded[1] if ntp_objective == "kl" or teacher_nlls is None else teacher_nlls[targets].to(s)
     losses = _losses(ntp_objective, s, t, graded)
 
-    def spread(values: Tensor, fill: int = 0) -> Tensor:
-        out = values.new_full(targets.shape, fill)
-        out[targets] = values.detach()
-        return out
-
-    student_nlls, teacher_nlls = spread(s), spread(t)
+    student_nlls, teacher_nlls = _spread(s, targets), _spread(t, targets)
     check_no_nan(student_nlls, teacher_nlls)
     count = torch.as_tensor(len(s) if target_count is None else target_count, device=s.device).clamp_min(1)
     distillation, nll = losses.sum() / count, s.sum() / count
@@ -143,8 +133,15 @@ def next_token_loss(
         targets=targets,
         student_nlls=student_nlls,
         teacher_nlls=teacher_nlls,
-        actions=spread(graded[1], -1) if ntp_objective == "released" else None,
+        actions=_spread(graded[1], targets, -1) if ntp_objective == "released" else None,
     )
+
+
+def _spread(values: Tensor, targets: Tensor, fill: int = 0) -> Tensor:
+    """Values [R] of the targets, without gradient, at their places in [B, C]; `fill` elsewhere."""
+    out = values.new_full(targets.shape, fill)
+    out[targets] = values.detach()
+    return out
 
 
 def _losses(ntp_objective: NtpObjective, s: Tensor, t: Tensor, graded: list[Tensor]) -> Tensor:
@@ -184,6 +181,21 @@ def _check_options(
     if teacher.logits_size != (size := head_weight(student).shape[0]):
         raise ValueError(
             f"teacher predicts {teacher.logits_size} tokens, the student {size}; both must share one vocabulary"
+        )
+
+
+def _check_texts(
+    student: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    teacher_nlls: Tensor | None,
+) -> None:
+    check_inputs(input_ids, attention_mask, embedding_table(student).shape[0])
+    check_labels(labels, input_ids, some=False)
+    if teacher_nlls is not None and teacher_nlls.shape != input_ids[:, 1:].shape:
+        raise ValueError(
+            f"teacher_nlls must be [B, T - 1] = {list(input_ids[:, 1:].shape)}, got {list(teacher_nlls.shape)}"
         )
 
 
@@ -306,6 +318,4 @@ def mixed_nlls(
     size = chunk_size(max(1, len(tokens)), (1 + states[1].shape[1]) * teacher.logits_size)
     pieces = zip(*(x.split(size) for x in (tokens, *states)), strict=True)
     nlls = [-_mixed_log_probs(teacher, *part).gather(-1, token[:, None])[:, 0] for token, *part in pieces]
-    out = nlls[0].new_zeros(targets.shape)
-    out[targets] = torch.cat(nlls)
-    return out
+    return _spread(torch.cat(nlls), targets)

@@ -18,7 +18,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from pyquiet.heads import embedding_table
 from pyquiet.quiet_star.inputs import check_context, check_inputs, check_way, to_left_padding
 from pyquiet.quiet_star.thinking import Text, Thinker, ThoughtOptions, average
-from pyquiet.randomness import Purpose, Stream, draw
+from pyquiet.randomness import Purpose, Stream, check_temperature, draw
 
 if TYPE_CHECKING:
     from pyquiet.quiet_star.modeling import QuietStarForCausalLM
@@ -96,34 +96,9 @@ class ThinkingGeneration(GenerationMixin):
                 raise ValueError('return_thoughts=True needs think="always"')
             result = self._generate_with_base(inputs, generation_config, seed, kwargs)
             return cast(QuietStarGenerateOutput | Tensor, result)
-        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        if input_ids is None or kwargs.get("inputs_embeds") is not None or kwargs.get("past_key_values") is not None:
-            raise ValueError("generate needs input_ids; inputs_embeds and past_key_values are not supported")
-        for name in ("position_ids", "cache_implementation", "custom_generate"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"generate with thoughts does not take {name}: leave it out")
-        merged, _ = self._prepare_generation_config(generation_config, **kwargs)  # as transformers will
-        mask = kwargs.pop("attention_mask", None)
-        if mask is None:
-            mask = self._prepare_mask(input_ids, merged)
-        check_inputs(input_ids, mask, embedding_table(self.base).shape[0])
-        check_way(merged, kwargs.get("assistant_model"), len(input_ids), embedding_table(self.base).shape[0])
-        if mask is None:
-            mask = torch.ones_like(input_ids)
-        check_context(
-            self.config,
-            int(mask.sum(1).max()) + _new_tokens(merged, input_ids.shape[1]) - 1,
-        )
-        options = ThoughtOptions.checked(
-            self.config.thoughts_per_token,
-            input_ids.shape[0],
-            seed,
-            thoughts_per_token,
-            thought_temperature,
-            thought_top_k,
-            thought_top_p,
-            sequence_ids,
-        )
+        input_ids, mask = self._read_prompts(inputs, generation_config, kwargs)
+        thoughts = (thoughts_per_token, thought_temperature, thought_top_k, thought_top_p)
+        options = ThoughtOptions.checked(self.config.thoughts_per_token, len(input_ids), seed, *thoughts, sequence_ids)
         if return_thoughts:
             kwargs["return_dict_in_generate"] = True
         left_ids, left_mask = to_left_padding(input_ids, mask)
@@ -139,6 +114,31 @@ class ThinkingGeneration(GenerationMixin):
         sequences[:, : input_ids.shape[1]] = input_ids.repeat_interleave(returns, 0)
         return cast(QuietStarGenerateOutput | Tensor, result)
 
+    def _read_prompts(
+        self: "QuietStarForCausalLM",
+        inputs: Tensor | None,
+        generation_config: GenerationConfig | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """The prompts and their mask, int64 [B, T] each, taken out of `generate`'s arguments and checked with them."""
+        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        if input_ids is None or kwargs.get("inputs_embeds") is not None or kwargs.get("past_key_values") is not None:
+            raise ValueError("generate needs input_ids; inputs_embeds and past_key_values are not supported")
+        for name in ("position_ids", "cache_implementation", "custom_generate"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"generate with thoughts does not take {name}: leave it out")
+        merged, _ = self._prepare_generation_config(generation_config, **kwargs)  # as transformers will
+        _check_temperature(merged)
+        mask = kwargs.pop("attention_mask", None)
+        if mask is None:
+            mask = self._prepare_mask(input_ids, merged)
+        check_inputs(input_ids, mask, embedding_table(self.base).shape[0])
+        check_way(merged, kwargs.get("assistant_model"), len(input_ids), embedding_table(self.base).shape[0])
+        if mask is None:
+            mask = torch.ones_like(input_ids)
+        check_context(self.config, int(mask.sum(1).max()) + _new_tokens(merged, input_ids.shape[1]) - 1)
+        return input_ids, mask
+
     def _generate_with_base(
         self: "QuietStarForCausalLM",
         inputs: Tensor | None,
@@ -148,6 +148,7 @@ class ThinkingGeneration(GenerationMixin):
     ) -> Any:
         config = copy.deepcopy(generation_config or self.generation_config)
         others = config.update(**kwargs)
+        _check_temperature(config)
         if self.config.reserved_ids:
             config.suppress_tokens = [*(config.suppress_tokens or []), *self.config.reserved_ids]
         if seed is None:
@@ -205,6 +206,12 @@ class ThinkingGeneration(GenerationMixin):
         return loop.result(input_ids)
 
 
+def _check_temperature(config: GenerationConfig) -> None:
+    """Raises ValueError for a temperature by which logits are not divided in float32; transformers asks that of 0."""
+    if config.do_sample and config.temperature:
+        check_temperature("temperature", config.temperature)
+
+
 def _new_tokens(config: GenerationConfig, prompt_length: int) -> int:
     """How many tokens transformers' `generate` will add at most to a prompt of that many columns."""
     if config.max_new_tokens is not None:
@@ -235,12 +242,7 @@ class _Loop:
         generation_config: GenerationConfig,
     ) -> None:
         B, device = len(input_ids), input_ids.device
-        self.model, self.config, self.request, self.prompt_length = (
-            model,
-            generation_config,
-            request,
-            input_ids.shape[1],
-        )
+        self.model, self.config, self.request = model, generation_config, request
         returns = B // request.prompts
         self.return_index = torch.arange(returns, device=device).repeat(request.prompts)
         ids = request.options.sequence_ids

@@ -162,16 +162,10 @@ def combine(
     A, N = objective.lookahead, tokens.shape[2]
     real = real_tokens(input_ids, mask)
     targets, complete = objective.targets(real, labels)
-    if target_counts is None:
-        target_counts = _counts(targets, complete)
-    counts, windows = target_counts[:A].to(targets.device), target_counts[A].to(targets.device)
+    target_counts = (_counts(targets, complete) if target_counts is None else target_counts).to(targets.device)
     if objective.official:
-        if pad_token_id is not None:
-            targets = targets & (after(input_ids, A) != pad_token_id)
-        # The release leaves out one position more than it must. It averages over the padding, which earns nothing.
-        places = max(0, real.shape[1] - 1 - A)
-        complete = real[:, :-1] & (real[:, :-1].cumsum(1) <= places)
-        windows = torch.full_like(windows, places * len(real))
+        targets, complete, target_counts = _released_targets(targets, input_ids, real, target_counts, pad_token_id)
+    counts, windows = target_counts[:A], target_counts[A]
 
     thinking = targets[:, :, None].expand_as(log_probs.mixed)  # [B, C, N, A]
     base = (-log_probs.base).masked_fill(~targets[..., 0], 0)
@@ -196,19 +190,27 @@ def combine(
     weight_mean, weight_square = (masked_mean(x, thinking) for x in (weights, weights.square()))
     thought = real[:, :-1, None, None].expand_as(tokens)
     return ThinkingLoss(
-        loss=loss,
-        base_nll=base_nll.detach(),
-        mixed_nll=mixed_nll.detach(),
-        policy=policy.detach(),
-        reward=rewards.masked_fill(~complete[..., None], 0).sum() / graded,
-        weight_mean=weight_mean,
+        loss, base_nll.detach(), mixed_nll.detach(), policy.detach(), base_nlls=base.detach(),
+        mixed_nlls=mixed.detach(), rewards=rewards, tokens=tokens.masked_fill(~thought, -1),
+        reward=rewards.masked_fill(~complete[..., None], 0).sum() / graded, weight_mean=weight_mean,
         weight_std=(weight_square - weight_mean.square()).clamp_min(0).sqrt(),
         thought_entropy=masked_mean(-drawn_log_probs, thought),
-        tokens=tokens.masked_fill(~thought, -1),
-        base_nlls=base.detach(),
-        mixed_nlls=mixed.detach(),
-        rewards=rewards,
-    )
+    )  # fmt: skip
+
+
+def _released_targets(
+    targets: Tensor, input_ids: Tensor, real: Tensor, target_counts: Tensor, pad_token_id: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The released code's tokens to predict, rewarded positions and counts, from what `targets` and `_counts` say.
+
+    It leaves out one position more than it must, and averages over the padding, which earns nothing.
+    """
+    A = targets.shape[2]
+    if pad_token_id is not None:
+        targets = targets & (after(input_ids, A) != pad_token_id)
+    places = max(0, real.shape[1] - 1 - A)
+    complete = real[:, :-1] & (real[:, :-1].cumsum(1) <= places)
+    return targets, complete, torch.cat([target_counts[:A], target_counts.new_tensor([places * len(real)])])
 
 
 def next_token_targets(input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:

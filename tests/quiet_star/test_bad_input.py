@@ -127,6 +127,15 @@ def test_think(model, think):
             call()
 
 
+@pytest.mark.parametrize("think", ["always", "never"])
+@pytest.mark.parametrize("temperature", [1e-50, 1e38])
+def test_temperatures_that_float32_cannot_divide_by(model, think, temperature):
+    options = {"max_new_tokens": 2, "seed": 0, "think": think}
+    with pytest.raises(ValueError, match=r"temperature must be .* got 1e"):
+        model.generate(IDS, do_sample=True, temperature=temperature, **options)
+    model.generate(IDS, do_sample=True, temperature=1e-37, **options)
+
+
 @pytest.mark.parametrize("layer", ["lm_head.weight", "model.layers.1.mlp.down_proj.weight"])
 def test_nan_logits(model, layer):
     weight = model.base.get_parameter(layer)
