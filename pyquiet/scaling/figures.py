@@ -97,9 +97,14 @@ class Cost:
 
 
 def bootstrap(parts: NDArray[Any], totals: NDArray[Any], seed: int, resamples: int = RESAMPLES) -> Share:
-    """sum(parts) / sum(totals) of clusters [Q], and its 95 % percentile interval when clusters are drawn anew."""
+    """sum(parts) / sum(totals) of clusters [Q], and its 95 % percentile interval when clusters are drawn anew.
+
+    The same for the same clusters, whatever their order.
+    """
     if not totals.sum():
         return Share(None, None, None)
+    order = np.lexsort((parts, totals))
+    parts, totals = parts[order], totals[order]
     count, rng = len(parts), np.random.default_rng(seed)
     evenly, ratios = np.full(count, 1 / count), []
     for start in range(0, resamples, step := 1 + _AT_ONCE // count):
@@ -172,6 +177,8 @@ def accuracy(gold: Mapping[str, str], table: Table, ends: Rows, run: Rows, seed:
         cancelled = [outcomes[number] == "cancelled" for number in chains["outcome"]]
         for name, value in _marks(ballot, cancelled, right).items():
             marked.setdefault(name, []).append(value)
+    if np.isnan(run["score"]).all():  # nothing to weigh votes by
+        marked = {name: values for name, values in marked.items() if not name.startswith("weighted")}
     return {name: bootstrap(np.array(values), np.ones(len(values)), seed) for name, values in marked.items()}
 
 

@@ -172,7 +172,7 @@ class Report:
                 f"{stage}: {cost.requests} requests, {cost.completion_tokens} tokens written, "
                 f"{cost.prompt_tokens} read ({cost.cached_tokens} cached), {self.utilisation[stage]:.0%} of slots busy"
             )
-        if self.target_share is not None:
+        if self.target_share:
             yield f"the target wrote {self.target_share:.1%} of the tokens"
         if self.peak_target_tokens:
             size = "" if self.kv_bytes_peak is None else f", {self.kv_bytes_peak / 2**20:.1f} MiB of keys and values"

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from pyquiet.scaling import ATTS, AcceptAll, Plan, Pools, Sampling, read_questions
 from pyquiet.zoo import folder
@@ -40,17 +41,23 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=128, help="questions to calibrate on")
     parser.add_argument("--calibration-chains", type=int, default=4)
     parser.add_argument("--engine", nargs="+", default=["async", "sync"], choices=("async", "sync"))
+    parser.add_argument("--journals", type=Path, metavar="DIR", help="where to keep them, for pyquiet scale report")
     args = parser.parse_args()
+
+    def kept(name: str) -> Path | None:
+        return None if args.journals is None else args.journals / f"{name}.jsonl"
+
     questions, plan = read_questions(FILES / "questions.jsonl")[: args.questions], replace(PLAN, chains=args.chains)
     pair = ATTS(args.draft, "tiny-target", plan=plan, on_takeover="replace")
     with timed("calibration"):
-        pair.calibrate(read_questions(FILES / "calibration.jsonl")[: args.calibration], chains=args.calibration_chains)
+        others = read_questions(FILES / "calibration.jsonl")[: args.calibration]
+        pair.calibrate(others, chains=args.calibration_chains, journal=kept("calibration"))
     for engine in args.engine:
         with timed(f"pair, {engine}"):
-            print(pair.run(questions, engine=engine).report)
+            print(pair.run(questions, engine=engine, journal=kept(engine)).report)
     for role, model in (("target", pair.target), ("draft", pair.draft)):
         with timed(f"{role} alone"):
-            print(ATTS(model, model, plan=plan, policy=AcceptAll()).run(questions).report)
+            print(ATTS(model, model, plan=plan, policy=AcceptAll()).run(questions, journal=kept(role)).report)
 
 
 if __name__ == "__main__":

@@ -158,10 +158,15 @@ def test_a_vote_without_a_score_weighs_nothing() -> None:
     assert (values["maj@3"], values["weighted@3"]) == (0.0, 1.0)
 
 
+def test_where_nothing_was_scored_votes_have_no_weights() -> None:
+    run = [end("a", 0, "6"), end("a", 1, "6"), end("a", 2, "5")]
+    assert set(Report.of(HEADER, run).accuracy) == {"pass@1", "pass@2", "pass@3", "maj@3"}
+
+
 def test_cancelled_chains_are_no_samples() -> None:
     run = [end("a", 0, "5"), end("a", 1, None, "cancelled"), end("a", 2, None, "failed")]
     values = {name: share.value for name, share in Report.of(HEADER, run).accuracy.items()}
-    assert values == {"pass@1": 0.5, "pass@2": 1.0, "maj@3": 1.0, "weighted@3": 1.0}
+    assert values == {"pass@1": 0.5, "pass@2": 1.0, "maj@3": 1.0}
 
 
 def test_cost(report: Report) -> None:
@@ -289,6 +294,8 @@ def test_the_bootstrap_draws_questions() -> None:
     # Forty questions, half of them at 1: a standard error of 0.079, though there are 320 decisions.
     assert (share.high - share.low) / 2 == pytest.approx(1.96 * 0.079, rel=0.1)
     assert bootstrap(np.array([0.0]), np.array([0.0]), 0) == Share(None, None, None)
+    parts, totals = np.arange(7.0) % 3, np.arange(7.0) + 2
+    assert bootstrap(parts, totals, 0) == bootstrap(parts[::-1], totals[::-1], 0)
 
 
 def test_slots_tell_who_held_them_when() -> None:
