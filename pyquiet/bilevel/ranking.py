@@ -1,20 +1,22 @@
 """Top-K NDCG as a bilevel problem: each query's K-th largest score is a lower problem of one number (arXiv 2305.18730).
 
 lambda_q, the threshold above which K of a query's documents lie, is the minimiser of a smoothed quantile loss; the
-upper loss is the smoothed NDCG of the documents above it. x are the weights of the scores.
+upper loss is the smoothed NDCG of the documents above it. x are the weights of the scores, or a network's parameters.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import softplus
 
-from pyquiet.bilevel.problem import Problem
+from pyquiet.bilevel.method import check_positive
+from pyquiet.bilevel.problem import Problem, Variables
 
 
 class TopKNDCG(Problem):
-    """Linear scores x . features for the documents of m queries; blocks are queries.
+    """Scores for the documents of m queries, x . features or a network's; blocks are queries.
 
     g_q(lambda) = (K + 1/2) / n lambda + mean_j t softplus((s_j - lambda) / t) + ridge / 2 lambda^2, minimal near the
     (K + 1)-th largest score, above which K documents lie. f_q = -1 / Z sum over relevant j of sigmoid((s_j - lambda) /
@@ -23,10 +25,22 @@ class TopKNDCG(Problem):
     Args:
         features: [m, n, d]. relevance: [m, n], 0 and up.
         K: documents that count. smoothing: t, in units of scores. ridge: above 0.
+        scorer: a network that makes features [..., d] scores [..., 1], x being its parameters: give it as x, too.
+            None: x [d] are the weights of linear scores.
+
+    Raises:
+        ValueError: shapes do not fit, or K, smoothing or ridge are out of range.
     """
 
     def __init__(
-        self, features: Tensor, relevance: Tensor, *, K: int, smoothing: float = 0.1, ridge: float = 1e-2
+        self,
+        features: Tensor,
+        relevance: Tensor,
+        *,
+        K: int,
+        smoothing: float = 0.1,
+        ridge: float = 1e-2,
+        scorer: nn.Module | None = None,
     ) -> None:
         if features.ndim != 3 or relevance.shape != features.shape[:2] or not 1 <= K < features.shape[1]:
             raise ValueError(
@@ -34,7 +48,8 @@ class TopKNDCG(Problem):
                 f"{list(relevance.shape)} and K={K}"
             )
         self.m, self.dim_y, self.features, self.relevance = len(features), 1, features, relevance
-        self.K, self.smoothing, self.ridge = K, smoothing, ridge
+        self.K, self.scorer = K, scorer
+        self.smoothing, self.ridge = check_positive("smoothing", smoothing), check_positive("ridge", ridge)
         self.best = dcg(relevance, relevance, K).clamp_min(1e-9)
 
     def sample(self, idx: Tensor, samples: int | None, generator: torch.Generator) -> Tensor:
@@ -45,23 +60,32 @@ class TopKNDCG(Problem):
         return torch.randint(n, (len(idx), samples), generator=generator)
 
     def lower(self, x: Any, Y: Tensor, idx: Tensor, batch: Tensor) -> Tensor:
-        scores: Tensor = self.features[idx[:, None], batch] @ x
+        scores = self.scores(x, self.features[idx[:, None], batch])
         share = (self.K + 0.5) / self.features.shape[1]
         above: Tensor = self.smoothing * softplus((scores - Y) / self.smoothing)
         cost: Tensor = share * Y[:, 0] + above.mean(1) + self.ridge / 2 * Y[:, 0].square()
         return cost
 
     def upper(self, x: Any, Y: Tensor, idx: Tensor, batch: Tensor) -> Tensor:
-        scores, every = self.features[idx[:, None], batch] @ x, self.features[idx] @ x
+        every = self.scores(x, self.features[idx])
+        scores = every.gather(1, batch)
         rank = 0.5 + ((every[:, None] - scores[..., None]) / self.smoothing).sigmoid().sum(-1)
         gain = (2 ** self.relevance[idx[:, None], batch] - 1) / torch.log2(1 + rank)
         inside = ((scores - Y) / self.smoothing).sigmoid()
         found: Tensor = (inside * gain).mean(1) * self.features.shape[1] / self.best[idx]
         return -found
 
-    def ndcg(self, x: Tensor) -> float:
+    def scores(self, x: Any, features: Tensor) -> Tensor:
+        """The scores [...] of documents [..., d]."""
+        found: Tensor = (
+            features @ x if self.scorer is None else functional_call(self.scorer, x, (features,)).squeeze(-1)
+        )
+        return found
+
+    @torch.no_grad()
+    def ndcg(self, x: Variables) -> float:
         """The NDCG at K itself, the mean over queries."""
-        return float((dcg(self.features @ x, self.relevance, self.K) / self.best).mean())
+        return float((dcg(self.scores(x, self.features), self.relevance, self.K) / self.best).mean())
 
 
 def dcg(scores: Tensor, relevance: Tensor, K: int) -> Tensor:

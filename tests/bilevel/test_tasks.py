@@ -11,7 +11,7 @@ from pyquiet.bilevel import BSVRB, solve_lower
 from pyquiet.bilevel.demonstration import auc
 from pyquiet.bilevel.domains import Part, calibrate_temperatures, domain_mixing_heads, reweight_domains
 from pyquiet.bilevel.logistic import WeightedLogistic, clean_labels
-from pyquiet.bilevel.ranking import TopKNDCG
+from pyquiet.bilevel.ranking import TopKNDCG, dcg
 from pyquiet.zoo import held_out
 
 
@@ -85,6 +85,37 @@ def test_ranking_learns_what_makes_documents_relevant() -> None:
         method.step()
     assert problem.ndcg(method.x) > before + 0.3
     assert problem.ndcg(method.x) > 0.85
+
+
+def test_a_network_ranks_what_no_weights_of_features_can() -> None:
+    """Relevant are documents with a large first and a small second feature, whatever its sign."""
+    g = torch.Generator().manual_seed(1)
+    features = torch.randn(40, 30, 3, generator=g)
+    worth = features[..., 0] - 2 * features[..., 1].square()
+    relevance = (worth > worth.quantile(0.8, dim=1, keepdim=True)).float()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    problem = TopKNDCG(features, relevance, K=5, smoothing=0.5, scorer=network)
+    method = BSVRB(
+        problem, network, blocks_per_step=10, samples_per_block=30, variant="v1", eta=0.02, optimizer=torch.optim.Adam
+    )
+    for _ in range(200):
+        method.step()
+    linear = TopKNDCG(features, relevance, K=5)
+    best = max(linear.ndcg(torch.tensor([1.0, slope, 0.0])) for slope in torch.linspace(-1, 1, 11))
+    assert best < 0.7
+    assert problem.ndcg(method.x) > 0.9
+    scores = network(features)[..., 0]  # the network itself has moved
+    assert problem.ndcg(method.x) == pytest.approx(float((dcg(scores, relevance, 5) / problem.best).mean()))
+
+
+def test_rankings_that_do_not_fit_are_told() -> None:
+    features, relevance = torch.zeros(2, 5, 3), torch.zeros(2, 5)
+    with pytest.raises(ValueError, match=r"K in 1 \.\. n - 1, got \[2, 5, 3\], \[2, 5\] and K=5"):
+        TopKNDCG(features, relevance, K=5)
+    with pytest.raises(ValueError, match=r"smoothing must be above 0, got 0\.0"):
+        TopKNDCG(features, relevance, K=2, smoothing=0.0)
 
 
 def test_a_querys_threshold_lets_k_documents_pass() -> None:

@@ -75,3 +75,55 @@ def test_steps_are_counted_until_the_mean_norm_is_at_the_goal(monkeypatch: pytes
     last = sum(norms[-speedup.LAST :]) / speedup.LAST
     assert last <= speedup.GOAL < sum(norms[-speedup.LAST - 1 : -1]) / speedup.LAST
     assert speedup.steps_to_goal(method, 0) is None
+
+
+def test_cleaning_is_shown_by_both_variants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cleaning = recipe("bilevel_cleaning")
+    monkeypatch.setattr(cleaning, "ROWS", 480)
+    monkeypatch.setattr(cleaning, "CLEAN", 300)
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["run.py", str(out)])
+    cleaning.main()
+    v2, v1 = json.loads(out.read_text())
+    assert (v2["variant"], v1["variant"], v2["steps"]) == ("v2", "v1", 120 * 480 // 160)
+    assert v2["auc"] > 0.8
+    assert v1["auc"] > 0.6
+    for found in (v2, v1):
+        assert found["loss"][1] < found["loss"][0]
+
+
+def test_rankings_go_on_where_they_were_cut_off_and_end_in_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranking = recipe("bilevel_ranking")
+    small = {"QUERIES": 20, "DOCUMENTS": 20, "BLOCKS": 5, "STEPS": 40, "LOOKS": 2, "ETAS": (0.03,), "SEEDS": (0, 1)}
+    for name, value in small.items():
+        monkeypatch.setattr(ranking, name, value)
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["run.py", str(out)])
+    ranking.main()
+    runs, shown = json.loads(out.read_text()), capsys.readouterr().out
+    assert [(one["method"], one["seed"]) for one in runs] == [
+        (name, seed) for name in ranking.METHODS for seed in (0, 1)
+    ]
+    assert all(f"| {name} | 0.03 | " in shown for name in ranking.METHODS)
+    for one in runs:
+        assert one["train"] > 0.5  # of scores that know nothing about 0.2
+        assert one["looks"][0] != one["looks"][1]
+        assert [one[key] for key in ("train", "validation", "test")] in one["looks"]
+    out.write_text(json.dumps(runs[:3]))
+    ranking.main()
+    again = json.loads(out.read_text())
+    assert [{**one, "ms": 0} for one in again] == [{**one, "ms": 0} for one in runs]
+
+
+def test_a_loss_of_all_documents_is_that_of_no_threshold() -> None:
+    ranking = recipe("bilevel_ranking")
+    data = [part[:3] for part in ranking.generated(0)]
+    scorer = ranking.network(0)
+    x, idx = dict(scorer.named_parameters()), torch.arange(3)
+    every = ranking.AllNDCG(*data, K=5, scorer=scorer)
+    top = ranking.TopKNDCG(*data, K=5, scorer=scorer)
+    batch = torch.arange(ranking.DOCUMENTS).expand(3, -1)
+    low = torch.full((3, 1), -100.0)  # below all scores
+    torch.testing.assert_close(ranking.smoothed(every, x, idx), top.upper(x, low, idx, batch))
