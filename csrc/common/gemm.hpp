@@ -32,70 +32,89 @@ struct GemmOperands {
   const float* rescale = nullptr;
 };
 
+// M rows by N vectors. The loops over depth are nested: a processor foresees the end of a short loop, not of a long
+// one.
 template <int M, int N, Start kStart, Layout kLayout, class Between>
-void gemm_block(const GemmOperands& o, Between between) {
+void gemm_block(const GemmOperands& o, const float* a, const float* b, float* c, const float* rescale,
+                Between between) {
   F sum[M][N] = {};
   if constexpr (kStart != Start::zero) {
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
-        sum[m][n] = load(o.c + m * o.c_stride + n * kLanes);
-        if constexpr (kStart == Start::rescale) sum[m][n] *= load(o.rescale + n * kLanes);
+        sum[m][n] = load(c + m * o.c_stride + n * kLanes);
+        if constexpr (kStart == Start::rescale) sum[m][n] *= load(rescale + n * kLanes);
       }
   }
   const int64_t stride = o.a_stride;
-  const float *a = o.a, *a3 = a + 3 * stride, *a6 = a + 6 * stride;  // three bases: x86 can add 0, 1 or 2 strides
-  const float* b = o.b;
-  for (int64_t k = 0; k < o.depth; ++k, b += o.b_stride) {
-    if (k % kBetween == 0) between();
-    F row[N];
+  const float *a3 = a + 3 * stride, *a6 = a + 6 * stride;  // three bases: x86 can add 0, 1 or 2 strides
+  int64_t k = 0;
+  const auto steps = [&](int64_t count) __attribute__((always_inline)) {
+    between();
+    for (const int64_t end = k + count; k < end; ++k, b += o.b_stride) {
+      F row[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) row[n] = load(b + n * kLanes);
+      for (int n = 0; n < N; ++n) row[n] = load(b + n * kLanes);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const float* base = m < 3 ? a : m < 6 ? a3 : a6;
-      const F x = fill(kLayout == Layout::rows ? base[k + (m % 3) * stride] : a[m]);
+      for (int m = 0; m < M; ++m) {
+        const float* base = m < 3 ? a : m < 6 ? a3 : a6;
+        const F x = fill(kLayout == Layout::rows ? base[k + (m % 3) * stride] : a[m]);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sum[m][n] += x * row[n];
+        for (int n = 0; n < N; ++n) sum[m][n] += x * row[n];
+      }
+      if constexpr (kLayout == Layout::columns) a += stride;
     }
-    if constexpr (kLayout == Layout::columns) a += stride;
-  }
+  };
+  while (k + kBetween <= o.depth) steps(kBetween);
+  if (k < o.depth) steps(o.depth - k);
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) store(o.c + m * o.c_stride + n * kLanes, sum[m][n]);
+    for (int n = 0; n < N; ++n) store(c + m * o.c_stride + n * kLanes, sum[m][n]);
 }
 
+// Inlined by force: a call, and a copy of its operands, every few blocks would cost a twentieth of the whole.
 template <int M, Start kStart, Layout kLayout, class Between>
-void gemm_rows(int vectors, GemmOperands o, Between between) {
+__attribute__((always_inline)) inline void gemm_rows(int vectors, const GemmOperands& o, const float* a, float* c,
+                                                     Between between) {
+  const float *b = o.b, *rescale = o.rescale;
+  const auto block = [&](auto count) {
+    constexpr int N = decltype(count)::value;
+    gemm_block<M, N, kStart, kLayout>(o, a, b, c, rescale, between);
+    b += N * kLanes;
+    c += N * kLanes;
+    if (kStart == Start::rescale) rescale += N * kLanes;
+    vectors -= N;
+  };
   while (vectors > 0) {
     // Four vectors go as two and two: one alone would wait for its broadcasts.
-    const int n = vectors == 4 ? 2 : std::min(vectors, kGemmVectors);
-    if (n == 3) gemm_block<M, 3, kStart, kLayout>(o, between);
-    if (n == 2) gemm_block<M, 2, kStart, kLayout>(o, between);
-    if (n == 1) gemm_block<M, 1, kStart, kLayout>(o, between);
-    o.b += n * kLanes;
-    o.c += n * kLanes;
-    if (o.rescale) o.rescale += n * kLanes;
-    vectors -= n;
+    if (vectors == 3 || vectors > 4) {
+      block(std::integral_constant<int, kGemmVectors>{});
+    } else if (vectors == 1) {
+      block(std::integral_constant<int, 1>{});
+    } else {
+      block(std::integral_constant<int, 2>{});
+    }
   }
 }
 
 // `rows` rows of c, `vectors` vectors wide. `between` is called every kBetween steps of each block.
 template <Start kStart, Layout kLayout, class Between>
-void gemm(int64_t rows, int vectors, GemmOperands o, Between between) {
+void gemm(int64_t rows, int vectors, const GemmOperands& o, Between between) {
+  const float* a = o.a;
+  float* c = o.c;
   const auto advance = [&](int m) {
     rows -= m;
-    o.a += kLayout == Layout::rows ? m * o.a_stride : m;
-    o.c += m * o.c_stride;
+    a += kLayout == Layout::rows ? m * o.a_stride : m;
+    c += m * o.c_stride;
   };
-  for (; rows >= kGemmRows; advance(kGemmRows)) gemm_rows<kGemmRows, kStart, kLayout>(vectors, o, between);
+  for (; rows >= kGemmRows; advance(kGemmRows)) gemm_rows<kGemmRows, kStart, kLayout>(vectors, o, a, c, between);
   if (kGemmRows > 4 && rows >= 4) {
-    gemm_rows<4, kStart, kLayout>(vectors, o, between);
+    gemm_rows<4, kStart, kLayout>(vectors, o, a, c, between);
     advance(4);
   }
-  for (; rows > 0; advance(1)) gemm_rows<1, kStart, kLayout>(vectors, o, between);
+  for (; rows > 0; advance(1)) gemm_rows<1, kStart, kLayout>(vectors, o, a, c, between);
 }
 
 template <Start kStart, Layout kLayout>
