@@ -65,22 +65,20 @@ void plan_prefetch(const Problem<E>& p, const ThoughtAttentionBackward<E>& a, in
   const RowSet& set = tile.text;
   Prefetch<E>& queue = tile.prefetch;
   queue.clear();
-  for (int r = 0; r < set.rows; ++r) queue.add(a.d_query.at(b, set.row[r].head, set.row[r].position, set.row[r].step));
-  const auto add_paths = [&](const auto& keys, const auto& values) {
-    for (int64_t t = set.row[0].position; t <= set.row[set.rows - 1].position; ++t)
-      for (int64_t j = 0; j < p.P; ++j) {
-        queue.add(keys.at(b, g, t, j));
-        queue.add(values.at(b, g, t, j));
-      }
+  const auto add_rows = [&](int64_t flat, int64_t rows, const auto&... views) {
+    for_each_run(p, g, flat, rows, [&](int, int n, const Row& row) {
+      (queue.add(views.at(b, row.head, row.position, row.step), views.stride[3], n), ...);
+    });
   };
+  const auto add_paths = [&](const auto&... views) {
+    for (int64_t t = set.row[0].position; t <= set.row[set.rows - 1].position; ++t)
+      (queue.add(views.at(b, g, t), views.stride[3], p.P), ...);
+  };
+  add_rows(set.flat, set.rows, a.d_query);
   add_paths(a.d_path_key, a.d_path_value);
   queue.to_write = queue.count;
   add_paths(a.path_key, a.path_value);
-  RowCursor cursor(p, g, next);
-  for (int64_t r = 0; r < next_rows; ++r, cursor.next()) {
-    const auto [head, position, step] = cursor.row();
-    for (const View<const E, 5>* view : {&a.query, &a.d_out, &a.out}) queue.add(view->at(b, head, position, step));
-  }
+  add_rows(next, next_rows, a.query, a.d_out, a.out);
   const int64_t span = set.end - set.begin, blocks = (span + kKeyBlock - 1) / kKeyBlock;
   const int64_t handful = p.packed && kHasTiles ? 32 : kGemmRows,
                 handfuls = 4 * (span / handful) + blocks * p.D / handful;

@@ -65,6 +65,16 @@ inline void hide(const RowSet& set, int32_t key0, int from, int to, int r, float
   }
 }
 
+// The largest of n scores of each lane. In two chains, that one need not wait for the other.
+inline F largest(const float* score, int n) {
+  F even = load(score), odd = even;
+  for (int j = 1; j + 1 < n; j += 2) {
+    even = max(load(score + j * kRows), even);
+    odd = max(load(score + (j + 1) * kRows), odd);
+  }
+  return max(load(score + (n - 1) * kRows), max(even, odd));
+}
+
 // One online-softmax step: max and sum move on, and write(r, seen, weight) takes the weights of a vector of rows:
 // weight(j, masked) is that of key j, and what it returns is added to the sum. A row without a key so far has max -inf;
 // 0 stands in for it, so that no -inf - -inf arises.
@@ -84,8 +94,7 @@ void softmax_block(const Problem<E>& p, const RowSet& set, int32_t key0, int n, 
       }
     hide(set, key0, 0, seen.inner, r, score);
     hide(set, key0, seen.outer, n, r, score);
-    F top = fill(kNegInf);
-    for (int j = 0; j < n; ++j) top = max(load(score + j * kRows), top);
+    const F top = largest(score, n);
     const F old_max = load(softmax.max + r), new_max = max(top == kNegInf ? top : top * factor, old_max);
     const F base = new_max == kNegInf ? F{} : new_max;
     const F rescale = exp2(old_max - base);
@@ -146,18 +155,16 @@ void plan_prefetch(const Problem<E>& p, int64_t b, int64_t g, int64_t next_b, in
   Prefetch<E>& queue = tile.prefetch;
   const RowSet& set = tile.set;
   queue.clear();
-  for (int r = 0; r < set.rows; ++r) queue.add(tile.out[r]);
+  for (int r = 0; r < set.rows; ++r) queue.add(tile.out[r], 0, 1);
   queue.to_write = queue.count;
-  if (next_begin >= 0) {
-    RowCursor cursor(p, next_g, next_begin);
-    for (int64_t r = 0; r < std::min<int64_t>(kRows, p.rows - next_begin); ++r, cursor.next())
-      queue.add(p.a.query.at(next_b, cursor.first_head + cursor.head, cursor.position, cursor.step));
+  if (next_begin >= 0)
+    for_each_run(p, next_g, next_begin, std::min<int64_t>(kRows, p.rows - next_begin), [&](int, int n, const Row& row) {
+      queue.add(p.a.query.at(next_b, row.head, row.position, row.step), p.a.query.stride[3], n);
+    });
+  for (int64_t t = set.row[0].position; t <= set.row[set.rows - 1].position; ++t) {
+    queue.add(p.a.path_key.at(b, g, t), p.a.path_key.stride[3], p.P);
+    queue.add(p.a.path_value.at(b, g, t), p.a.path_value.stride[3], p.P);
   }
-  for (int64_t t = set.row[0].position; t <= set.row[set.rows - 1].position; ++t)
-    for (int64_t j = 0; j < p.P; ++j) {
-      queue.add(p.a.path_key.at(b, g, t, j));
-      queue.add(p.a.path_value.at(b, g, t, j));
-    }
   const int64_t span = set.end - set.begin, blocks = (span + kKeyBlock - 1) / kKeyBlock;
   const int64_t handful = p.packed && kHasTiles ? 32 : kGemmRows, handfuls = span / handful + blocks * p.D / handful;
   const int64_t calls = p.packed ? handfuls + 1 : handfuls * (p.D / kBetween) + 1;
@@ -314,11 +321,12 @@ void attend_item(const Problem<E>& p, const ThoughtAttention<E>& a, const Packed
                  const Items& items, int64_t item, int64_t next, ForwardTile<E>& tile) {
   const int64_t head = items.head(item), b = head / p.G, g = head % p.G, flat = items.first_row(item);
   tile.set.see_text(p, b, g, flat, static_cast<int>(std::min<int64_t>(kRows, p.rows - flat)));
-  for (int r = 0; r < tile.set.rows; ++r) {
-    const Row& row = tile.set.row[r];
-    tile.query[r] = p.a.query.at(b, row.head, row.position, row.step);
-    tile.out[r] = a.out.at(b, row.head, row.position, row.step);
-  }
+  for_each_run(p, g, flat, tile.set.rows, [&](int r, int n, const Row& row) {
+    const E* query = p.a.query.at(b, row.head, row.position, row.step);
+    E* out = a.out.at(b, row.head, row.position, row.step);
+    for (int i = 0; i < n; ++i)
+      tile.query[r + i] = query + i * p.a.query.stride[3], tile.out[r + i] = out + i * a.out.stride[3];
+  });
   tile.text.clear();
   tile.own.clear();
   tile.own_begun = false;

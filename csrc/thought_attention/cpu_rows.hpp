@@ -43,30 +43,18 @@ struct Row {
   int64_t head, position, step;
 };
 
-// Row `flat` of a (b, g) counts steps fastest, then the heads of the group, then positions; next() goes to the one
-// after without a division.
-struct RowCursor {
-  template <class E>
-  RowCursor(const Problem<E>& p, int64_t g, int64_t flat)
-      : first_head(g * p.group),
-        group(p.group),
-        Q(p.Q),
-        step(flat % p.Q),
-        head(flat / p.Q % p.group),
-        position(flat / (p.Q * p.group)) {}
-
-  Row row() const { return {first_head + head, position, step}; }
-
-  void next() {
-    if (++step < Q) return;
+// Row `flat` of a (b, g) counts steps fastest, then the heads of the group, then positions. Calls use(r, n, row) for
+// each run of n rows flat + r .. that differ in nothing but the step, of `count` rows in all; row is the first of them.
+template <class E, class Use>
+void for_each_run(const Problem<E>& p, int64_t g, int64_t flat, int64_t count, Use use) {
+  int64_t step = flat % p.Q, head = flat / p.Q % p.group, position = flat / (p.Q * p.group);
+  for (int64_t r = 0, n; r < count; r += n) {
+    n = std::min(p.Q - step, count - r);
+    use(static_cast<int>(r), static_cast<int>(n), Row{g * p.group + head, position, step});
     step = 0;
-    if (++head < group) return;
-    head = 0;
-    ++position;
+    if (++head == p.group) head = 0, ++position;
   }
-
-  int64_t first_head, group, Q, step, head, position;
-};
+}
 
 // Memory that a thread keeps from call to call, so that the system need not hand out and clear its pages each time. Not
 // initialised; it begins at a cache line.
@@ -106,6 +94,7 @@ __attribute__((noinline)) T& kept() {
 // The rows of a tile and the keys each of them sees, of the text or of the own path: first <= key < limit.
 struct RowSet {
   int rows = 0, vectors = 0;
+  int64_t flat = 0;  // the first row's number
   Row row[kRows];
   alignas(64) int32_t first[kRows], limit[kRows];
   // Over all rows: keys before `begin` or from `end` on are seen by none, those from `all_from` to `all_to` by all.
@@ -127,16 +116,18 @@ struct RowSet {
   void see_text(const Problem<E>& p, int64_t b, int64_t g, int64_t flat, int count) {
     const int64_t start = p.a.text_start ? *p.a.text_start.at(b) : 0;
     rows = count;
+    this->flat = flat;
     vectors = p.packed ? kRows / kLanes : (count + kLanes - 1) / kLanes;
-    RowCursor cursor(p, g, flat);
-    for (int r = 0; r < rows; ++r, cursor.next()) {
-      row[r] = cursor.row();
-      const int64_t to = *p.a.text_limits.at(b, row[r].position);
-      int64_t from = start;
-      if (p.a.window > 0) from = std::max(from, to + p.P - p.Q + row[r].step - p.a.window + 1);
-      first[r] = static_cast<int32_t>(std::min(from, to));
-      limit[r] = static_cast<int32_t>(to);
-    }
+    for_each_run(p, g, flat, count, [&](int r, int n, Row at) {
+      const int64_t to = *p.a.text_limits.at(b, at.position);
+      for (const int run = r + n; r < run; ++r, ++at.step) {
+        int64_t from = start;
+        if (p.a.window > 0) from = std::max(from, to + p.P - p.Q + at.step - p.a.window + 1);
+        row[r] = at;
+        first[r] = static_cast<int32_t>(std::min(from, to));
+        limit[r] = static_cast<int32_t>(to);
+      }
+    });
     close();
   }
 
@@ -235,8 +226,8 @@ struct Prefetch {
 
   void clear() { to_write = count = done = 0; }
 
-  void add(const E* p) {
-    if (count < kMost) row[count++] = p;
+  void add(const E* first, int64_t stride, int64_t rows) {
+    for (rows = std::min<int64_t>(rows, kMost - count); rows > 0; --rows, first += stride) row[count++] = first;
   }
 
   // Spreads what is queued over so many calls of some().
