@@ -14,12 +14,13 @@ from typing import Any, Literal, get_args
 from pyquiet.checks import check_count
 from pyquiet.scaling import answers
 from pyquiet.scaling.answers import Vote
+from pyquiet.scaling.arguments import check_kinds, check_together, fills_banks
 from pyquiet.scaling.backends.connect import Model, connect
 from pyquiet.scaling.calibration import BUCKETS, Calibrator, Hierarchical, Kind, PerQuestion, PerTurn, Pooled, fit
 from pyquiet.scaling.calibration_files import check_taxonomy, load_calibrator, save_calibrator
 from pyquiet.scaling.calls import Retry
 from pyquiet.scaling.cells import Cell
-from pyquiet.scaling.cold import ColdStart
+from pyquiet.scaling.cold import ColdStart, is_warm, presampled, spent_on
 from pyquiet.scaling.conformal import Rule, Tail
 from pyquiet.scaling.drift import DriftMonitor
 from pyquiet.scaling.engine import run_async, run_sync
@@ -38,11 +39,12 @@ from pyquiet.scaling.plan import (
 from pyquiet.scaling.policy import AcceptAll, ConformalPolicy, Policy
 from pyquiet.scaling.questions import Asked, as_questions
 from pyquiet.scaling.records import Question, Record
-from pyquiet.scaling.report import Tally
+from pyquiet.scaling.report import Report, Tally
 from pyquiet.scaling.result import ATTSResult, Promises, QuestionResult
 from pyquiet.scaling.running import blocking, interruptible, journalled
 from pyquiet.scaling.score import MeanNLL, ScoreFn
 from pyquiet.scaling.session import Session, Setting
+from pyquiet.scaling.spent import Spent
 from pyquiet.scaling.table import Table
 from pyquiet.scaling.views import Template, Views
 
@@ -129,6 +131,10 @@ class ATTS:
         drift: DriftMonitor | None = None,
         degrade: Literal["stop", "draft_only"] = "stop",
     ) -> None:
+        check_kinds({
+            "calibration": calibration, "policy": policy, "score": score, "plan": plan, "template": template,
+            "system": system, "extract": extract, "retry": retry, "limit": limit, "drift": drift,
+        })  # fmt: skip
         if select not in ("majority", "weighted", "first"):
             raise ValueError(f'select must be "majority", "weighted" or "first", got {select!r}')
         if select == "weighted" and not getattr(policy, "scored", True):
@@ -147,8 +153,7 @@ class ATTS:
         self.preset: Literal["paper"] | None = preset
         if preset == "paper":
             self.plan, tail = replace(self.plan, answer_from_rejected=True), tail or "coverage"
-        if drift is not None and self.plan.no_promise:
-            raise ValueError(f"drift watches what is promised, and nothing is ({self.plan.no_promise}): leave one out")
+        check_together(self.plan, policy, calibration, drift)
         self.rule, self.on_takeover = Rule(takeover_rate, tail or "budget", discard_rate), on_takeover
         self.resamples = check_resamples(resamples, on_takeover)
         self.policy, self.on_score_failure = policy, on_score_failure
@@ -158,8 +163,8 @@ class ATTS:
         self._calibration = Table()  # what `calibrate` did, for reports of runs
         self.score, self.extract, self.select = score or MeanNLL(), extract, select
         self.template, self.system = template, system
-        if calibration is None and policy is None:
-            self.rule.warn_if_idle(self.plan.chains)
+        if fills_banks(policy, calibration):
+            getattr(policy, "rule", self.rule).warn_if_idle(self.plan.chains)
         self._retry, self.limit, self._degrade = retry or Retry(), limit, degrade
         self.draft, self.target = connect("draft", draft), connect("target", target)
 
@@ -228,7 +233,9 @@ class ATTS:
                         await drive(session, (self._panel(i, q) for i, q in batch))
                         if isinstance(policy, ConformalPolicy):
                             policy.advance()
-        results, report = tuple(done[i] for i in sorted(done)), tally.report().calibrated(self._calibration)
+                if isinstance(policy, ConformalPolicy):
+                    policy.warn_if_blind()
+        results, report = tuple(done[i] for i in sorted(done)), self._counted(tally.report(), policy)
         return ATTSResult(results, report, promises.by_turn(report.drift), len(done) == len(asked))
 
     def calibrate(
@@ -246,7 +253,7 @@ class ATTS:
 
         The questions that calibrate a turn (every T-th) calibrate no other, so that their chains are judged at earlier
         turns by banks that do not hold their own scores, as those of new questions are; else the promise would break.
-        What it took is counted in the reports of all further runs.
+        What it took is counted in the reports of all further runs, and told apart in those of others that use the bank.
 
         Args:
             kind: "pooled" and "hierarchical" rank first chunks, the latter so that it holds for new questions;
@@ -317,7 +324,7 @@ class ATTS:
                         calibrator = fit(kind, collected, buckets=buckets, n_min=n_min)
         if calibrator is None:
             raise ValueError("questions: none of the drafts could be scored (too short?), so there is no bank")
-        calibrator.taxonomy = made_with(self, calibrator)
+        calibrator.taxonomy, calibrator.spent = made_with(self, calibrator), Spent.of(done)
         self.calibrator, self._calibration = calibrator, done
         return calibrator
 
@@ -341,13 +348,16 @@ class ATTS:
         if not isinstance(policy, ConformalPolicy):
             return
         bank = policy.calibrator.base if isinstance(policy.calibrator, ColdStart) else policy.calibrator
-        if isinstance(bank, PerQuestion) and not bank.banks:  # filled by this run
-            bank.taxonomy = made_with(self, bank)
+        filled = presampled(bank)
+        if isinstance(filled, PerQuestion) and not filled.banks:  # by this run
+            filled.taxonomy = made_with(self, filled)
         own = self.policy if isinstance(self.policy, ConformalPolicy) else None
         check_taxonomy(getattr(bank, "taxonomy", {}), taxonomy(self, own), "calibration")
 
     def _policy(self, calibrator: Calibrator, drift: DriftMonitor | None = None) -> ConformalPolicy:
         if self.on_cold == "presample" and not isinstance(calibrator, PerQuestion):
+            if not is_warm(calibrator, Cell("", "", 0)):
+                self.rule.warn_if_idle(self.plan.chains)
             calibrator = ColdStart(calibrator)
         return ConformalPolicy(
             calibrator,
@@ -358,6 +368,12 @@ class ATTS:
             on_score_failure=self.on_score_failure,
             drift=None if drift is None else drift.fresh(),
         )
+
+    def _counted(self, report: Report, policy: Policy) -> Report:
+        """A report of a run with what its bank took: as part of it where it was filled here, else as spent before."""
+        if isinstance(policy, ConformalPolicy) and not len(self._calibration.rows()):
+            return replace(report, spent_before=spent_on(policy.calibrator))
+        return report.calibrated(self._calibration)
 
     def _panel(self, index: int, question: Question) -> Panel:
         return Panel(question, index, range(self.plan.chains), self.plan.early_majority)
@@ -374,8 +390,7 @@ class ATTS:
             for listen in listeners:
                 listen(record)
 
-        own = policy.calibrator if isinstance(policy, ConformalPolicy) else None
-        filled = own if isinstance(own, PerQuestion | ColdStart) else None
+        filled = presampled(policy.calibrator) if isinstance(policy, ConformalPolicy) else None
         setting = Setting(
             self.plan,
             self.draft,

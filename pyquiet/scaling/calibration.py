@@ -11,15 +11,15 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from pyquiet.checks import check_count
+from pyquiet.checks import check_count, check_number
 from pyquiet.scaling.cells import Cell, Members
 from pyquiet.scaling.conformal import Bank, ClusteredBank, PValue, p_values, rank
+from pyquiet.scaling.spent import Spent
 
 Base = Literal["pooled", "hierarchical"]
 Kind = Literal["pooled", "hierarchical", "per_turn"]
 Update = Literal["frozen", "epoch", "stream", "window"]
 BUCKETS = (0, 1, 2, 4, 8)  # first turns of each: 0, 1, 2-3, 4-7, 8 and later
-
 
 Scores = Sequence[tuple[float, Cell]]
 
@@ -52,9 +52,11 @@ class _Ours:
 
     Attributes:
         taxonomy: what its scores depend on (models, template, ...), by name; empty where nobody has told.
+        spent: what `ATTS.calibrate` took to make it, None where nobody has told.
     """
 
     taxonomy: Mapping[str, str] = MappingProxyType({})
+    spent: Spent | None = None
 
 
 class _Still(_Ours):
@@ -142,6 +144,11 @@ class PerQuestion(_Still):
 
     def __init__(self, banks: Mapping[str, Bank] | None = None, *, n_min: int = 1) -> None:
         self.banks, self.n_min = dict(banks or {}), check_count("n_min", n_min, least=1)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the banks that are filled, each size once."""
+        return tuple(sorted({bank.size for bank in self.banks.values() if bank.size >= self.n_min}))
 
     @property
     def version(self) -> str:
@@ -280,6 +287,12 @@ class Online(_Ours):
         self._hold(scores)
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """What p-values are ranked among, where that is known beforehand: of a bank that does not grow."""
+        n = len(self._sorted)
+        return (n,) if self.update == "frozen" and n >= self.n_min else ()
+
+    @property
     def bank(self) -> Bank:
         """The scores it holds now."""
         return Bank(np.asarray(self._sorted, dtype=np.float64))
@@ -333,10 +346,22 @@ class Adaptive(_Ours):
     """
 
     def __init__(self, base: Calibrator, *, step: float = 0.02) -> None:
+        if not hasattr(base, "p_value"):
+            raise TypeError(f"base must be a calibrator, such as Pooled(bank), got {base!r}")
+        check_number("step", step)
         if not 0 < step < 1:
             raise ValueError(f"step must lie between 0 and 1, got {step}")
-        self.base, self.step, self.taxonomy = base, step, getattr(base, "taxonomy", {})
+        self.base, self.step = base, step
         self.taken = self.seen = 0  # decisions so far
+
+    @property
+    def taxonomy(self) -> Mapping[str, str]:
+        """That of the base."""
+        return getattr(self.base, "taxonomy", {})
+
+    @taxonomy.setter
+    def taxonomy(self, told: Mapping[str, str]) -> None:
+        setattr(self.base, "taxonomy", told)  # noqa: B010  a foreign one may have none yet
 
     @property
     def version(self) -> str:

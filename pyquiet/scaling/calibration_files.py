@@ -22,14 +22,16 @@ from pyquiet.scaling.calibration import (
     Pooled,
     hashed,
 )
+from pyquiet.scaling.cold import spent_on
 from pyquiet.scaling.conformal import Bank
+from pyquiet.scaling.spent import Spent
 
 Arrays = dict[str, NDArray[np.float64]]
 Kept = Pooled | Hierarchical | PerTurn | PerQuestion | Online | Adaptive
 
 
 def save_calibrator(calibrator: Calibrator, folder: str | os.PathLike[str], taxonomy: Mapping[str, str]) -> None:
-    """Writes a calibrator, one that learns during a run with what it has learned so far.
+    """Writes a calibrator with what was spent on it, and one that learns during a run with what it has learned so far.
 
     Args:
         taxonomy: what the scores depend on (models, template, ...); it must be the same where they are used.
@@ -38,6 +40,8 @@ def save_calibrator(calibrator: Calibrator, folder: str | os.PathLike[str], taxo
     """
     packed, arrays = _packed(calibrator)
     about = {"format": 1, "version": calibrator.version, "taxonomy": dict(taxonomy), "calibrator": packed}
+    if (spent := spent_on(calibrator)) is not None:
+        about["spent"] = spent.to_dict()
     about["scores"] = {name: hashed(scores.tobytes()) for name, scores in arrays.items()}
     about["seal"] = hashed(json.dumps(about, sort_keys=True))
     path = Path(folder)
@@ -65,6 +69,7 @@ def load_calibrator(folder: str | os.PathLike[str], taxonomy: Mapping[str, str] 
         raise ValueError(f"{path}/scores.safetensors does not hold the scores that were saved; calibrate again")
     calibrator = _unpacked(about["calibrator"], arrays)
     calibrator.taxonomy = about["taxonomy"]
+    calibrator.spent = Spent.from_dict(about["spent"]) if "spent" in about else None
     return calibrator
 
 

@@ -2,9 +2,20 @@
 
 from collections.abc import Callable, Sequence
 
-from pyquiet.scaling.calibration import Calibrator, Hierarchical, Online, PerQuestion, PerTurn, Pooled, hashed, keep
+from pyquiet.scaling.calibration import (
+    Adaptive,
+    Calibrator,
+    Hierarchical,
+    Online,
+    PerQuestion,
+    PerTurn,
+    Pooled,
+    hashed,
+    keep,
+)
 from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.conformal import PValue
+from pyquiet.scaling.spent import Spent
 
 
 class ColdStart:
@@ -76,3 +87,16 @@ class ColdStart:
 def is_warm(calibrator: Calibrator, cell: Cell) -> bool:
     """Whether there is a bank for the cell's scores."""
     return calibrator.p_value(0.0, cell, 0.5) is not None
+
+
+def presampled(calibrator: Calibrator | None) -> PerQuestion | ColdStart | None:
+    """What of a calibrator is filled with first chunks that are drafted beforehand, if anything is."""
+    if isinstance(calibrator, Adaptive):
+        return presampled(calibrator.base)
+    return calibrator if isinstance(calibrator, PerQuestion | ColdStart) else None
+
+
+def spent_on(calibrator: Calibrator) -> Spent | None:
+    """What was spent to make a calibrator, or the one inside of it, if anybody knows."""
+    own: Spent | None = getattr(calibrator, "spent", None)
+    return spent_on(calibrator.base) if own is None and isinstance(calibrator, Adaptive | ColdStart) else own

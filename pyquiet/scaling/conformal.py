@@ -15,6 +15,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pyquiet.checks import check_number
+
 Tail = Literal["budget", "coverage", "smoothed"]
 Label = Literal["accept", "takeover", "discard"]
 Floats = NDArray[np.float64]
@@ -154,7 +156,8 @@ class Rule:
 
     A chunk whose p-value would call for the target even at `discard_rate` is discarded, and drafted again.
 
-    Raises ValueError for a rate outside of (0, 1), a discard_rate outside of [0, takeover_rate], or another tail.
+    Raises ValueError for a rate outside of (0, 1), a discard_rate outside of [0, takeover_rate], or another tail;
+    TypeError for what is no number.
     """
 
     takeover_rate: float = 0.4
@@ -162,6 +165,8 @@ class Rule:
     discard_rate: float = 0.0
 
     def __post_init__(self) -> None:
+        check_number("takeover_rate", self.takeover_rate)
+        check_number("discard_rate", self.discard_rate)
         if not 0 < self.takeover_rate < 1:
             raise ValueError(
                 f"takeover_rate must lie between 0 and 1, got {self.takeover_rate}; to never or always take over, run "

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+from pyquiet.checks import check_number
+
 _BETS = (0.2, 0.4, 0.6, 0.8)  # exponents of the power martingales: small p-values win
 
 
@@ -55,6 +57,7 @@ class DriftMonitor:
     _before: dict[str, list[float]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_number("level", self.level)
         if not 0 < self.level < 1:
             raise ValueError(f"level must lie between 0 and 1, got {self.level}")
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pyquiet.scaling.calls import together
 from pyquiet.scaling.chain import Chain, Step
 from pyquiet.scaling.panel import Panel
+from pyquiet.scaling.records import uniform
 from pyquiet.scaling.session import Grade, Session, Stopped, chunk_of
 
 
@@ -62,8 +63,8 @@ async def _run(session: Session, panel: Panel, number: int) -> None:
             chain.end("cancelled")
         async with asyncio.timeout(session.plan.chain_seconds):
             await session.prepare(panel.question)
-            while chain.step() is not None:
-                await session.advance(chain, session.rank(panel, chain))
+            while (step := chain.step()) is not None:
+                await session.advance(chain, step, session.rank(panel, chain))
     except TimeoutError:
         chain.end("deadline")
     except asyncio.CancelledError:
@@ -85,7 +86,7 @@ async def _turn(session: Session, panel: Panel, chains: list[Chain]) -> None:
             if stage == "score" and session.setting.policy.together:
                 await _judge_together(session, panel, group)
             else:
-                await together(session.advance(chain, session.rank(panel, chain)) for chain, _ in group)
+                await together(session.advance(chain, step, session.rank(panel, chain)) for chain, step in group)
 
 
 async def _judge_together(session: Session, panel: Panel, group: list[tuple[Chain, Step]]) -> None:
@@ -93,8 +94,8 @@ async def _judge_together(session: Session, panel: Panel, group: list[tuple[Chai
     filed = {chain: record for chain, step in group if (record := session.on_file(chain, step)) is not None}
     graded = await _grades(session, panel, [(chain, step) for chain, step in group if chain not in filed])
     records = [record for record in filed.values() if record.key.stage == "score"]
-    records += [session.undecided(step, grade) for _, step, grade in graded]
-    uniforms = [record.key.uniform(session.plan.seed) for record in records]
+    records += [session.scored(step, grade) for _, step, grade in graded]
+    uniforms = [uniform(record.seed) for record in records]
     decisions = session.setting.policy.decide_all([chunk_of(r, panel.question) for r in records], uniforms)
     for chain, record in filed.items():
         chain.apply(record)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
-from pyquiet.checks import check_count
+from pyquiet.checks import check_count, check_number
 from pyquiet.scaling.records import TAKEOVERS, Record
 
 
@@ -29,8 +29,10 @@ class TakeoverLimit:
     def __post_init__(self) -> None:
         if self.per_question is not None:
             check_count("per_question", self.per_question, least=0)
-        if self.per_minute is not None and self.per_minute <= 0:
-            raise ValueError(f"per_minute must be above 0, got {self.per_minute}; for none use per_question=0")
+        if self.per_minute is not None:
+            check_number("per_minute", self.per_minute)
+            if not self.per_minute > 0:
+                raise ValueError(f"per_minute must be above 0, got {self.per_minute}; for none use per_question=0")
         if self.when_empty not in ("wait", "accept"):
             raise ValueError(f'when_empty must be "wait" or "accept", got {self.when_empty!r}')
 

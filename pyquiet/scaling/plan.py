@@ -1,9 +1,10 @@
 """The settings of a run, as plain values that a journal can keep."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from pyquiet.checks import check_count
+from pyquiet.checks import check_count, check_number
 
 OnTakeover = Literal["continue", "replace", "resample"]
 OnScoreFailure = Literal["takeover", "accept", "fail"]
@@ -62,7 +63,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_count("tokens", self.tokens, least=1)
-        if self.temperature < 0:
+        check_number("temperature", self.temperature)
+        check_number("top_p", self.top_p)
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
@@ -103,8 +106,10 @@ class Plan:
         check_count("turns", self.turns, least=1)
         if self.chain_tokens is not None:
             check_count("chain_tokens", self.chain_tokens, least=1)
-        if self.chain_seconds is not None and self.chain_seconds <= 0:
-            raise ValueError(f"chain_seconds must be above 0, got {self.chain_seconds}")
+        if self.chain_seconds is not None:
+            check_number("chain_seconds", self.chain_seconds)
+            if not self.chain_seconds > 0:
+                raise ValueError(f"chain_seconds must be above 0, got {self.chain_seconds}; None is no limit")
         if isinstance(self.stop, str) or not all(self.stop):
             raise ValueError(f"stop must be a tuple of strings that are not empty, got {self.stop!r}")
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 from pyquiet.checks import check_count, check_fraction
-from pyquiet.scaling.calibration import Calibrator, keep
+from pyquiet.scaling.calibration import Adaptive, Calibrator, keep
 from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.conformal import NEAR, Bank, Label, PValue, Rule
 from pyquiet.scaling.drift import DriftMonitor
@@ -109,6 +109,8 @@ class ConformalPolicy(_Alone):
         for name, value in (("on_cold", on_cold), ("on_short", on_short)):
             if value not in ("takeover", "accept"):
                 raise ValueError(f'{name} must be "takeover" or "accept", got {value!r}')
+        if drift is not None:
+            check_watched(calibrator)
         self.calibrator, self.rule, self.on_takeover = calibrator, rule, on_takeover
         self.on_cold: OnCold = on_cold
         self.on_score_failure, self.fail_unscored = on_score_failure, on_score_failure == "fail"
@@ -163,6 +165,15 @@ class ConformalPolicy(_Alone):
         """A batch of questions has ended: the calibrator may take in what it has seen."""
         if not self._frozen:
             self.calibrator.advance()
+
+    def warn_if_blind(self) -> None:
+        """Warns (UserWarning) where the monitor was shown nothing, since nothing was promised."""
+        if self.drift is not None and not self.drift.seen:
+            warnings.warn(
+                f"drift: {type(self.calibrator).__name__} promised nothing here, so no p-value was watched and none "
+                "could alarm; use a bank that holds for these questions, or leave drift out",
+                stacklevel=3,
+            )
 
     def keep(self) -> Callable[[], None]:
         """What takes the calibrator and the monitor back to what they know now."""
@@ -281,6 +292,16 @@ class RSDPolicy(_Alone):
         reward = -chunk.score
         weight = 1.0 if reward >= self.threshold else min(max(reward, 0.0), 1.0) if self.soft else 0.0
         return Decision(_over(uniform >= weight, "replace"), "reward")
+
+
+def check_watched(calibrator: object) -> None:
+    """Raises ValueError for a calibrator none of whose p-values a drift monitor would ever be shown."""
+    base = getattr(calibrator, "base", None)
+    if isinstance(calibrator, Adaptive) or isinstance(base, Adaptive):
+        raise ValueError(
+            "drift has nothing to watch with Adaptive, which keeps its rate in the long run whatever drifts: leave "
+            "drift out, or use the calibrator inside alone"
+        )
 
 
 def _check_takeover(action: str) -> Takeover:

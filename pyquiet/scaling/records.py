@@ -49,9 +49,10 @@ class Key:
         words = [run_seed, self.phase, self.question, self.chain, self.turn, self.stage, self.attempt]
         return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), "big") >> 1
 
-    def uniform(self, run_seed: int) -> float:
-        """A uniform number in (0, 1) of this stage alone."""
-        return ((self.seed(run_seed) >> 11) + 0.5) * 2.0**-52
+
+def uniform(seed: int) -> float:
+    """A uniform number in (0, 1) of a seed."""
+    return ((seed >> 11) + 0.5) * 2.0**-52
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from pyquiet.scaling.limits import TakeoverLimit
 from pyquiet.scaling.panel import Panel
 from pyquiet.scaling.plan import Plan
 from pyquiet.scaling.policy import Chunk, Policy
-from pyquiet.scaling.records import TAKEOVERS, Decision, Key, Outcome, Question, Record, Timing
+from pyquiet.scaling.records import TAKEOVERS, Decision, Key, Outcome, Question, Record, Timing, uniform
 from pyquiet.scaling.score import ChunkView, Graded, ScoreFn
 from pyquiet.scaling.views import Views
 
@@ -118,15 +118,13 @@ class Session:
             task = self._prepared[cell.name] = asyncio.ensure_future(self._presample(question))
         await asyncio.shield(task)
 
-    async def advance(self, chain: Chain, rank: Rank = ()) -> None:
-        """Takes the chain's next step: from the file if it is there, else by asking a model, and commits it.
+    async def advance(self, chain: Chain, step: Step, rank: Rank = ()) -> None:
+        """Takes the step that the chain needs: from the file if it is there, else by asking a model, and commits it.
 
         A request that fails for good, or does not fit into the context, ends the chain.
 
         Raises Stopped, GoneError or RefusedError where the run cannot go on.
         """
-        step = chain.step()
-        assert step is not None
         record = self.on_file(chain, step)
         if record is None:
             if step.request is None:
@@ -144,7 +142,9 @@ class Session:
 
         Raises Stopped if there is none and the run is asked to end.
         """
-        record = self._done.pop(step.key, None) or self._done.get(chain.key("end"))
+        record = None
+        if self._done:
+            record = self._done.pop(step.key, None) or self._done.get(chain.key("end"))
         if record is None and self.stopping:
             raise Stopped
         return record
@@ -206,28 +206,31 @@ class Session:
 
     def judged(self, chain: Chain, step: Step, grade: Grade, decision: Decision | None = None) -> Record:
         """The record of a score and its decision, which is the policy's if none is given."""
-        record = self.undecided(step, grade)
+        return self.scored(step, grade, self._decision(chain, step, grade, decision))
+
+    def _decision(self, chain: Chain, step: Step, grade: Grade, decision: Decision | None) -> Decision:
+        graded, question = grade.graded, chain.question
         if chain.calibrates:
-            return replace(record, decision=Decision("accept", "calibration"))
-        if record.reason == "gone":
-            return replace(record, decision=Decision("accept", "forced"))
+            return Decision("accept", "calibration")
+        if graded.reason == "gone":
+            return Decision("accept", "forced")
         if decision is None:
-            uniform = step.key.uniform(self.plan.seed)
-            decision = self.setting.policy.decide(chunk_of(record, chain.question), uniform)
+            chunk = Chunk(step.key, Cell.of(question, step.key.turn), graded.score, graded.reason)
+            decision = self.setting.policy.decide(chunk, uniform(step.seed))
         if decision.guaranteed and (why := self.plan.no_promise):
             decision = replace(decision, guaranteed=False, why=why)
-        if decision.action in TAKEOVERS and not (self._limit is None or self._limit.take(chain.question.id)):
+        if decision.action in TAKEOVERS and not (self._limit is None or self._limit.take(question.id)):
             why = "a takeover beyond the limit"
             decision = replace(decision, action="accept", reason="forced", guaranteed=False, why=why, near_tie=False)
-        return replace(record, decision=decision)
+        return decision
 
     @staticmethod
-    def undecided(step: Step, grade: Grade) -> Record:
-        """The record of a score that has no decision yet."""
+    def scored(step: Step, grade: Grade, decision: Decision | None = None) -> Record:
+        """The record of a score, with its decision if there is one yet."""
         graded = grade.graded
         return Record(
             step.key, step.seed, grade.prompt, usage=graded.usage, timing=grade.timing, score=graded.score,
-            reason=graded.reason,
+            reason=graded.reason, decision=decision,
         )  # fmt: skip
 
     def ended(self, chain: Chain) -> bool:
@@ -286,8 +289,8 @@ class Session:
 
     async def _first_score(self, chain: Chain) -> float | None:
         try:
-            while chain.step() is not None:
-                await self.advance(chain)
+            while (step := chain.step()) is not None:
+                await self.advance(chain, step)
         except Stopped:  # the others' requests are let to end
             return None
         if chain.outcome in ("failed", "context") and not self.ended(chain):

@@ -2,8 +2,11 @@
 
 import asyncio
 import os
+import re
 import signal
 import threading
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,11 @@ from pyquiet.scaling import (
     Adaptive,
     Bank,
     ConformalPolicy,
+    DriftMonitor,
     Hierarchical,
     MeanNLL,
     OfficialPolicy,
+    Online,
     PerQuestion,
     PerTurn,
     Plan,
@@ -39,6 +44,8 @@ from pyquiet.scaling import (
     read_questions,
 )
 from pyquiet.scaling.backends.base import TransientError
+from pyquiet.scaling.cells import Cell
+from pyquiet.scaling.cold import ColdStart
 from pyquiet.scaling.records import Record
 
 from .fake_models import HashModel
@@ -101,11 +108,9 @@ def test_a_calibrator_is_used_under_the_settings_that_made_it_alone(tmp_path: Pa
     made = first.calibrate(BANK, chains=1, turns=turns)
     first.save_calibration(tmp_path)
     rule, cue = Rule(0.4), replace(PLAN, closing_cue="So")
-    policy = ConformalPolicy(made, replace(rule, tail="smoothed"))
     others: list[tuple[str, dict[str, Any]]] = [
         ("rule", {"takeover_rate": 0.3}),
         ("rule", {"on_takeover": "replace"}),
-        ("rule", {"policy": policy}),
         ("target", {"models": [HashModel("draft"), HashModel("other")]}),
         ("chain_seconds", {"plan": replace(PLAN, chain_seconds=60.0)}),
         ("extract", {"extract": nothing}),
@@ -116,6 +121,8 @@ def test_a_calibrator_is_used_under_the_settings_that_made_it_alone(tmp_path: Pa
         for calibration in (made, load_calibrator(tmp_path)):
             with pytest.raises(ValueError, match=rf"{name}=.*calibrate again"):
                 atts(calibration=calibration, **options).run(ASKED)
+    with pytest.raises(ValueError, match=r"rule=.*calibrate again"):
+        atts(policy=ConformalPolicy(made, replace(rule, tail="smoothed"))).run(ASKED)
     for fitting in (atts(calibration=made), atts(policy=ConformalPolicy(made, rule))):
         assert fitting.run(ASKED).guaranteed[0][0]
     cued = atts(cue)
@@ -170,6 +177,28 @@ def test_what_calibration_took_is_counted_in_every_report(tmp_path: Path) -> Non
     assert again.run(ASKED, journal=journal).report == report
     runner.calibrate(BANK[:9], kind="hierarchical", chains=1)
     assert runner.run(ASKED).report.calibration_cost["draft"].requests == 9
+
+
+def test_what_a_saved_bank_took_is_told_apart_where_it_serves_again(tmp_path: Path) -> None:
+    runner = atts(models=[HashModel(name, latency=1e-3) for name in ("draft", "target")])
+    made = runner.calibrate(BANK, chains=1)
+    runner.save_calibration(tmp_path / "bank")
+    own = runner.run(ASKED).report
+    assert (own.spent_before, own.calibration > 0) == (None, True)
+    report = atts(calibration=tmp_path / "bank").run(ASKED).report
+    assert report.spent_before is not None
+    assert (report.spent_before.seconds, report.spent_before.cost) == (own.calibration, own.calibration_cost)
+    assert (report.calibration, report.calibration_cost["draft"].requests) == (0.0, 0)
+    words = f"{own.calibration:.1f} s and {report.spent_before.tokens} tokens written had been spent on it"
+    assert words in str(report)
+    assert report.spent_before.tokens > 100
+    assert report.to_dict()["spent_before"]["cost"]["draft"]["requests"] == own.calibration_cost["draft"].requests
+    for other in (made, load_calibrator(tmp_path / "bank"), Adaptive(made)):
+        again = atts(calibration=other)
+        assert again.run(ASKED).report.spent_before == report.spent_before
+        again.save_calibration(tmp_path / "again")
+        assert load_calibrator(tmp_path / "again").spent == report.spent_before
+    assert atts().run(ASKED).report.spent_before is None
 
 
 def test_turns_may_have_banks_of_their_own(tmp_path: Path) -> None:
@@ -452,6 +481,119 @@ def test_an_interruption_ends_well_and_resumes(tmp_path: Path) -> None:
 def test_bad_arguments_are_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         atts(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"drift": 0.01}, "drift must be a DriftMonitor(level), got 0.01"),
+        ({"drift": DriftMonitor}, "drift must be a DriftMonitor(level), got <class"),
+        ({"calibration": 5}, "calibration must be a calibrator, such as Pooled(bank), or the folder"),
+        ({"calibration": PerQuestion}, "calibration must be a calibrator"),
+        ({"limit": 3}, "limit must be a TakeoverLimit(per_question, ...), got 3"),
+        ({"policy": "rank"}, "policy must be a policy, such as RankPolicy(4), got 'rank'"),
+        ({"score": MeanNLL}, "score must be a score, such as MeanNLL()"),
+        ({"plan": {"chains": 3}}, "plan must be a plan, Plan(...), got {'chains': 3}"),
+        ({"retry": 6}, "retry must be a Retry(tries, ...), got 6"),
+        ({"extract": r"\d+"}, "extract must be a function of a text"),
+        ({"template": 1}, "template must be a text with {question}, or a function, got 1"),
+        ({"system": 1}, "system must be a text, got 1"),
+        ({"discard_rate": "a"}, "discard_rate must be a number, got str 'a'"),
+        ({"takeover_rate": None}, "takeover_rate must be a number, got NoneType None"),
+    ],
+)
+def test_what_cannot_serve_is_named_before_any_model_is_asked(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(words)):
+        ATTS(HashModel("draft"), HashModel("target"), **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: DriftMonitor("a"), "level must be a number, got str 'a'"),  # type: ignore[arg-type]
+        (lambda: TakeoverLimit(per_minute="6"), "per_minute must be a number, got str '6'"),  # type: ignore[arg-type]
+        (lambda: Adaptive(5), "base must be a calibrator, such as Pooled(bank), got 5"),  # type: ignore[arg-type]
+        (lambda: Adaptive(PerQuestion(), step="a"), "step must be a number, got str 'a'"),  # type: ignore[arg-type]
+        (lambda: Sampling(temperature="hot"), "temperature must be a number, got str 'hot'"),  # type: ignore[arg-type]
+        (lambda: Sampling(top_p=True), "top_p must be a number, got bool True"),
+        (lambda: Plan(chain_seconds="1"), "chain_seconds must be a number, got str '1'"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_number_is_named(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(words)):
+        make()
+
+
+BIG = Pooled(Bank(np.arange(19.0)))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"policy": RankPolicy(1), "drift": DriftMonitor()}, "drift does nothing beside policy"),
+        ({"policy": ConformalPolicy(BIG, Rule()), "drift": DriftMonitor()}, "drift does nothing beside policy"),
+        ({"policy": RankPolicy(1), "calibration": BIG}, "calibration does nothing beside policy"),
+        ({"calibration": Adaptive(BIG), "drift": DriftMonitor()}, "drift has nothing to watch with Adaptive"),
+        ({"calibration": PerQuestion(n_min=5)}, "n_min must be at most chains, 4, since.*got 5"),
+        ({"calibration": Adaptive(PerQuestion(n_min=5))}, "n_min must be at most chains, 4, since.*got 5"),
+        ({"policy": ConformalPolicy(PerQuestion(n_min=5), Rule())}, "n_min must be at most chains"),
+        (
+            {
+                "policy": ConformalPolicy(BIG, Rule(), drift=DriftMonitor()),
+                "plan": replace(PLAN, early_majority=True),
+            },
+            "drift watches what is promised, and nothing is",
+        ),
+    ],
+)
+def test_what_would_do_nothing_beside_another_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        atts(**options)
+
+
+def test_a_policy_of_ones_own_does_not_watch_what_adapts() -> None:
+    for calibrator in (Adaptive(BIG), ColdStart(Adaptive(BIG))):
+        with pytest.raises(ValueError, match="drift has nothing to watch with Adaptive"):
+            ConformalPolicy(calibrator, Rule(), drift=DriftMonitor())
+
+
+def test_a_monitor_that_was_shown_nothing_says_so() -> None:
+    with pytest.warns(UserWarning, match="drift: Pooled promised nothing here, so no p-value was watched"):
+        atts(calibration=BIG, drift=DriftMonitor()).run(ASKED)
+
+
+@pytest.mark.parametrize(
+    ("options", "n"),
+    [
+        ({}, 4),
+        ({"calibration": PerQuestion()}, 4),
+        ({"policy": ConformalPolicy(PerQuestion(), Rule(0.15))}, 4),
+        ({"calibration": Online(n_min=99), "on_cold": "presample"}, 4),
+        ({"calibration": Online(Bank(np.arange(5.0)))}, 5),
+        ({"calibration": Pooled(Bank(np.arange(5.0)))}, 5),
+        ({"calibration": PerQuestion({Cell.of(q).name: Bank(np.arange(5.0)) for q in ASKED[:1]})}, 5),
+    ],
+)
+def test_a_rate_that_no_bank_can_give_is_warned_of(options: dict[str, Any], n: int) -> None:
+    with pytest.warns(UserWarning, match=rf"below 1 / \(n \+ 1\) for a bank of n = {n} scores"):
+        atts(takeover_rate=0.15, **options).run(ASKED[:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        atts(takeover_rate=0.15, calibration=Online(BIG.bank, n_min=9), on_cold="presample").run(ASKED[:1])
+
+
+def test_a_rate_adapts_in_banks_that_the_run_fills(tmp_path: Path) -> None:
+    bank = Adaptive(PerQuestion(), step=0.1)
+    runner = atts(calibration=bank)
+    result = runner.run(ASKED, journal=tmp_path / "run.jsonl")
+    assert set(result.report.reasons) == {"p"}
+    assert bank.seen == result.report.takeovers.decisions
+    assert result.guaranteed[0] == (False, "adaptive: the rate is kept in the long run only")
+    runner.save_calibration(tmp_path / "bank")
+    back = load_calibrator(tmp_path / "bank")
+    assert (back.version, back.taxonomy) == (bank.version, bank.taxonomy)
+    with pytest.raises(ValueError, match=r"target=.*calibrate again"):
+        atts(calibration=bank, models=[HashModel("draft"), HashModel("other")]).run(ASKED)
 
 
 def test_bad_questions_are_named(tmp_path: Path) -> None:

@@ -86,6 +86,8 @@ def test_a_calibrator_from_elsewhere_is_refused_by_name(tmp_path: Path) -> None:
     class Foreign:
         version = ""
 
+        def p_value(self, score: float, cell: Cell, uniform: float) -> None: ...
+
     for calibrator in (Foreign(), Adaptive(Foreign())):  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="Foreign is none of this package's"):
             save_calibrator(calibrator, tmp_path / "bank", {})  # type: ignore[arg-type]

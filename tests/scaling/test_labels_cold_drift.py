@@ -103,7 +103,7 @@ def test_a_discarded_draft_counts_as_not_kept_and_so_the_promise_holds() -> None
     """Over many banks the share of first drafts that are not kept is that of the rule, however many are discarded."""
     rates = []
     for seed in range(12):
-        runner = atts(replace(PLAN, seed=seed), chains=1, discard_rate=0.25, calibration=PerQuestion())
+        runner = atts(replace(PLAN, seed=seed), chains=1, discard_rate=0.25, calibration=Pooled(SCORES))
         runner.calibrate([f"{seed} bank {i}?" for i in range(59)], kind="hierarchical", chains=1)
         result = runner.run([f"{seed} test {i}?" for i in range(60)])
         assert result.guaranteed[0][0]
