@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -30,7 +31,8 @@ class Kernel:
 
     Calling a kernel with a tuple of arguments runs `forward` directly (microseconds less than the dispatcher) where no
     input needs a gradient, through a torch.autograd.Function where one does, and through the registered op under a
-    compiler, a tracer, a transform of torch.func or a dispatch mode, and for tensor subclasses. No kernel is
+    compiler, a tracer, a transform of torch.func (grad and vmap in any order) or a dispatch mode, and for tensor
+    subclasses. No kernel is
     differentiable twice: a gradient taken with `create_graph=True` raises when it is differentiated.
 
     Args:
@@ -60,6 +62,7 @@ class Kernel:
         assert all(kind in (Tensor, Tensor | None) for kind in list(fields.values())[:tensors]), "tensors come first"
         _define(name, fields, outputs, lambda *args: forward(args, True), lambda *args: fake(args))
         self.op: Callable[..., Tensors] = getattr(torch.ops.pyquiet, name)
+        self._transformed: type[torch.autograd.Function] | None = None
         if backward is None:
             return
 
@@ -109,7 +112,22 @@ class Kernel:
             def backward(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> Any:
                 return tuple(gradients(ctx, Gradient.apply, d_out))
 
-        self._direct = Direct
+        class TransformedGradient(torch.autograd.Function):
+            generate_vmap_rule = True
+            forward, backward = staticmethod(backward_op), staticmethod(refuse)
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: Arguments, output: Tensors) -> None: ...
+
+        class Transformed(torch.autograd.Function):  # for torch.func, which cannot pass the gradients of ops
+            generate_vmap_rule = True
+            forward, setup_context = staticmethod(self.op), staticmethod(save)  # type: ignore[assignment]
+
+            @staticmethod
+            def backward(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> Any:
+                return tuple(gradients(ctx, TransformedGradient.apply, d_out))
+
+        self._direct, self._transformed = Direct, Transformed
         torch.library.register_autograd(
             f"pyquiet::{name}",
             lambda ctx, d_out, *_: tuple(gradients(ctx, backward_op, d_out)),
@@ -128,6 +146,9 @@ class Kernel:
                 or _tracer() is not None
                 or not _PLAIN.issuperset(map(type, arguments[: self.tensors]))
             ):
+                if self._transformed is not None and _differentiable():
+                    transformed: Tensors = self._transformed.apply(*arguments)
+                    return transformed
                 return self.op(*arguments)
             if torch.is_grad_enabled():
                 for x in arguments[: self.inputs]:
@@ -149,6 +170,15 @@ class Kernel:
             raise NotImplementedError(
                 f"{self.op} has no forward-mode derivative; use reverse mode (torch.autograd.grad)"
             )
+
+
+def _differentiable() -> bool:
+    """Whether transforms of torch.func are at work, and such that an autograd.Function can pass."""
+    if is_compiling() or _functorch() is None:
+        return False
+    return all(
+        level.key() != TransformType.Functionalize for level in torch._C._functorch.get_interpreter_stack() or ()
+    )
 
 
 def reads_natively(logits: Tensor) -> bool:

@@ -234,6 +234,7 @@ _kernel = Kernel(
 
 _CPU_DTYPES = {torch.float32, torch.bfloat16}
 _CUDA_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+_DTYPES = _CUDA_DTYPES | {torch.float64}
 
 
 def _runs_natively(query: Tensor) -> bool:
@@ -289,8 +290,8 @@ def _sizes(query: Tensor, text_key: Tensor, path_key: Tensor) -> tuple[int, ...]
         )
     B, H, T, Q, D = query.shape
     G, S, P = text_key.shape[1], text_key.shape[2], path_key.shape[3]
-    if not query.is_floating_point():
-        raise TypeError(f"query must be a floating-point tensor, got {query.dtype}")
+    if query.dtype not in _DTYPES:
+        raise TypeError(f"query must be float32, bfloat16, float16 or float64, got {query.dtype}")
     if D % 8 or not 8 <= D <= _MAX_HEAD_SIZE:
         raise ValueError(f"query has head size D={D}; it must be a multiple of 8 from 8 to 256: pad it with zeros")
     if G < 1 or H % G:

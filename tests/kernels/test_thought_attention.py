@@ -233,6 +233,7 @@ def test_no_tensor_of_scores():
 
 
 PATHS = ("path_key", "path_value")
+TENSORS = ("query", "text_key", "text_value", *PATHS)
 
 
 def broken(change):
@@ -282,6 +283,7 @@ def broken(change):
         (TypeError, "text_limits", lambda a: a.update(text_limits=None)),
         (TypeError, "text_key", lambda a: a.update(text_key=None)),
         (TypeError, "query", lambda a: a.update(query=None)),
+        (TypeError, "query", lambda a: a.update({x: a[x].to(torch.float8_e4m3fn) for x in TENSORS})),
     ],
 )
 def test_bad_arguments_are_named(dtype, error, named, change):
@@ -325,6 +327,26 @@ def test_transforms_and_tracers_meet_the_op():
     assert torch.equal(torch.func.vmap(f)(torch.stack([q, 2 * q]))[0], expected)
     graph = make_fx(f)(2 * q)
     assert torch.equal(graph(q), expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_torch_func():
+    f, q = a_call()
+
+    def loss(q):
+        return f(q).square().sum()
+
+    def mapped(q):
+        return torch.func.vmap(f)(q).square().sum()
+
+    leaf, pair = q.clone().requires_grad_(), torch.stack([q, q])
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    assert torch.equal(torch.func.grad(loss)(q), expected)
+    assert torch.equal(torch.func.vjp(loss, q)[1](torch.ones(()))[0], expected)
+    assert torch.equal(torch.func.vmap(torch.func.grad(loss))(pair)[1], expected)
+    assert torch.equal(torch.func.grad(mapped)(pair)[1], expected)
+    with pytest.raises(NotImplementedError, match="twice"):
+        torch.func.grad(lambda q: torch.func.grad(loss)(q).sum())(q)
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
