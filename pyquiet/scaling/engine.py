@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pyquiet.scaling.calls import together
 from pyquiet.scaling.chain import Chain, Step
 from pyquiet.scaling.panel import Panel
-from pyquiet.scaling.records import uniform
+from pyquiet.scaling.records import Record, uniform
 from pyquiet.scaling.session import Grade, Session, Stopped, chunk_of
 
 
@@ -92,32 +92,38 @@ async def _turn(session: Session, panel: Panel, chains: list[Chain]) -> None:
 async def _judge_together(session: Session, panel: Panel, group: list[tuple[Chain, Step]]) -> None:
     """Scores all chunks, then decides on them at once; those decided before an interruption count with the rest."""
     filed = {chain: record for chain, step in group if (record := session.on_file(chain, step)) is not None}
-    graded = await _grades(session, panel, [(chain, step) for chain, step in group if chain not in filed])
-    records = [record for record in filed.values() if record.key.stage == "score"]
-    records += [session.scored(step, grade) for _, step, grade in graded]
-    uniforms = [uniform(record.seed) for record in records]
-    decisions = session.setting.policy.decide_all([chunk_of(r, panel.question) for r in records], uniforms)
-    for chain, record in filed.items():
-        chain.apply(record)
-    for (chain, step, grade), decision in zip(graded, decisions[len(decisions) - len(graded) :], strict=True):
-        record = session.judged(chain, step, grade, decision)
-        session.commit(record, panel.question)
-        chain.apply(record)
-
-
-async def _grades(session: Session, panel: Panel, group: list[tuple[Chain, Step]]) -> list[tuple[Chain, Step, Grade]]:
-    """The scores of all chunks that did not end their chain."""
-    found: dict[Chain, Grade] = {}
+    fresh = [(chain, step) for chain, step in group if chain not in filed]
+    found: dict[Chain, Grade] = {}  # scores that came back and wait for their decision
 
     async def find(chain: Chain) -> None:
         if (grade := await session.grade(chain, session.rank(panel, chain))) is not None:
             found[chain] = grade
 
     try:
-        await together(find(chain) for chain, _ in group)
-    except BaseException:  # an error of one of them, or Ctrl-C: the others will not be judged, and were paid for
-        for chain, step in group:
+        await together(find(chain) for chain, _ in fresh)
+        _decide(session, panel, filed, [(chain, step) for chain, step in fresh if chain in found], found)
+    except BaseException:  # an error of one of them, or Ctrl-C: the others will not be judged, but were paid for
+        for chain, step in fresh:
             if chain in found:
                 session.drop(step, found[chain], panel.question)
         raise
-    return [(chain, step, found[chain]) for chain, step in group if chain in found]
+
+
+def _decide(
+    session: Session,
+    panel: Panel,
+    filed: dict[Chain, Record],
+    graded: list[tuple[Chain, Step]],
+    found: dict[Chain, Grade],
+) -> None:
+    """Decides on all chunks of a turn, and takes each new one's score out of `found` as it is committed."""
+    records = [record for record in filed.values() if record.key.stage == "score"]
+    records += [session.scored(step, found[chain]) for chain, step in graded]
+    chunks = [chunk_of(record, panel.question) for record in records]
+    decisions = session.setting.policy.decide_all(chunks, [uniform(record.seed) for record in records])
+    for chain, record in filed.items():
+        chain.apply(record)
+    for (chain, step), decision in zip(graded, decisions[len(decisions) - len(graded) :], strict=True):
+        record = session.judged(chain, step, found.pop(chain), decision)
+        session.commit(record, panel.question)
+        chain.apply(record)

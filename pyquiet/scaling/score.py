@@ -35,11 +35,12 @@ class ChunkView:
 
 @dataclass(frozen=True, slots=True)
 class Graded:
-    """A score, or None and the reason why there is none; and what it cost."""
+    """A score, or None and the reason why there is none; what it cost, and whether a model was asked at all."""
 
     score: float | None
     reason: str = ""
     usage: Usage = NO_USAGE
+    asked: bool = True
 
 
 class ScoreFn(Protocol):
@@ -66,7 +67,7 @@ class _OfTokens:
         Raises RefusedError for values that are not finite.
         """
         if reason := self._too_short(view):
-            return Graded(None, reason)
+            return Graded(None, reason, asked=False)
         answer = await target.score(Score(view.chain, view.prompt, view.start, self.entropy))
         if len(answer.log_probs) < self.min_tokens:  # where only the server counts tokens
             return Graded(None, "short", answer.usage)
@@ -186,7 +187,7 @@ class JudgeGrade:
     async def __call__(self, view: ChunkView, target: Backend) -> Graded:
         """The score; None, "empty", for a chunk without text."""
         if not view.text:
-            return Graded(None, "empty")
+            return Graded(None, "empty", asked=False)
         ids = view.prompt.ids
         if ids is not None:
             if target.codec is None:
@@ -220,7 +221,7 @@ class Reward:
     async def __call__(self, view: ChunkView, target: Backend) -> Graded:
         """The score; None, "empty", for a chunk without text. Raises RefusedError for a reward that is not finite."""
         if not view.text:
-            return Graded(None, "empty")
+            return Graded(None, "empty", asked=False)
         arguments: Any = (view.question, view.prompt.text.removesuffix(view.text), view.text)
         fn: Any = self._fn
         plain = not inspect.iscoroutinefunction(self._fn)

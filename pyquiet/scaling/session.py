@@ -163,7 +163,7 @@ class Session:
         try:
             if not self._target_gone:
                 graded, timing = await self._score.call(send, rank, self._loss(key, view.question, prompt))
-                return Grade(graded, prompt, timing)
+                return Grade(graded, prompt, timing if graded.asked else None)
         except TransientError:
             if getattr(self.setting.policy, "fail_unscored", False):
                 raise

@@ -149,19 +149,21 @@ def test_scores_that_wait_to_be_ranked_are_counted_when_one_of_them_fails(error:
     assert result.questions == wanted.questions
 
 
-def test_a_crash_loses_no_account(tmp_path: Path) -> None:
-    journal, seen = tmp_path / "run.jsonl", list[Record]()
+@pytest.mark.parametrize(("policy", "engine"), [(None, "async"), (RankPolicy(1), "sync")])
+def test_a_crash_loses_no_account(policy: Any, engine: Any, tmp_path: Path) -> None:
+    journal, seen = tmp_path / "run.jsonl", Counter[str]()
 
     def crash(record: Record) -> None:
-        seen.append(record)
-        if len(seen) == 60:
+        seen[record.stage] += 1
+        if seen["score"] == 21:  # in the middle of a turn
+            seen.clear()
             raise RuntimeError("crash")
 
-    first, error = run(journal, on_record=crash)
+    first, error = run(journal, on_record=crash, policy=policy, engine=engine)
     assert str(error) == "crash"
     lost = check(journal, first)
     assert {record.outcome for record in lost} == {"cancelled"}
-    second, result = run(journal)
+    second, result = run(journal, policy=policy, engine=engine)
     assert result.finished
     assert len(check(journal, first, second)) == len(lost)
 
@@ -218,6 +220,12 @@ def test_errors_that_pass_are_no_loss(tmp_path: Path) -> None:
     models, result = run(tmp_path / "run.jsonl", models=models)
     assert check(tmp_path / "run.jsonl", models) == []
     assert result.report.cost["draft"].retries + result.report.calibration_cost["draft"].retries == 1
+
+
+def test_a_chunk_that_is_too_short_to_be_scored_is_no_request(tmp_path: Path) -> None:
+    models, result = run(tmp_path / "run.jsonl", score=MeanNLL(min_tokens=8), calibration=Pooled(Bank([0.5, 1.0])))
+    check(tmp_path / "run.jsonl", models)
+    assert result.report.reasons["short"] > 5
 
 
 def test_peaks_are_told_in_bytes_where_a_model_says_what_a_token_takes(tmp_path: Path) -> None:

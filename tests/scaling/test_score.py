@@ -88,9 +88,9 @@ def test_short_and_empty_chunks_have_no_score_but_a_reason(ids: bool) -> None:
     target = Told()
     assert grade(MeanNLL(min_tokens=5), view(ids=ids), target).reason == "short"
     assert len(target.asked) == (not ids)  # a server has to count its tokens
-    assert grade(MeanNLL(min_tokens=1), view("", ids=ids), target) == Graded(None, "empty")
-    assert grade(JudgeGrade(), view("", ids=ids), target) == Graded(None, "empty")
-    assert grade(Reward(lambda *_: 1.0), view("", ids=ids), target) == Graded(None, "empty")
+    assert grade(MeanNLL(min_tokens=1), view("", ids=ids), target) == Graded(None, "empty", asked=False)
+    assert grade(JudgeGrade(), view("", ids=ids), target) == Graded(None, "empty", asked=False)
+    assert grade(Reward(lambda *_: 1.0), view("", ids=ids), target) == Graded(None, "empty", asked=False)
     assert len(target.asked) == (not ids)
 
 
