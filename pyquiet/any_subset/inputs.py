@@ -70,6 +70,10 @@ def read_inputs(
         raise ValueError(
             f"attention_mask must have the shape of input_ids, {list(input_ids.shape)}, got {list(real.shape)}"
         )
+    if attention_mask is not None and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+        raise ValueError(
+            "attention_mask must hold 1 at tokens and 0 at padding, got others; a mask that is added to scores is none"
+        )
     if not real.any(1).all():
         raise ValueError(f"attention_mask hides all of text {int((~real.any(1)).nonzero()[0])}; leave it out")
     given = input_ids[real if filled else known & real]

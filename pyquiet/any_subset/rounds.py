@@ -248,7 +248,7 @@ class Session:
         places = places.masked_fill(places == self.order.shape[1], -1)
         logits = drafter(Context(self.tokens.clone(), known.to(places.device), places, draw_next))
         self.drafter_calls[self.rows] += self.live
-        if len(parts) != (width if logits is None else 0):
+        if not (logits is None or isinstance(logits, Tensor)) or len(parts) != (width if logits is None else 0):
             raise ValueError(
                 f"method: the drafter drew {len(parts)} drafts and returned {type(logits).__name__}; it must return "
                 f"logits, or draw all {width} with context.draw and return None"
@@ -267,6 +267,8 @@ class Session:
             raise ValueError(
                 f"method: the drafter gave logits of shape {list(logits.shape)}; here they must be {list(shape)}"
             )
+        if (idle := ranks < 0).any():  # what is said of drafts that there are not is not looked at
+            logits = logits.masked_fill(idle.to(logits.device)[..., None], 0)
         try:
             return self._draft(logits, ranks)[0]
         except ValueError as error:

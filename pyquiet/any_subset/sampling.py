@@ -164,11 +164,12 @@ def _fixed(session: Session, method: Any, k: Any) -> Taken:
     k = DRAFTS.get(name, 5) if k == "auto" else k
     drafter = ngram_drafter(session.engine.vocab_size, session.options["banned"]) if method == "ngram" else method
     plan = SEQUENTIAL if name == "sequential" or (name == "assd" and k == 1) else Plan(name, k)
+    width = min(k, int((session.total - session.known).max()))  # more drafts than tokens would be rows for nothing
     take = {
         "sequential": session.sequential,
-        "assd": lambda: session.assd(k),
-        "one_call": lambda: session.one_call(k),
-    }.get(plan.kind, lambda: session.drafted(k, drafter))
+        "assd": lambda: session.assd(width),
+        "one_call": lambda: session.one_call(width),
+    }.get(plan.kind, lambda: session.drafted(width, drafter))
     rounds = []
     while session.live.any():
         rounds.append((plan, session.run(take)))

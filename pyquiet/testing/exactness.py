@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyquiet.checks import check_count
 from pyquiet.testing.enumerable import enumerate_law
 
 _LEAST_EXPECTED = 5.0  # cells of a smaller expected count are pooled: chi-square is an approximation for large counts
@@ -87,8 +88,9 @@ def exactness_test(
     >>> exactness_test(draw_two_bits, law, samples=1000).p_value > 1e-4
     True
     """
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+    if not callable(sampler):
+        raise TypeError(f"sampler must be a function of (samples, seed), got {type(sampler).__name__}")
+    check_count("samples", samples, least=1)
     if (input_ids is None) != (known is None):
         raise ValueError("input_ids and known go together: give both, or neither")
     if not isinstance(law, Tensor):

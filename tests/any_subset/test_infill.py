@@ -1,10 +1,13 @@
 """What `infill` takes and returns; its law is tested in test_exactness.py, its calls in test_calls.py."""
 
+import itertools
+
 import pytest
 import torch
 
 import pyquiet
 from pyquiet.any_subset import generate
+from pyquiet.any_subset.cost import SEQUENTIAL, CostModel, Plan
 from pyquiet.randomness import process_logits
 
 from .models import random_xlnet
@@ -136,6 +139,41 @@ def test_drafts_may_look_at_those_before_them(model, ids, mask):
     assert torch.equal(seen[0].known, ~mask)
 
 
+def test_what_a_drafter_says_of_no_position_is_not_looked_at(model, ids, mask):
+    def draft(context, idle):
+        return uniform_drafter(context).masked_fill((context.positions < 0)[..., None], idle)
+
+    options = {"mask": mask, "k": 5, "seed": 2}
+    clean, *others = (
+        pyquiet.infill(model, ids, method=lambda context, x=x: draft(context, x), **options).tokens
+        for x in (0.0, -torch.inf, torch.nan)
+    )
+    assert all(torch.equal(tokens, clean) for tokens in others)
+
+
+@pytest.mark.parametrize("method", ["assd", "one_call", "ngram"])
+def test_more_drafts_than_tokens_are_no_rows(model, ids, mask, method):
+    few, many = (pyquiet.infill(model, ids, mask=mask, method=method, k=k, seed=2) for k in (N, 10**9))
+    assert torch.equal(few.tokens, many.tokens)
+    assert many.k == 10**9
+    assert torch.equal(few.tried_by_rank, many.tried_by_rank)
+
+
+def test_rounds_of_all_kinds_may_follow_each_other(model, ids, mask, monkeypatch):
+    """What `auto` may come to do: drafts that are pending are thrown away, or other numbers of them follow."""
+    plans = itertools.cycle(
+        [Plan("one_call", 2), SEQUENTIAL, Plan("assd", 3), Plan("one_call", 1), Plan("one_call", 2), Plan("assd", 5)]
+    )
+    taken = []
+    monkeypatch.setattr(CostModel, "choose", lambda *_: taken.append(next(plans)) or taken[-1])
+    out = pyquiet.infill(model, ids, mask=mask, seed=2)
+    exact = pyquiet.infill(model, ids, mask=mask, method="sequential", seed=2, coupling="gumbel")
+    assert len({plan.kind for plan in taken}) == 3
+    assert torch.equal(out.tokens, exact.tokens)
+    torch.testing.assert_close(out.log_probs, exact.log_probs, rtol=0, atol=1e-4)
+    assert (sum(out.calls.values()) <= mask.sum(1)).all()
+
+
 def test_greedy_and_seedless(model, ids, mask):
     greedy = [pyquiet.infill(model, ids, mask=mask, method=m, temperature=0) for m in METHODS]
     assert all(torch.equal(out.tokens, greedy[0].tokens) for out in greedy)
@@ -220,12 +258,14 @@ GOOD = {"mask": torch.ones(2, 3, dtype=torch.bool)}
         ({"banned": torch.ones(V, dtype=torch.bool)}, "banned"),
         ({"attention_mask": torch.ones(2, 4)}, "attention_mask"),
         ({"attention_mask": torch.zeros(2, 3)}, "attention_mask"),
+        ({"attention_mask": torch.tensor([[0.0, 0.0, -torch.inf]] * 2)}, "attention_mask must hold 1"),
         ({"sequence_ids": torch.zeros(3, dtype=torch.int64)}, "sequence_ids"),
         ({"sequence_ids": torch.tensor([-1, 0])}, "sequence_ids"),
         ({"order": torch.zeros(2, 3, dtype=torch.int64)}, "order"),
         ({"seed": 2**64}, "seed"),
         ({"method": lambda context: torch.zeros(1)}, "method"),
         ({"method": lambda context: None}, "method"),
+        ({"method": lambda context: [0]}, "method: the drafter drew 0 drafts and returned list"),
         ({"method": lambda context: torch.full((*context.positions.shape, V), -torch.inf)}, "method"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

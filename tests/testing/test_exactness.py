@@ -144,6 +144,12 @@ def test_the_result_reads_as_one_line():
     ("arguments", "error", "message"),
     [
         ({"samples": 0}, ValueError, "samples must be at least 1, got 0"),
+        ({"samples": 1e3}, TypeError, "samples must be an int, got float"),
+        (
+            {"sampler": torch.zeros(50, 2).long()},
+            TypeError,
+            r"sampler must be a function of \(samples, seed\), got Tensor",
+        ),
         ({"law": LAW + 1e-4}, ValueError, "law .* sum to 1, got a sum of 1.0001"),
         ({"law": LAW * math.nan}, ValueError, "sum of nan"),
         ({"law": LAW.long()}, TypeError, "law must hold log-probabilities"),
@@ -158,7 +164,7 @@ def test_arguments_that_do_not_fit_are_refused(arguments, error, message):
         return torch.zeros(samples, 2).long()
 
     with pytest.raises(error, match=message):
-        exactness_test(sample, **{"law": LAW, "samples": 50, **arguments})
+        exactness_test(**{"sampler": sample, "law": LAW, "samples": 50, **arguments})
 
 
 @pytest.mark.parametrize(
