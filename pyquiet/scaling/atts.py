@@ -439,6 +439,8 @@ def _presampling(filled: PerQuestion | ColdStart, chains: int) -> dict[str, Any]
 def _kept(policy: Policy, finished: Callable[[], bool]) -> Iterator[None]:
     """Takes back what a policy has learned if the run does not finish: its journal teaches that again."""
     undo: Callable[[], None] = getattr(policy, "keep", lambda: lambda: None)()
+    if isinstance(policy, ConformalPolicy):
+        policy.begin()
     try:
         yield
     finally:

@@ -75,6 +75,10 @@ class DriftMonitor:
         """One that has seen nothing, for a run of its own."""
         return replace(self)
 
+    def begin(self) -> None:
+        """A run begins: forgets what it has seen, as reports, which know one run, do."""
+        vars(self).update(vars(self.fresh()))
+
     def keep(self) -> Callable[[], None]:
         """What takes it back to what it has seen by now."""
         now = copy.deepcopy(vars(self))

@@ -89,7 +89,8 @@ class ConformalPolicy(_Alone):
             for good ("fail" ends its chain). on_short: with one too short to be scored. None of these decisions has a
             p-value.
         drift: watches the p-values of guaranteed decisions, and of first turns in a bank that grows, on each question's
-            first chain; the policy warns when they stop being uniform, and the monitor may freeze the calibrator.
+            first chain; the policy warns when they stop being uniform, and the monitor may freeze the calibrator. It
+            begins anew with every run of `ATTS`.
     """
 
     def __init__(
@@ -160,6 +161,11 @@ class ConformalPolicy(_Alone):
         if chunk.score is not None and not chunk.key.attempt and decision.reason in _LEARNED and not self._frozen:
             fired = decision.action in (*TAKEOVERS, "resample") or decision.reason == "forced"
             self.calibrator.observe(chunk.score, chunk.cell, fired)
+
+    def begin(self) -> None:
+        """A run begins."""
+        if self.drift is not None:
+            self.drift.begin()
 
     def advance(self) -> None:
         """A batch of questions has ended: the calibrator may take in what it has seen."""
