@@ -63,8 +63,18 @@ class Kernel:
         _define(name, fields, outputs, lambda *args: forward(args, True), lambda *args: fake(args))
         self.op: Callable[..., Tensors] = getattr(torch.ops.pyquiet, name)
         self._transformed: type[torch.autograd.Function] | None = None
-        if backward is None:
-            return
+        if backward is not None:
+            self._differentiate(name, fields, outputs, backward)
+
+    def _differentiate(
+        self,
+        name: str,
+        fields: dict[str, Any],
+        outputs: int,
+        backward: Callable[[Tensor, Tensors, Arguments], Tensors],
+    ) -> None:
+        """Registers the gradient, itself an op, and makes the functions that take the op's place."""
+        inputs, tensors = self.inputs, self.tensors
 
         def flat_backward(d_out: Tensor, *rest: Any) -> Tensors:
             return backward(d_out, rest[:outputs], rest[outputs:])
@@ -94,46 +104,14 @@ class Kernel:
             wanted = [d if ctx.needs_input_grad[i] else None for i, d in enumerate(d_inputs)]
             return [*wanted, *none[inputs:]]
 
-        class Gradient(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *arguments: Any) -> Tensors:
-                return flat_backward(*arguments)
-
-            backward = staticmethod(refuse)
-
-        class Direct(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *arguments: Any) -> Tensors:
-                results = forward(arguments, True)
-                save(ctx, arguments, results)
-                return results
-
-            @staticmethod
-            def backward(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> Any:
-                return tuple(gradients(ctx, Gradient.apply, d_out))
-
-        class TransformedGradient(torch.autograd.Function):
-            generate_vmap_rule = True
-            forward, backward = staticmethod(backward_op), staticmethod(refuse)
-
-            @staticmethod
-            def setup_context(ctx: Any, inputs: Arguments, output: Tensors) -> None: ...
-
-        class Transformed(torch.autograd.Function):  # for torch.func, which cannot pass the gradients of ops
-            generate_vmap_rule = True
-            forward, setup_context = staticmethod(self.op), staticmethod(save)  # type: ignore[assignment]
-
-            @staticmethod
-            def backward(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> Any:
-                return tuple(gradients(ctx, TransformedGradient.apply, d_out))
-
-        self._direct, self._transformed = Direct, Transformed
         torch.library.register_autograd(
             f"pyquiet::{name}",
             lambda ctx, d_out, *_: tuple(gradients(ctx, backward_op, d_out)),
             setup_context=lambda ctx, inputs, output: save(ctx, inputs, output),
             lib=_LIBRARY,
         )
+        self._direct = _direct_function(self.forward, flat_backward, save, gradients, refuse)
+        self._transformed = _transformed_function(self.op, backward_op, save, gradients, refuse)
 
     def __call__(self, arguments: Arguments, all_outputs: bool = True) -> Tensors:
         try:
@@ -153,7 +131,7 @@ class Kernel:
             if torch.is_grad_enabled():
                 for x in arguments[: self.inputs]:
                     if x.requires_grad:
-                        results: Tensors = self._direct.apply(*arguments)  # type: ignore[no-untyped-call]
+                        results: Tensors = self._direct.apply(*arguments)
                         return results
             return self.forward(arguments, all_outputs)
         except (AttributeError, TypeError, RuntimeError):  # pybind11 says RuntimeError of what it cannot convert
@@ -219,6 +197,63 @@ def empty_rows_like(x: Tensor) -> Tensor:
     """An uninitialised tensor laid out as x, so that a transposed view gives one; its last dimension contiguous."""
     out = torch.empty_like(x)
     return out if out.stride(-1) == 1 else x.new_empty(x.shape)
+
+
+def _direct_function(
+    forward: Callable[[Arguments, bool], Tensors],
+    backward: Callable[..., Tensors],
+    save: Callable[[Any, Arguments, Tensors], None],
+    gradients: Callable[..., Sequence[Tensor | None]],
+    refuse: Callable[..., None],
+) -> type[torch.autograd.Function]:
+    """The function of eager code, which spares the dispatcher."""
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Tensors:
+            return backward(*arguments)
+
+        backward = staticmethod(refuse)
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Tensors:
+            results = forward(arguments, True)
+            save(ctx, arguments, results)
+            return results
+
+        @staticmethod
+        def backward(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> Any:
+            return tuple(gradients(ctx, Gradient.apply, d_out))
+
+    return Direct
+
+
+def _transformed_function(
+    op: Callable[..., Tensors],
+    backward_op: Callable[..., Tensors],
+    save: Callable[[Any, Arguments, Tensors], None],
+    gradients: Callable[..., Sequence[Tensor | None]],
+    refuse: Callable[..., None],
+) -> type[torch.autograd.Function]:
+    """The function of torch.func, which cannot pass the gradients of ops."""
+
+    class Gradient(torch.autograd.Function):
+        generate_vmap_rule = True
+        forward, backward = staticmethod(backward_op), staticmethod(refuse)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Arguments, output: Tensors) -> None: ...
+
+    class Transformed(torch.autograd.Function):
+        generate_vmap_rule = True
+        forward, setup_context = staticmethod(op), staticmethod(save)  # type: ignore[assignment]
+
+        @staticmethod
+        def backward(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> Any:
+            return tuple(gradients(ctx, Gradient.apply, d_out))
+
+    return Transformed
 
 
 def _define(
