@@ -63,7 +63,7 @@ def check(journal: Path, *asked: list[HashModel]) -> list[Record]:
     met: Counter[str] = Counter()
     for draft, target in asked:
         met["draft"] += len(draft.requests)
-        met["score"] += target.requests.count("score")
+        met["score"] += sum(kind in ("score", "choose") for kind in target.requests)
         met["target"] += target.requests.count("generate")
     assert tried(records) == +met
     report = Report.of(header, records)
