@@ -1,6 +1,7 @@
 """`pyquiet scale` with servers: replicas behind one name, and tokenizers on this side, so that ids go over the wire."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from pyquiet.cli import main
+from pyquiet.scaling import read_journal
 
 from ..scaling.loopback import Loopback, serving
 from ..scaling.toy_language import NUMBERS, WORDS, ToyCodec
 from .one_line import error_line
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "math_servers" / "run.py"
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,33 @@ def test_replicas_share_the_chains_and_tokenizers_make_them_ids(
             server.bodies.extend(server_asked)
             assert prompts(server) == {list if given else str}
     assert shown["bank"].startswith("first chunks drafted for each question beforehand")
+
+
+def test_the_recipe_for_mathematics_answers_calibrates_and_goes_on(
+    tokenizer: Path,
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    others = tmp_path / "others.jsonl"
+    others.write_text("".join(json.dumps({"problem": f"How many is {i}?"}) + "\n" for i in range(3)))
+    journal, bank = str(tmp_path / "run.jsonl"), str(tmp_path / "bank")
+    with serving() as draft, serving("sglang", salt=1) as target:
+        command = ["run.py", "math500", str(questions), journal, "--chains", "2", "--limit", "2", "--calibration", bank]
+        for role, server in (("draft", draft), ("target", target)):
+            command += [f"--{role}", server.url, f"--{role}-tokenizer", str(tokenizer)]
+        monkeypatch.setattr("sys.argv", [*command, "--calibrate", str(others)])
+        runpy.run_path(str(RECIPE), run_name="__main__")
+        report = capsys.readouterr().out
+        asked = draft.account.good("generate"), target.account.good("score")
+        monkeypatch.setattr("sys.argv", command)
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    assert (draft.account.good("generate"), target.account.good("score")) == asked  # what was done is not done again
+    header, records = read_journal(journal)
+    assert header["config"]["turns"] == 12
+    assert sum(record.key.stage == "end" for record in records) == 4
+    assert "s to calibrate before" in report
 
 
 def test_one_address_twice_is_named(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
