@@ -146,6 +146,23 @@ def test_temperature_zero_takes_the_lowest_of_the_largest(dtype):
     assert drawn.tokens.tolist() == [2, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", [0.0, 60.0, -300.0, 1e4, 1.3e5, 1.4e5, -1e7, 1e9])
+def test_large_scores_keep_their_law(level, dtype):
+    """Rows about a level, and rows of which one part in three lies there: their weights have bases far apart."""
+    logits = torch.randn(40, 6100, generator=torch.Generator().manual_seed(5)) * 3
+    logits[:20] += level
+    logits[20:, 2100:4000] += level
+    logits = logits.to(dtype)
+    stream = answers(sequence=torch.arange(40))
+    drawn, exact = draw(logits, stream=stream), draw(logits.double(), stream=stream)
+    assert (drawn.tokens == exact.tokens).sum() >= 39
+    size = 1e-7 * exact.lse.abs()
+    assert ((drawn.lse - exact.lse).abs() <= 1e-6 + size).all()
+    log_probs = logits.double().log_softmax(-1).gather(-1, drawn.tokens[:, None])[:, 0]
+    assert ((drawn.log_probs - log_probs).abs() <= 2e-6).all()
+
+
 def test_low_precision_logits_follow_their_float32_law():
     logits = torch.randn(5, 37).bfloat16()
     low, full = (draw(x, stream=answers(), temperature=0.9) for x in (logits, logits.float()))

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "simd.hpp"
@@ -33,18 +34,26 @@ inline void in_parallel(int64_t n, int threads, Run run) {
   for (int64_t i = 0; i < n; ++i) run(i);
 }
 
+// The lanes of v put together: halves of the vector, again and again.
+template <class V, class Join>
+inline auto join_lanes(V v, Join join) {
+  using T = std::remove_reference_t<decltype(v[0])>;
+  if constexpr (sizeof(V) == 2 * sizeof(T)) {
+    return join(v[0], v[1]);
+  } else {
+    typedef T Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half half[2];
+    std::memcpy(half, &v, sizeof v);
+    return join_lanes(join(half[0], half[1]), join);
+  }
+}
+
 inline float largest_lane(F v) {
-  float largest = v[0];
-  for (int i = 1; i < kLanes; ++i) largest = std::max(largest, v[i]);
-  return largest;
+  return join_lanes(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 inline double sum_of_lanes(D v) {
-  double lane[kLanes / 2];
-  std::memcpy(lane, &v, sizeof v);
-  for (int width = kLanes / 4; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
+  return join_lanes(v, [](auto a, auto b) { return a + b; });
 }
 
 template <class T>
@@ -99,6 +108,14 @@ struct Row {
     }
   }
 
+  // The same of a plain chunk, in an order of its own.
+  [[gnu::always_inline]] void plain_block(int64_t v, F (&x)[4]) const {
+    if constexpr (sizeof(E) == 4) return block<true>(v, x);
+    fetch(v);
+    if constexpr (sizeof(E) == 2)
+      for (int u = 0; u < 4; u += 2) load_pairs(logits + v + u * kLanes, x[u], x[u + 1]);
+  }
+
   F masked(F x, int64_t v) const {
     if (processing.banned) {
       x = load_bytes(processing.banned + v) != 0 ? fill(kNegInf) : x;
@@ -109,7 +126,7 @@ struct Row {
   // Memory that is read soon, into L1: the processor's own prefetching leaves gaps where exponentials take the time.
   // (Inlined, or g++ takes it for a function without effect and drops the call.)
   [[gnu::always_inline]] void fetch(int64_t v) const {
-    constexpr size_t kAhead = 2048;
+    constexpr size_t kAhead = 4096;
     const char* line = reinterpret_cast<const char*>(logits + v) + kAhead;
     for (size_t i = 0; i < kBlock * sizeof(E); i += 64) __builtin_prefetch(line + i);
   }
@@ -121,14 +138,27 @@ inline void if_plain(bool plain, Use use) {
   plain ? use(std::true_type()) : use(std::false_type());
 }
 
-// What the first pass over a row yields: of chunk c the largest score, the sum of exp(score - base) with a base near it
-// and, once all are read, the factor that makes it a part of the row's. Bases are whole numbers: were their differences
-// rounded, whole chunks would shift against each other, and draws with them.
+// Weights are exp(score - shift) 2^-power, for the sake of speed with a shift of 0 where scores are not too large.
+struct Base {
+  float shift, power;
+
+  static Base near(float score, bool far) {
+    return far ? Base{std::nearbyint(score), 0} : Base{0, std::nearbyint(score * kLog2E)};
+  }
+  bool operator==(const Base& other) const { return shift == other.shift && power == other.power; }
+  // The score of weight 1; by the kLog2E that the weights are computed with.
+  double score() const { return shift + power / static_cast<double>(kLog2E); }
+};
+constexpr float kFarScore = 1 << 17;
+
+// What the first pass over a row yields: of chunk c the largest score, the sum of weights to a base near it and, once
+// all are read, the factor that makes it a part of the row's.
 //
 // Where draws may follow, also the row's CDF at the end of every part of a chunk, in double, of float sums of the 8
 // terms that meet in a lane (32 without AVX): so a part loses no more than its terms do, 1e-7 of itself.
 struct Survey {
-  std::vector<float> tops, bases;
+  std::vector<float> tops;
+  std::vector<Base> bases;
   std::vector<double> factors, sums, cdf;
   float top;
   double total;  // of exp(score - top)
@@ -138,7 +168,7 @@ struct Survey {
 
   void resize(int64_t chunks) {
     tops.assign(chunks, kNegInf);
-    bases.assign(chunks, kNegInf);
+    bases.assign(chunks, Base{kNegInf, 0});
     factors.resize(chunks);
     sums.resize(chunks);
     cdf.resize(chunks * kParts);  // until they are merged, the parts' own sums
@@ -146,9 +176,9 @@ struct Survey {
 
   void merge(bool draws) {
     top = *std::max_element(tops.begin(), tops.end());
-    const double base = top > kNegInf ? std::nearbyint(top) : 0;
+    const double base = top > kNegInf ? top : 0;
     for (size_t c = 0; c < bases.size(); ++c)
-      factors[c] = c > 0 && bases[c] == bases[c - 1] ? factors[c - 1] : std::exp(bases[c] - base);
+      factors[c] = c > 0 && bases[c] == bases[c - 1] ? factors[c - 1] : std::exp(bases[c].score() - base);
     total = 0;
     for (size_t c = 0; c < sums.size(); ++c) {
       double sum = 0;  // of the chunk alone: no addition waits for those of other chunks
@@ -159,49 +189,65 @@ struct Survey {
       }
       total += sum;
     }
-    total *= std::exp(base - top);
   }
 };
 
 // The sum over a chunk, in one pass: the base is near the largest score of the first block that has any, or of a later
-// one that leaves it far behind: exponentials of large numbers are less exact.
-template <bool kPlain, bool kOfParts, class E>
-inline void survey_chunk(const Row<E>& row, int64_t c, Survey& to) {
-  constexpr float kFar = 16.0f;
-  const Exp exp;
+// one that leaves it far behind: exponentials of large numbers are less exact. False where scores turn out to be too
+// large and kFar is needed.
+template <bool kPlain, bool kOfParts, bool kFar, class E>
+inline bool survey_chunk(const Row<E>& row, int64_t c, Survey& to) {
+  constexpr float kRise = 16.0f;
+  Exp exp;
   F sum[4] = {}, top = fill(kNegInf);
   F parts[kParts] = {};  // before the one that is being read
   int part = 0;
-  float base = kNegInf, limit = kNegInf, shift = 0;
+  Base base{};
+  float limit = kNegInf;
   for (int64_t v = c * kChunk; v < row.end(c); v += kBlock) {
     if (kOfParts && v % kPart == 0 && v > c * kChunk) {
       parts[part++] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
       for (F& one : sum) one = F{};
     }
     F x[4];
-    row.template block<kPlain>(v, x);
+    if constexpr (kPlain) {
+      row.plain_block(v, x);
+    } else {
+      row.block(v, x);
+    }
     const F largest = max(max(x[0], x[1]), max(x[2], x[3]));
     top = max(largest, top);
     if (__builtin_expect(any_above(largest, limit), 0)) {
-      shift = std::nearbyint(largest_lane(largest));
-      const float factor = base > kNegInf ? std::exp(base - shift) : 0.0f;
+      const float score = largest_lane(largest);
+      if (!kFar && std::fabs(score) > kFarScore) return false;
+      const Base next = Base::near(score, kFar);
+      const auto factor = limit > kNegInf ? static_cast<float>(std::exp(base.score() - next.score())) : 0.0f;
       for (F& one : sum) one *= factor;
       for (F& one : parts) one *= factor;
-      base = shift;
-      limit = base + kFar;
+      base = next;
+      limit = static_cast<float>(base.score()) + kRise;
+      exp.set_base(base.power);
     }
     for (int u = 0; u < 4; ++u) {
       F fraction;
-      const F power = exp.power(x[u] - shift, fraction);
+      const F power = exp.power(kFar ? x[u] - base.shift : x[u], fraction);
       sum[u] = Vector::fma(power, fraction, sum[u]);
     }
   }
   parts[part] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
   to.tops[c] = largest_lane(top);
-  to.bases[c] = base;
+  if (limit > kNegInf) to.bases[c] = base;
   to.sums[c] = sum_of_lanes(parts[part]);
   if (kOfParts)
     for (int i = 0; i < kParts; ++i) to.cdf[c * kParts + i] = sum_of_lanes(parts[i]);
+  return true;
+}
+
+template <bool kPlain, bool kOfParts, class E>
+inline void survey_chunk(const Row<E>& row, int64_t c, Survey& to) {
+  if constexpr (Exp::kHasBase)
+    if (survey_chunk<kPlain, kOfParts, false>(row, c, to)) return;
+  survey_chunk<kPlain, kOfParts, true>(row, c, to);
 }
 
 // With `draws`, they may follow.
@@ -287,11 +333,12 @@ struct FloatWeights {
 
   // Of the ids of a block, and their sum.
   Sum block(int64_t v, Weight* weights) const {
-    const Exp exp;
-    const float base = survey.bases[v / kChunk], factor = static_cast<float>(survey.factors[v / kChunk]);
+    const Base base = survey.bases[v / kChunk];
+    const Exp exp(base.power);
+    const auto factor = static_cast<float>(survey.factors[v / kChunk]);
     F x[4];
     row.block(v, x);
-    for (int u = 0; u < 4; ++u) store(weights + u * kLanes, x[u] = exp(x[u] - base) * factor);
+    for (int u = 0; u < 4; ++u) store(weights + u * kLanes, x[u] = exp(x[u] - base.shift) * factor);
     return sum_of_lanes((x[0] + x[1]) + (x[2] + x[3]));
   }
 };

@@ -66,6 +66,14 @@ inline V load(const BFloat16* p) {
   return v;
 }
 
+// Twice kLanes numbers, those at even places and those at odd ones.
+inline void load_pairs(const BFloat16* p, F& even, F& odd) {
+  Lanes<kLanes>::U pairs;
+  std::memcpy(&pairs, p, sizeof pairs);
+  even = bit_cast<F>(pairs << 16);
+  odd = bit_cast<F>(pairs & 0xffff0000);
+}
+
 template <class V>
 inline void store(float* p, V v) {
   std::memcpy(p, &v, sizeof(V));
@@ -178,25 +186,33 @@ inline bool any_above(F x, float limit) {
 #endif
 }
 
-// exp(x) for x below 87, to 1e-7, as power * fraction: 2^n 2^(j / kLanes) from a table in a register, and the rest by a
-// polynomial that is short for that. Below -87 it is exp(-87); NaN for NaN.
+// exp(x) 2^-base, to 1e-7, as power * fraction: 2^n 2^(j / kLanes) from a table in a register, and the rest by a
+// polynomial that is short for that. At least about 2^-125; NaN for NaN. It must be below 2^126, and |base| below 2^19.
 struct Exp {
 #if defined(__AVX2__)
+  static constexpr bool kHasBase = true;
+  static constexpr float kRound = 12582912.0f / kLanes;  // 1.5 * 2^23 / kLanes: adding it rounds to 1 / kLanes
   I table;
+  F round, low;
 
-  Exp() {
+  explicit Exp(float base = 0) {
     // The bits of 2^(j / 16), less what j itself adds to them below.
     constexpr int32_t kTable[] = {0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532,
                                   0x3f75fed7, 0x3f75583f, 0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c,
                                   0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
     for (int j = 0; j < kLanes; ++j) table[j] = kTable[j * (16 / kLanes)];
+    set_base(base);
+  }
+
+  void set_base(float base) {
+    round = fill(kRound - base);
+    low = fill((base - 125) * kLn2);
   }
 
   F power(F x, F& fraction) const {
-    constexpr float kRound = 12582912.0f / kLanes;
-    x = max(fill(-87.0f), x);
-    const F shifted = Vector::fma(x, fill(kLog2E), fill(kRound));
-    const F rest = Vector::fma(x, fill(kLog2E), kRound - shifted);
+    x = max(low, x);
+    const F shifted = Vector::fma(x, fill(kLog2E), round);
+    const F rest = Vector::fma(x, fill(kLog2E), round - shifted);  // round - shifted is exact
     constexpr float kExp2[] = {1.0f, 0.6931471824645996f, 0.24023355543613434f, 0.05550508573651314f};
     fraction = polynomial<Vector>(rest, kExp2);
     const I bits = bit_cast<I>(shifted);
@@ -208,17 +224,23 @@ struct Exp {
     return bit_cast<F>(entry + (bits << (kLanes == 16 ? 19 : 20)));
   }
 #else
+  static constexpr bool kHasBase = false;  // without fused multiply-add, x and base would have to be small
+  F low = fill(-87.0f);
+
+  explicit Exp(float = 0) {}
+  void set_base(float) {}
+
   F power(F x, F& fraction) const {
     fraction = fill(1.0f);
-    return exp2(max(fill(-87.0f), x) * kLog2E);
+    return exp2(max(low, x) * kLog2E);
   }
 #endif
 
-  // 0 below -86, -inf included.
+  // 0 where it is near the least, -inf included.
   F operator()(F x) const {
     F fraction;
     const F whole = power(x, fraction);
-    return x < -86.0f ? F{} : whole * fraction;
+    return x < low + 1.0f ? F{} : whole * fraction;
   }
 };
 
