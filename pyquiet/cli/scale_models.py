@@ -84,6 +84,10 @@ def settle_bank(atts: "ATTS", args: argparse.Namespace, watch: Watch) -> str:
     if args.calibrator == "per_question" or not (args.calibrate or args.calibrator or embedded):
         why = "every question drafts a bank of its own (--calibrator per_question, or no --calibrate)"
         _refuse(args, why, "calibrate", "calibration_turns", "save_calibration")
+        if n_min > atts.plan.chains:
+            raise ValueError(
+                f"--n-min must be at most --chains, {atts.plan.chains}, the scores in such a bank; got {n_min}"
+            )
         atts.calibrator = PerQuestion(n_min=n_min)
         return "first chunks drafted for each question beforehand; the rate is promised for first turns alone"
     if args.calibrator == "online":

@@ -216,6 +216,7 @@ def test_a_bank_that_grows_promises_what_comes_before_it_is_warm(capsys: pytest.
         (["--drift-level", "0.1", "--early-majority"], "drift watches what is promised, and nothing is"),
         (["--freeze-on-drift"], "--freeze-on-drift has no use without --drift-level"),
         (["--calibrator", "online", "--save-calibration", "x"], "--save-calibration makes a bank, but that of"),
+        (["--calibrator", "per_question", "--n-min", "3"], "--n-min must be at most --chains, 2, the scores in such"),
         (["--calibration", "x", "--n-min", "3"], "--n-min makes a bank, but --calibration brings"),
     ],
 )
