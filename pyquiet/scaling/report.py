@@ -172,6 +172,11 @@ class Report:
                 f"{stage}: {cost.requests} requests, {cost.completion_tokens} tokens written, "
                 f"{cost.prompt_tokens} read ({cost.cached_tokens} cached), {self.utilisation[stage]:.0%} of slots busy"
             )
+        if (before := sum(self.calibration_cost.values(), Cost())).sent:
+            yield (
+                f"to calibrate besides: {before.requests} requests, {before.completion_tokens} tokens written, "
+                f"{before.prompt_tokens} read ({before.cached_tokens} cached)"
+            )
         if self.target_share:
             yield f"the target wrote {self.target_share:.1%} of the tokens"
         if self.peak_target_tokens:

@@ -230,6 +230,8 @@ def test_calibration_is_part_of_every_speed_up(report: Report) -> None:
     assert report.speedup(with_bank, "itself, calibrated") == {"baseline": "itself, calibrated", "speedup": 20 / 15}
     first = [stage("a", 0, 0, "draft", -10, 0, phase="presample"), *RUN]
     assert Report.of(HEADER, first).wall == 25
+    assert "to calibrate besides: 1 requests, 10 tokens written, 100 read (40 cached)" in str(with_bank)
+    assert "besides" not in str(report)
     assert Report.of(HEADER, first).calibration_cost["draft"].requests == 1
     assert Report.of(HEADER, first).cost == report.cost
 
