@@ -68,9 +68,9 @@ def check_context(config: QuietStarConfig, length: int, thought_tokens: int | No
     needed = length + m + 2
     if context is not None and needed > context:
         raise ValueError(
-            f"input_ids too long: {length} tokens and a thought of {m} tokens with START and END "
+            f"input_ids too long: {length} tokens, with those to come, and a thought of {m} tokens with START and END "
             f"need {needed} positions, but the model's context (max_position_embeddings) is {context}; shorten the "
-            "text or thought_tokens"
+            "text, ask for fewer new tokens, or shorten thought_tokens"
         )
 
 

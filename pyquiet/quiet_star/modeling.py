@@ -156,19 +156,22 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, AdaptedBase, Pr
 
     @torch.no_grad()
     def _probe(self) -> None:
-        """One token's thought, so that an architecture that cannot think is found out before anybody relies on it."""
+        """The start of two thoughts, so that an architecture that cannot think is found out before it is relied on."""
         if self.start_embedding.device.type == "meta":
             return
-        ids = torch.zeros(1, 1, dtype=torch.int64, device=self.start_embedding.device)
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=self.start_embedding.device)
         try:
             thinker = Thinker(self, Text.of(ids, None), ThoughtOptions(seed=0, thoughts=1))
             hidden = thinker.read(ids)
-            thinker._run_paths(torch.ones_like(ids), self.start[None], 0)
+            thinker._run_paths(torch.arange(1, 3, device=ids.device)[None], self.start[None], 0)
             self.finish(self.raw_logits(hidden))
-        except NotImplementedError:
-            raise
         except Exception as error:
-            raise NotImplementedError(f"{type(self.base).__name__} cannot think: {error}") from error
+            name = type(self.base).__name__
+            known = isinstance(error, NotImplementedError)
+            if known and str(error).startswith(name):
+                raise
+            reason = error if known else f"its forward does not take thoughts ({error})"
+            raise NotImplementedError(f"{name} cannot think: {reason}") from error
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

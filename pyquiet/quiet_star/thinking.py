@@ -212,7 +212,8 @@ class Thinker:
         # Beyond a right-padded row's end no path is read; it only has to stay within the context.
         seen = torch.minimum(limits - self.text.start[:, None], self.text.length[:, None]).clamp_min(0)
         positions = seen[..., None] + torch.arange(first_step, first_step + steps, device=limits.device)
-        embeds, positions = rows.flatten(1, 2), positions.flatten(1)
+        embeds = rows.flatten(1, 2).contiguous()  # some bases scale in place what they get
+        positions = positions.flatten(1)
         if text is not None and text_positions is not None:
             embeds = torch.cat([self.model.embed(text), embeds], 1)
             positions = torch.cat([text_positions, positions], 1)

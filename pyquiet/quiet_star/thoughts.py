@@ -6,6 +6,8 @@ names our function while a `thinking` context is open, and the layout travels to
 than a context variable, is there again when activation checkpointing recomputes a layer in the backward pass.
 """
 
+import inspect
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -254,9 +256,10 @@ def _attention(
         raise RuntimeError("another thread thinks with this model: call the base in one thread at a time")
     if layout is None:
         raise NotImplementedError(
-            f"{type(module).__name__} cannot think: it does not hand keyword arguments of the model on to its attention"
+            f"thoughts cannot pass {type(module).__name__}: no keyword arguments of the model are handed on to it"
         )
-    _refuse_unsupported(module, query, value, kwargs)
+    own_mask = attention_mask if layout.text_rows == 0 else None
+    _refuse_unsupported(module, query, value, own_mask, kwargs)
     layout.layers_seen += 1
     n = layout.text_rows
     query, path_query = _split_rows(query, n)
@@ -307,9 +310,13 @@ def _attend_paths(tensors: tuple[Tensor, ...], layout: ThoughtLayout, kwargs: di
     return out[..., :D].flatten(2, 3).transpose(1, 2)
 
 
-def _refuse_unsupported(module: nn.Module, query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> None:
+def _refuse_unsupported(
+    module: nn.Module, query: Tensor, value: Tensor, own_mask: Tensor | None, kwargs: dict[str, Any]
+) -> None:
     reason = None
-    if kwargs.get("s_aux") is not None:
+    if own_mask is not None:  # the base's mask function has made none: `_mask`
+        reason = "a mask or bias of its own"
+    elif kwargs.get("s_aux") is not None:
         reason = "attention sinks"
     elif kwargs.get("position_bias") is not None:
         reason = "a position bias in the attention (ALiBi or relative)"
@@ -318,12 +325,18 @@ def _refuse_unsupported(module: nn.Module, query: Tensor, value: Tensor, kwargs:
     elif query.shape[-1] > 256:
         reason = f"a head size of {query.shape[-1]}, above 256"
     else:
-        types = getattr(getattr(module, "config", None), "layer_types", None)
-        kind = types[module.layer_idx] if types else "full_attention"
-        if kind == "sliding_attention" and kwargs.get("sliding_window") is None:
+        if kwargs.get("sliding_window") is None and _slides(module, getattr(module, "config", None)):
             reason = "a sliding layer that does not tell its window to the attention function"
     if reason is not None:
-        raise NotImplementedError(f"{type(module).__name__} cannot think: it uses {reason}")
+        raise NotImplementedError(f"thoughts cannot pass {type(module).__name__}: it uses {reason}")
+
+
+def _slides(module: Any, config: Any) -> bool:
+    """Whether a layer's configuration says that it has a window, and one that a text can outgrow."""
+    if types := getattr(config, "layer_types", None):
+        return bool(types[module.layer_idx] == "sliding_attention")
+    window = getattr(config, "sliding_window", None)
+    return window is not None and window < getattr(config, "max_position_embeddings", math.inf)
 
 
 def _eager(module: nn.Module) -> Callable[..., Any] | None:
@@ -347,10 +360,12 @@ def check_supported(base: PreTrainedModel) -> None:
     config = base.config.get_text_config()
     reason = None
     others = set(getattr(config, "layer_types", None) or ()) - _SUPPORTED_LAYERS
-    if base.config.is_encoder_decoder or base.get_output_embeddings() is None:
+    if base.config.is_encoder_decoder or not base.can_generate() or base.get_output_embeddings() is None:
         reason = "it is not a causal decoder with a language-model head"
     elif not base._can_set_attn_implementation():
         reason = "it does not follow the transformers attention interface"
+    elif not _takes_positions(base.base_model):
+        reason = "it counts positions itself: its forward takes no position_ids"
     elif getattr(config, "kv_lora_rank", None):
         reason = "it uses latent attention (MLA)"
     elif getattr(config, "alibi", False):
@@ -361,6 +376,15 @@ def check_supported(base: PreTrainedModel) -> None:
         reason = "it uses attention sinks"
     if reason is not None:
         raise NotImplementedError(f"{type(base).__name__} cannot think: {reason}")
+
+
+def _takes_positions(network: nn.Module) -> bool:
+    """Whether a network's forward takes `position_ids`; of a wrapper that takes anything, its decoder's."""
+    parameters = inspect.signature(type(network).forward).parameters
+    if "args" in parameters:
+        decoder = getattr(network, "decoder", None)
+        return decoder is None or _takes_positions(decoder)
+    return "position_ids" in parameters
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)

@@ -84,6 +84,7 @@ def test_a_plain_model_answers_as_it_would_alone_and_says_so(folders, capsys):
     ("arguments", "named"),
     [
         (["--model", "/no/such/folder"], "/no/such/folder"),
+        (["--model", "tiny-denoiser"], "not a causal decoder"),
         (["--max-new-tokens", "500"], "max_position_embeddings"),
         (["--temperature", "1e-50"], "--temperature must be 0 (greedy) or in"),
         (["--top-p", "0"], "--top-p"),

@@ -70,7 +70,8 @@ class Law:
 def final_hidden(base: nn.Module, embeds: Tensor) -> Tensor:
     """The hidden state [d] after the final norm of the last of the embedded tokens [S, d]."""
     positions = torch.arange(len(embeds))
-    out = base.base_model(inputs_embeds=embeds[None], position_ids=positions[None], use_cache=False)
+    # A copy: CTRL scales in place what it gets.
+    out = base.base_model(inputs_embeds=embeds[None].clone(), position_ids=positions[None], use_cache=False)
     return out.last_hidden_state[0, -1]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import pyquiet
 
@@ -47,6 +47,12 @@ REFUSED = {
             "first_k_dense_replace": 2,
         },
     ),
+    "bart": (
+        "counts positions itself",
+        {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96},
+    ),
+    "phimoe": ("keeps its window to itself", _LLAMA_LIKE | {"num_local_experts": 2, "sliding_window": 3}),
+    "doge": ("masks of its own", _LLAMA_LIKE),
     "mamba": ("no attention", {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
     "jamba": (
         "hybrid",
@@ -91,6 +97,7 @@ def test_a_model_that_cannot_think_is_named(model_type):
 # What transformers makes of these differs between its versions.
 NAMED_OR_EXACT = {
     "stablelm": ("StableLm", _LLAMA_LIKE),  # drops extra keyword arguments of `forward`
+    "ctrl": ("CTRL", {"n_embd": 64, "n_layer": 2, "n_head": 4, "dff": 96}),  # scales in place what it gets
     "gptj": ("GPTJ", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),  # no interface before 5.24
 }
 
@@ -121,3 +128,9 @@ def test_a_model_is_named_or_exact(model_type):
         assert_same_thoughts(thoughts, reference.think_everywhere(model, ids, m=2), 1e-12)
     assert base.config._attn_implementation == attention
     assert torch.equal(base(ids).logits, logits)
+
+
+def test_a_masked_language_model_is_refused():
+    config = AutoConfig.for_model("bert", vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    with pytest.raises(NotImplementedError, match=r"BertForMaskedLM.*not a causal decoder"):
+        pyquiet.QuietStarForCausalLM.from_base(AutoModelForMaskedLM.from_config(config))
