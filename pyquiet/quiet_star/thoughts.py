@@ -252,9 +252,8 @@ def _attention(
     In a packed forward they are [B, G, rows, D], those of the paths after those of the text.
     """
     layout: ThoughtLayout | None = kwargs.pop("thought_layout", None)
-    if layout is None and _layout.get() is None:
-        raise RuntimeError("another thread thinks with this model: call the base in one thread at a time")
     if layout is None:
+        _refuse_other_threads()
         raise NotImplementedError(
             f"thoughts cannot pass {type(module).__name__}: no keyword arguments of the model are handed on to it"
         )
@@ -339,15 +338,23 @@ def _slides(module: Any, config: Any) -> bool:
     return window is not None and window < getattr(config, "max_position_embeddings", math.inf)
 
 
+def _refuse_other_threads() -> ThoughtLayout:
+    """This thread's layout; RuntimeError in one that does not think, but calls a base with which another does."""
+    layout = _layout.get()
+    if layout is None:
+        raise RuntimeError("another thread thinks with this model: call the base in one thread at a time")
+    return layout
+
+
 def _eager(module: nn.Module) -> Callable[..., Any] | None:
     return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
 
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
     """The registered mask function: the base's own mask, for the text rows alone."""
-    layout = _layout.get()
-    make = None if layout is None else ALL_MASK_ATTENTION_FUNCTIONS.get(layout.base_attention)
-    if layout is None or layout.text_rows == 0 or make is None:
+    layout = _refuse_other_threads()
+    make = ALL_MASK_ATTENTION_FUNCTIONS.get(layout.base_attention)
+    if layout.text_rows == 0 or make is None:
         return None
     sizes = {"q_length": layout.text_rows}
     if layout.cache is None:

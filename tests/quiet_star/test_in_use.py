@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -108,16 +109,29 @@ def test_threads_may_generate_with_one_model():
     assert model.base.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("begun", [False, True], ids=["before its mask is made", "after"])
 @torch.no_grad()
-def test_a_base_that_another_thread_thinks_with_says_so():
+def test_a_base_that_another_thread_thinks_with_says_so(begun):
     model, ids = thinker(dtype=torch.float32, attention="sdpa"), random_ids(1, 4)
-    with ThreadPoolExecutor(1) as pool:
+    expected = model.generate(ids, max_new_tokens=3, seed=1)
+    calls, reached, lent = [], threading.Event(), threading.Event()
 
-        def elsewhere(*_):
-            handle.remove()
+    def at_a_layer(*_):
+        if threading.current_thread() is not threading.main_thread():
+            reached.set()
+            assert lent.wait(20) == begun, "another thread's call went past its mask"
+        elif not lent.is_set():
+            if begun:
+                lent.set()
+            else:
+                calls.append(pool.submit(model.base, ids))
             with pytest.raises(RuntimeError, match="another thread thinks"):
-                pool.submit(model.base, ids).result()
+                calls[0].result(20)
+            lent.set()
 
-        handle = model.base.base_model.layers[0].register_forward_pre_hook(elsewhere)
-        expected = model.generate(ids, max_new_tokens=3, seed=1)
-    assert torch.equal(model.generate(ids, max_new_tokens=3, seed=1), expected)
+    model.base.base_model.layers[0].register_forward_pre_hook(at_a_layer)
+    with ThreadPoolExecutor(1) as pool:
+        if begun:
+            calls.append(pool.submit(model.base, ids))
+            assert reached.wait(20)
+        assert torch.equal(model.generate(ids, max_new_tokens=3, seed=1), expected)
