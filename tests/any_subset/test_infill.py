@@ -195,6 +195,21 @@ def test_through_generate(model, ids, mask):
         model.generate(ids, attention_mask=everything.tril(), custom_generate=decode, max_new_tokens=1)
     with pytest.raises(ValueError, match="logits_processor"):
         model.generate(ids, attention_mask=everything, custom_generate=decode, max_new_tokens=1, repetition_penalty=1.2)
+    with pytest.raises(ValueError, match="num_beams=2"):
+        model.generate(ids, attention_mask=everything, custom_generate=decode, max_new_tokens=1, num_beams=2)
+    with pytest.raises(ValueError, match=r"known must be \[3, 12\] as input_ids, got \[4, 12\]"):
+        model.generate(ids[:3], attention_mask=everything[:3], custom_generate=decode, max_new_tokens=1)
+
+
+def test_generate_gives_several_fillings_and_a_dict(model, ids, mask):
+    decode = generate(known=~mask, seed=5, method="assd", k=3, attention_mask=torch.ones_like(ids))
+    options = {"do_sample": True, "top_k": 0, "num_return_sequences": 2, "return_dict_in_generate": True}
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), custom_generate=decode, max_new_tokens=1, **options
+    ).sequences
+    twice = {"mask": mask.repeat_interleave(2, 0), "seed": 5, "method": "assd", "k": 3}
+    assert torch.equal(out, pyquiet.infill(model, ids.repeat_interleave(2, 0), **twice).tokens)
+    assert not torch.equal(out[0], out[1])
 
 
 def test_what_would_change_the_law_is_refused_or_kept_out(ids, mask):
