@@ -235,19 +235,17 @@ void own_gradients(const Problem<E>& p, const ThoughtAttentionBackward<E>& a, in
   set.see_own_path(p);
   for (int32_t key0 = set.begin; key0 < set.end; key0 += kKeyBlock) {
     const int n = std::min(kKeyBlock, set.end - key0);
-    const auto score = [&](const auto& rows, const auto& keys, float* products) {
-      score_rows(
-          set, [&](int r) { return rows.at(b, set.row[r].head, set.row[r].position, set.row[r].step); },
-          [&](int r) { return keys.at(b, g, set.row[r].position); }, keys.stride[3], key0, n, p.D, tile.products,
-          products);
+    const auto score = [&](const float* lanes, const auto& rows, const auto& keys, float* products) {
+      score_own(
+          p, set, lanes, [&](int r) { return rows.at(b, set.row[r].head, set.row[r].position, set.row[r].step); },
+          [&](int r) { return keys.at(b, g, set.row[r].position); }, keys.stride[3], key0, n, tile.products, products);
     };
-    score(a.query, a.path_key, tile.score);
-    score(a.d_out, a.path_value, tile.d_score);
+    score(tile.query_t, a.query, a.path_key, tile.score);
+    score(tile.d_out_t, a.d_out, a.path_value, tile.d_score);
     differentiate<true>(set, key0, n, n, p.factor, p.a.scale, p.cap, tile.lse, tile.delta, tile.score, tile.d_score);
     for (int from = 0, to; from < set.rows; from = to) {
-      const int64_t position = set.row[from].position;
-      for (to = from; to < set.rows && set.row[to].position == position;) ++to;
-      own_position(p, b, g, from, to, key0, n, position - first_position, tile);
+      to = set.position_end(from);
+      own_position(p, b, g, from, to, key0, n, set.row[from].position - first_position, tile);
     }
   }
 }

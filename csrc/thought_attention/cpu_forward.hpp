@@ -246,7 +246,8 @@ void attend_by_row(const Problem<E>& p, KeyOf key_of, int64_t key_stride, ValueO
   const auto query_of = [&](int r) { return tile.query[r]; };
   for (int32_t key0 = set.begin; key0 < set.end; key0 += kKeyBlock) {
     const int n = std::min(kKeyBlock, set.end - key0);
-    score_rows(set, query_of, key_of, key_stride, key0, n, p.D, tile.products, tile.score);
+    score_own(p, set, tile.text_in_lanes ? tile.query_t : nullptr, query_of, key_of, key_stride, key0, n, tile.products,
+              tile.score);
     softmax_in_place(p, set, key0, n, tile.score, tile.own);
     const auto add = tile.own_begun ? add_row_values<true, E> : add_row_values<false, E>;
     for (int r = 0; r < set.rows; ++r)

@@ -102,6 +102,13 @@ struct RowSet {
 
   bool masked(int32_t key0, int n) const { return key0 < all_from || key0 + n > all_to; }
 
+  // Rows r .. position_end(r) belong to one position.
+  int position_end(int r) const {
+    int end = r + 1;
+    while (end < rows && row[end].position == row[r].position) ++end;
+    return end;
+  }
+
   // Completes first and limit: lanes that nobody reads do as the last row does, and so ask for no further keys.
   void close() {
     std::fill(first + rows, first + kRows, first[rows - 1]);
@@ -354,6 +361,52 @@ void score_rows(const RowSet& set, QueryOf query_of, KeyOf key_of, int64_t strid
       }
     }
   }
+}
+
+// Where rows lie in lanes, [D][kRows]: score[j][r] of M keys and the rows from .. to of a vector, whose other rows keep
+// what they have.
+template <int M>
+void score_lanes(const float* lanes, const float* key, int64_t stride, int64_t D, int from, int to, float* score) {
+  F sum[M] = {};
+  const float *key3 = key + 3 * stride, *key6 = key + 6 * stride;  // as in gemm_block
+  for (int64_t d = 0; d < D; ++d) {
+    const F x = load(lanes + d * kRows);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) sum[m] += fill((m < 3 ? key : m < 6 ? key3 : key6)[d + (m % 3) * stride]) * x;
+  }
+  I lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const I mine = (lane >= from) & (lane < to);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) store(score + m * kRows, mine ? sum[m] : load(score + m * kRows));
+}
+
+// The same of n keys and all rows, position by position.
+template <class KeyOf>
+void score_lanes(const RowSet& set, const float* lanes, KeyOf key_of, int64_t stride, int32_t key0, int n, int64_t D,
+                 float* score) {
+  for (int r0 = 0; r0 < set.rows; r0 += kLanes)
+    for (int from = r0, to; from < std::min(r0 + kLanes, set.rows); from = to) {
+      to = std::min(set.position_end(from), r0 + kLanes);
+      const float* key = key_of(from) + key0 * stride;
+      int j = 0;
+      const auto keys = [&](auto count) {
+        score_lanes<count>(lanes + r0, key + j * stride, stride, D, from - r0, to - r0, score + j * kRows + r0);
+        j += count;
+      };
+      while (n - j >= 8) keys(std::integral_constant<int, 8>{});
+      while (n - j >= 4) keys(std::integral_constant<int, 4>{});
+      while (n - j >= 1) keys(std::integral_constant<int, 1>{});
+    }
+}
+
+// As score_rows, by lanes where the queries lie in them too and a position has rows for most of a vector.
+template <class E, class QueryOf, class KeyOf>
+void score_own(const Problem<E>& p, const RowSet& set, const float* lanes, QueryOf query_of, KeyOf key_of,
+               int64_t stride, int32_t key0, int n, RowProducts& products, float* score) {
+  if constexpr (sizeof(E) == sizeof(float))
+    if (lanes && p.group * p.Q >= 8) return score_lanes(set, lanes, key_of, stride, key0, n, p.D, score);
+  score_rows(set, query_of, key_of, stride, key0, n, p.D, products, score);
 }
 
 }  // namespace
