@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pyquiet.tokens import opening_ids, token_ids
+
 State = TypeVar("State")
 _GAP = re.compile(r"\\([\\_])|_{3,}(?:(\d[\d-]*)_{3,})?")
 _WORD = "\u2581"  # with which SentencePiece begins one
@@ -62,7 +64,7 @@ def parse_gaps(text: str, default: range) -> tuple[list[str], list[range]]:
             parts.append("")
     parts[-1] += text[end:]
     if not lengths:
-        raise ValueError(f"text has no gap: {text!r}; write ___, or ___3___ for 3 tokens, where something is missing")
+        raise ValueError(f"text={text!r} has no gap; write ___, or ___3___ for 3 tokens, where something is missing")
     return parts, lengths
 
 
@@ -91,9 +93,8 @@ class Codec:
         """
         if trim and len(self.encode("a b")) == 2:
             parts = [*(part.rstrip(" ") for part in parts[:-1]), parts[-1]]
-        whole, text = list(self.tokenizer("a")["input_ids"]), self.encode("a")
-        opening = whole[: whole.index(text[0])] if text and text[0] in whole else []
-        closing = whole[len(opening) + len(text) :] if close else []
+        opening = opening_ids(self.tokenizer)
+        closing = self.tokenizer("a")["input_ids"][len(opening) + len(self.encode("a")) :] if close else []
         first, *rest = parts
         pieces = [opening + self.encode(first), *map(self.behind, rest)]
         return Gapped([*pieces[:-1], pieces[-1] + closing], list(lengths))
@@ -102,7 +103,7 @@ class Codec:
         """Ids of a text alone, nothing put before or behind it."""
         if self.code:
             return encode_code(self.tokenizer, text)
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return token_ids(self.tokenizer, text)
 
     def behind(self, text: str) -> list[int]:
         """Ids of a text right behind something: its first piece begins a word only where a space does."""
@@ -150,7 +151,7 @@ class Codec:
 
 def drops_white_space(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether newlines are lost on this tokenizer, as on XLNet's, so that code goes through `encode_code`."""
-    return "\n" not in tokenizer.decode(tokenizer("a\nb", add_special_tokens=False)["input_ids"])
+    return "\n" not in tokenizer.decode(token_ids(tokenizer, "a\nb"))
 
 
 def encode_code(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -163,7 +164,7 @@ def encode_code(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         if getattr(tokenizer, name) is None:
             raise ValueError(f"tokenizer has no {name}, by which code is written; take XLNet's, or leave code=True out")
         text = text.replace(space, getattr(tokenizer, name))
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return token_ids(tokenizer, text)
 
 
 def decode_code(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

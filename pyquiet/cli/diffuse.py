@@ -33,8 +33,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", metavar="TEXT", help="what to continue (default: nothing)")
     given.add_argument("--text", help=r"with gaps: ___, or ___3___ for 3 tokens; \_ is an underscore, \\ a backslash")
-    parser.add_argument("--length", type=options.Whole(), default=64, help="tokens to write, where there is no --text")
-    parser.add_argument("--gap-tokens", type=options.Whole(), default=3, help="of ___")
+    words = "tokens to write, where there is no --text (default: 64)"
+    parser.add_argument("--length", type=options.Whole(), help=words)
+    parser.add_argument("--gap-tokens", type=options.Whole(), help="of ___ in --text (default: 3)")
     parser.add_argument("--num-samples", type=options.Whole(), default=1, help="texts to write")
     add_model(parser)
     parser.add_argument(
@@ -43,10 +44,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help=f"none, ar ({CAUSAL}), tiny-energy, or the folder of a causal LM or a trained energy (default: ar for "
         f"{DENOISER}, none for others)",
     )
-    parser.add_argument("--steps", type=options.Whole(), default=32, help="of the whole text")
+    parser.add_argument("--steps", type=options.Whole(), default=64, help="of the whole text")
     parser.add_argument("--sampler", choices=SAMPLERS, default="schedule_first", help=SAMPLER_HELP)
     parser.add_argument("--context", type=options.Whole(), help="tokens that semi_autoregressive sees at once")
-    add_law(parser)
+    add_law(parser, temperature=0.8)
     add_json(parser)
     prompts.add_prompts(parser, given, ["prompt", "text"])
     parser.set_defaults(run=run)
@@ -66,8 +67,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     options.add_place(parser)
 
 
-def add_law(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `pyquiet.diffuse` that a command passes on."""
+def add_law(parser: argparse.ArgumentParser, *, temperature: float) -> None:
+    """Adds the options of `pyquiet.diffuse` that a command passes on, with that default of --temperature."""
     law = parser.add_argument_group("the law")
     law.add_argument("--candidates", type=options.Whole(), default=8, help="of a step, to pick from")
     words = "first share of time that is corrected; 1 is all"
@@ -76,7 +77,7 @@ def add_law(parser: argparse.ArgumentParser) -> None:
     law.add_argument("--energy-temperature", type=options.Number(0, open=True), default=1.0, help=words)
     words = "double the candidates of a step up to this effective sample size"
     law.add_argument("--ess-target", type=options.Number(1), help=words)
-    options.add_temperature(law, 1.0, "what is proposed")
+    options.add_temperature(law, temperature, "what is proposed")
     options.add_top(law)
     options.add_seed(law, "tokens")
 
@@ -96,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
     check_json(args)
     prompts.check(args)
     _check_windows(args)
+    _settle_lengths(args)
     device = options.usable_device(args.device)
     how = law(args) | {"steps": args.steps, "sampler": args.sampler, "context": args.context}
     if args.prompts is not None:
@@ -133,12 +135,21 @@ def _check_windows(args: argparse.Namespace) -> None:
         raise ValueError("--sampler semi_autoregressive needs --context, the tokens that the model sees at once")
 
 
+def _settle_lengths(args: argparse.Namespace) -> None:
+    """Puts defaults where no lengths are given; ValueError for a length that the text to write has no use for."""
+    if args.text is not None and args.length is not None:
+        raise ValueError("--length has no use with --text, whose gaps say how long they are: ___3___, or --gap-tokens")
+    if args.text is None and args.prompts is None:
+        options.check_needed(args, "--text or --prompts", "gap_tokens")
+    args.length, args.gap_tokens = args.length or 64, args.gap_tokens or 3
+
+
 def _in_words(samples: "list[list[tuple[str, bool]]]", out: "Diffusion") -> str:
     """The samples, and what they took."""
     lines = []
     for sample in samples:
         anything_given = not all(is_filled for _, is_filled in sample)
-        lines.append(in_marks(sample) if anything_given else "".join(part for part, _ in sample))
+        lines.append(in_marks([(part, is_filled and anything_given) for part, is_filled in sample]))
     words = f"{_cost_in_words(_cost(out, int((out.reveal_step >= 0).sum())))}, depth {int(out.depth.max())}"
     if len(drawn := out.trace.candidates[out.trace.corrected].double()):
         words += f", mean ESS {float(out.ess.nanmean()):.2f} of {float(drawn.mean()):.3g}"
@@ -149,10 +160,11 @@ def _run_many(args: argparse.Namespace, how: dict[str, Any], device: "torch.devi
     """Fills the texts of a file. Sample j of text i has the noise of number i * num_samples + j."""
     import torch
 
-    from pyquiet.diffusion.inputs import check_context, read_texts
+    from pyquiet.diffusion.inputs import read_energy, read_texts
     from pyquiet.diffusion.sampling import diffuse
-    from pyquiet.evaluation.prompts import padded
+    from pyquiet.diffusion.windows import check_texts
     from pyquiet.gaps import Codec
+    from pyquiet.tokens import padded
 
     many = prompts.read(args)
     denoiser, tokenizer, energy = _models(args, device)
@@ -186,11 +198,12 @@ def _run_many(args: argparse.Namespace, how: dict[str, Any], device: "torch.devi
         cost = _cost(out, sum(not known for _, given in texts for known in given))
         return [answers[i : i + count] for i in range(0, len(answers), count)], cost | {"seconds": out.seconds}
 
+    weighed = read_energy(energy) if max(args.candidates, args.ess_target or 1) > 1 else None
     for prompt in many[0]:
         with prompt.blamed():
             ids, given = (torch.tensor([x], device=device) for x in read(prompt))
-            read_texts(denoiser, ids, ~given, None, None, 1, None)
-            check_context(denoiser, min(ids.shape[1], args.context or ids.shape[1]))
+            texts = read_texts(denoiser, ids, ~given, None, None, 1, None)
+            check_texts(denoiser, weighed, texts, args.context, max(1, (args.context or 1) // 2))
     return prompts.answer(
         args,
         many,

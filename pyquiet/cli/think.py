@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from pyquiet.prompts.answers import Cost, Row
 
 
+EXAMPLE = (
+    "There were four friends. Anne wrote to Tom. Joe wrote to Emma. Tom wrote to Joe. Emma wrote to Anne. A letter "
+    "from Anne, passed on three times, came to"
+)
+
+
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "think",
@@ -31,7 +37,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add_model(parser)
     given = parser.add_mutually_exclusive_group()
-    given.add_argument("--prompt", metavar="TEXT", help="what to continue (default: standard input)")
+    words = "what to continue (default: standard input; on a terminal an example)"
+    given.add_argument("--prompt", metavar="TEXT", help=words)
     parser.add_argument("--show-thoughts", action="store_true", help="print each token with the thought before it")
     parser.add_argument("--think", choices=["always", "never"], default="always", help="never: the plain model")
     options.add_max_new_tokens(parser, 64)
@@ -69,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     device = options.usable_device(args.device)
     if args.prompts is not None:
         return _run_many(args, device)
-    prompt = options.given_text("--prompt", args.prompt)
+    prompt = options.given_text("--prompt", args.prompt, EXAMPLE)
     model, tokenizer = load_thinker(args.model, args.thought_tokens)
     model.to(device, options.dtype(args))
     if args.json is not None:
@@ -162,7 +169,7 @@ def _batch(
     """The rows of prompts that are continued together."""
     import torch
 
-    from pyquiet.evaluation.prompts import padded
+    from pyquiet.tokens import padded
 
     how = _generation(args) | {"think": args.think, "seed": seed, "return_dict_in_generate": True}
     if args.think == "always":

@@ -4,9 +4,9 @@ import torch
 
 from pyquiet.bilevel.demonstration import demonstrate
 from pyquiet.demo.scene import Scene
-from pyquiet.evaluation.prompts import padded
 from pyquiet.plotting.figures import as_svg
 from pyquiet.plotting.page import View
+from pyquiet.tokens import padded
 from pyquiet.zoo import held_out, load
 
 _CLEAN = 20  # texts with right labels, to weigh the others by

@@ -50,7 +50,7 @@ def show(seed: int, progress: bool) -> Scene:
     def draw() -> tuple[View, ...]:
         from pyquiet.plotting.film import film_view
 
-        return (film_view(out["with the energy of tiny-causal"], tokenizer),)
+        return (film_view(out["with tiny-energy"], tokenizer),)
 
     return Scene(
         "Text out of noise, corrected by an energy (EDLM)",

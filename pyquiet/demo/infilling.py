@@ -4,8 +4,8 @@ import torch
 
 import pyquiet
 from pyquiet.demo.scene import Scene
-from pyquiet.evaluation.prompts import padded
 from pyquiet.plotting.page import View
+from pyquiet.tokens import padded
 from pyquiet.zoo import held_out, load
 
 _TEXTS, _LENGTH, _MASKED = 8, 80, 0.6  # texts, their tokens at most, the share of them that is missing

@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 
 from pyquiet.demo.scene import Scene
 from pyquiet.evaluation import opening_ids, thinking_gains
-from pyquiet.evaluation.prompts import padded
 from pyquiet.plotting.figures import as_svg
 from pyquiet.plotting.page import View
+from pyquiet.tokens import padded
 from pyquiet.zoo import held_out, load
 
 _STORIES, _PASSAGES = 6, 12  # one of so many

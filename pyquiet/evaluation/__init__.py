@@ -11,9 +11,9 @@ from pyquiet.evaluation.generative import GenerativeTable, generative_table
 from pyquiet.evaluation.infilling import InfillingScores, infill_stories, read_stories
 from pyquiet.evaluation.judging import Judge, Judged, histogram_entropy, judge_texts
 from pyquiet.evaluation.ngrams import NGramModel, distinct_ngrams, ngram_variation
-from pyquiet.evaluation.prompts import opening_ids, token_ids
 from pyquiet.evaluation.tasks import DIGITS, LETTERS, TASKS, AnswerItem, read_commonsenseqa, read_gsm8k
 from pyquiet.evaluation.voting import MajorityVote, first_integer, majority, majority_vote
+from pyquiet.tokens import opening_ids, token_ids
 
 __all__ = [
     "DIGITS",

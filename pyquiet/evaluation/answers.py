@@ -9,9 +9,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from pyquiet.checks import check_count
 from pyquiet.evaluation.estimates import Estimate
-from pyquiet.evaluation.prompts import Think, check_think, continue_prompts, opening_ids, token_ids
+from pyquiet.evaluation.prompts import Think, check_think, continue_prompts
 from pyquiet.evaluation.tasks import AnswerItem, spell
+from pyquiet.tokens import opening_ids, token_ids
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,10 @@ def direct_answers(
     """
     for word in think:
         check_think(model, word)
-    if not items or not think or batch_size < 1:
-        raise ValueError(
-            f"direct_answers needs an item, a way to think and a batch, got {len(items)} items, think={think}, "
-            f"batch_size={batch_size}"
-        )
+    check_count("batch_size", batch_size, least=1)
+    for name, given, what in (("items", items, "question"), ("think", think, "way to think")):
+        if not given:
+            raise ValueError(f"{name} is empty: give at least one {what}")
     opening = opening_ids(tokenizer)
     encoded = [_encode(tokenizer, item, symbols, opening, max_length) for item in items]
     scores: dict[Think, AnswerScores] = {}

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pyquiet.checks import check_count
 from pyquiet.evaluation.estimates import finite, mean_and_error
-from pyquiet.evaluation.prompts import padded
 from pyquiet.randomness import resolve_seed
+from pyquiet.tokens import padded
 
 if TYPE_CHECKING:
     from pyquiet.quiet_star import QuietStarForCausalLM
@@ -166,8 +167,7 @@ def thinking_gains(
             f"max_length={length} must hold the opening ({len(opening)} tokens), overlap={overlap} and a new token; "
             "without an opening the overlap is 1 at least"
         )
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_count("batch_size", batch_size, least=1)
     windows = list(_windows(texts, list(opening), length, overlap))
     if not windows:
         raise ValueError(f"rows: none of the {len(texts)} texts has a token to predict")

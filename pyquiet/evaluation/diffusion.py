@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from pyquiet.checks import check_count
 from pyquiet.datasets import packed
 from pyquiet.diffusion.sampling import Diffusion, diffuse
-from pyquiet.evaluation.estimates import Estimate
+from pyquiet.evaluation.estimates import Estimate, aligned
 from pyquiet.evaluation.judging import Judge, judge_texts
 from pyquiet.evaluation.ngrams import NGramModel, distinct_ngrams, ngram_variation
 from pyquiet.gaps import Codec
@@ -95,7 +95,7 @@ class Matched:
         for method, costs in self.methods.items():
             sign = "<= " if method in self.at_most else ""
             table.append([method, *(f"{sign}{costs[name]:.4g}" if costs else "not reached" for name in names)])
-        return _aligned(table)
+        return aligned(table)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class DiffusionTable:
         for row in rows:
             estimates = row.estimates()
             table.append([row.method, str(row.steps or "-"), *(str(estimates[name]) for name in names)])
-        return _aligned(table)
+        return aligned(table)
 
 
 def diffusion_table(
@@ -315,8 +315,3 @@ def _reached(curve: Sequence[dict[str, Estimate]], quality: str, value: float) -
     costs = {name: before[name].mean ** (1 - share) * here[name].mean ** share for name in COSTS}
     entropy = before["entropy_bits"].mean
     return {"entropy_bits": entropy + share * (here["entropy_bits"].mean - entropy), **costs}
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in table)

@@ -1,6 +1,7 @@
 """Means and how far they may be off."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -45,6 +46,12 @@ def mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
     n, mean = values.shape[-1], values.mean(-1)
     variance = (values - mean[..., None]).square().sum(-1) / (n - 1 or float("nan"))
     return mean, (variance / n).sqrt()
+
+
+def aligned(table: Sequence[Sequence[str]]) -> str:
+    """A table of words, each column as wide as it must be and flush right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in table)
 
 
 def finite(number: float) -> float | None:

@@ -14,7 +14,7 @@ from pyquiet.any_subset.sampling import DRAFTS, FIXED_METHODS
 from pyquiet.any_subset.training import random_order
 from pyquiet.checks import check_count
 from pyquiet.datasets import packed
-from pyquiet.evaluation.estimates import Estimate
+from pyquiet.evaluation.estimates import Estimate, aligned
 from pyquiet.evaluation.judging import Judge, judge_texts
 from pyquiet.gaps import Codec
 
@@ -57,8 +57,7 @@ class GenerativeTable:
     def __str__(self) -> str:
         table = [["method", *_COLUMNS.values()]]
         table += [[method, *(str(row[name]) for name in _COLUMNS)] for method, row in self.estimates().items()]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return "\n".join("  ".join(map(str.rjust, row, widths)) for row in table)
+        return aligned(table)
 
 
 def generative_table(

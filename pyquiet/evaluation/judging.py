@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyquiet.checks import check_count
 from pyquiet.evaluation.estimates import Estimate
-from pyquiet.evaluation.prompts import opening_ids, padded, token_ids
+from pyquiet.tokens import opening_ids, padded, token_ids
 
 Judge = tuple[PreTrainedModel, PreTrainedTokenizerBase]  # a causal model and its tokenizer
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pyquiet.evaluation.prompts import Think, can_think, check_think, padded
+from pyquiet.evaluation.prompts import Think, can_think, check_think
 from pyquiet.heads import log_prob
 from pyquiet.quiet_star.thinking import average, chunks
+from pyquiet.tokens import padded
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pyquiet.evaluation.prompts import continuation_ids
+from pyquiet.tokens import continuation_ids
 
 DIGITS, LETTERS = "0123456789", "ABCDE"
 

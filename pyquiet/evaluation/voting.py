@@ -12,17 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pyquiet.checks import check_count
 from pyquiet.evaluation.estimates import Estimate
-from pyquiet.evaluation.prompts import (
-    Think,
-    check_think,
-    continuation_ids,
-    continue_prompts,
-    opening_ids,
-    token_ids,
-    until_the_end,
-)
+from pyquiet.evaluation.prompts import Think, check_think, continue_prompts, until_the_end
 from pyquiet.evaluation.tasks import AnswerItem
+from pyquiet.randomness import check_temperature
+from pyquiet.tokens import continuation_ids, opening_ids, token_ids
 
 STEPS = " Let's think step by step."
 THEREFORE = "\nTherefore, the answer (arabic numerals) is"
@@ -127,17 +122,14 @@ def majority_vote(
         ValueError, TypeError: as `model.generate`; an option out of range, or a question too long for the context.
     """
     check_think(model, think)
-    if (
-        not items
-        or min(limit, batch_size, max_new_tokens) < 1
-        or not 1 <= num_samples <= _MOST_SAMPLES
-        or temperature < 0
-    ):
-        raise ValueError(
-            f"majority_vote needs an item, at least 1 for limit={limit}, batch_size={batch_size} and "
-            f"max_new_tokens={max_new_tokens}, num_samples={num_samples} in 1..{_MOST_SAMPLES}, "
-            f"temperature={temperature} >= 0"
-        )
+    counts = {"limit": limit, "num_samples": num_samples, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    for name, value in counts.items():
+        check_count(name, value, least=1)
+    if num_samples > _MOST_SAMPLES:
+        raise ValueError(f"num_samples must be at most {_MOST_SAMPLES}, got {num_samples}")
+    check_temperature("temperature", temperature)
+    if not items:
+        raise ValueError("items is empty: give at least one question")
     chosen = chosen_items(len(items), limit)
     answers = [int(items[i].answer.replace(",", "")) for i in chosen]
     opening = opening_ids(tokenizer)

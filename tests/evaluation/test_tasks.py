@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import pyquiet
 from pyquiet.evaluation import DIGITS, LETTERS, TASKS, read_commonsenseqa, read_gsm8k
-from pyquiet.evaluation.prompts import continuation_ids, opening_ids, token_ids
 from pyquiet.evaluation.tasks import spell
+from pyquiet.tokens import continuation_ids, opening_ids, token_ids
 
 CHOICES = {"label": list("ABCDE"), "text": ["one", "two", "three", "four", "five"]}
 

@@ -180,15 +180,15 @@ def test_temperature_zero_is_greedy(reader, by_character):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"num_samples": 0}, "num_samples=0"),
-        ({"num_samples": 257}, "num_samples=257"),
-        ({"limit": 0}, "limit=0"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"num_samples": 257}, "num_samples must be at most 256, got 257"),
+        ({"limit": 0}, "limit must be"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be"),
         ({"max_new_tokens": 600}, "max_position_embeddings"),
-        ({"temperature": -1.0}, "temperature=-1"),
+        ({"temperature": -1.0}, "temperature must be .* got -1"),
         ({"think": "both"}, "both"),
-        ({"items": []}, "needs an item"),
+        ({"items": []}, "items is empty"),
     ],
 )
 def test_bad_options_are_named(reader, by_character, options, named):
