@@ -19,7 +19,7 @@ def command_line() -> Parser:
     """The parser of `pyquiet` and, below it, those of all commands."""
     parser = Parser(
         prog="pyquiet",
-        description="Language models that think before they speak, fill in any order and write in parallel.",
+        description="Five ways to get more out of a language model. `pyquiet demo` shows them all.",
     )
     parser.add_argument("--version", action="version", version=f"pyquiet {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.disable_progress_bar()  # of loading weights
     args = argparse.Namespace()
     try:
-        command_line().parse_args(argv, args)
+        words = sys.argv[1:] if argv is None else argv
+        command_line().parse_args(words or ["--help"], args)
         code = int(args.run(args))
         sys.stdout.flush()  # who reads may be gone
         return code

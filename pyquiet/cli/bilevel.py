@@ -14,7 +14,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     demo = actions.add_parser(
         "demo",
         help="find wrong labels by a few right ones",
-        description="Turns over a share of the labels of a data set, and finds them again: each training row gets a "
+        description="Turn over a share of the labels of a data set, and find them again: each training row gets a "
         "weight, learned so that logistic regressions on the weighed rows do well on a few clean ones.",
     )
     demo.add_argument("--data", default="digits", metavar="FILE", help="in LIBSVM's format, two classes")

@@ -12,7 +12,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "demo",
         help="see all five systems at work, in about a minute",
-        description="Plays all five systems on the embedded models, offline: each with what it shows and its numbers "
+        description="Play all five systems on the embedded models, offline: each with what it shows and its numbers "
         "beside the plain alternative's, all measured in this run.",
     )
     words = f"some of {', '.join(SCENES)} (default: all)"

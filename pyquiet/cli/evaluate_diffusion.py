@@ -31,7 +31,7 @@ def add_parser(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--sampler", nargs="+", choices=SAMPLERS, default=[SAMPLERS[0]], metavar="NAME", help=words)
     words = "of the whole text, several"
     parser.add_argument("--steps", nargs="+", type=options.Whole(), default=[8, 16, 32, 64], help=words)
-    add_law(parser)
+    add_law(parser, temperature=1.0)
     parser.add_argument("--num-samples", type=options.Whole(), default=16, help="texts to write by each")
     parser.add_argument("--length", type=options.Whole(), default=128, help="tokens of a text")
     options.add_batch_size(parser, "texts", 8)

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from pyquiet.prompts.answers import Row
 
 
+EXAMPLE = (
+    "One morning three friends set out. Emma went to the garden. Emma took the ___1___. Tom went to the ___1___. The "
+    "hat was now in the garden. The letter was now with Emma."
+)
+
+
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "infill",
@@ -27,7 +33,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         r"makes it. \_ is an underscore, \\ a backslash. Spaces before a gap are the model's to write.",
     )
     given = parser.add_mutually_exclusive_group()
-    given.add_argument("--text", help="with gaps (default: standard input)")
+    given.add_argument("--text", help="with gaps (default: standard input; on a terminal an example)")
     parser.add_argument("--gap-tokens", default="3", metavar="N", help="of ___, a number or a range")
     parser.add_argument("--num-samples", type=options.Whole(), default=1, help="fillings to draw")
     parser.add_argument("--code", action="store_true", help="white space is written as the released code model has it")
@@ -74,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     default = read_length(args.gap_tokens)
     if args.prompts is not None:
         return _run_many(args, how, default, device)
-    gaps = parse_gaps(options.given_text("--text", args.text), default)
+    gaps = parse_gaps(options.given_text("--text", args.text, EXAMPLE), default)
     model, tokenizer = load_filler(args.model, args.tokenizer)
     model.to(device, options.dtype(args))
     codec = Codec(tokenizer, args.code)
@@ -140,5 +146,5 @@ def cost_in_words(took: "Cost") -> str:
 
 
 def _drafts(word: str) -> int | str:
-    """The type of `--k`: a number of at least 1, or auto."""
-    return word if word == "auto" else options.Whole()(word)
+    """The type of `--k`: a number of drafts, all of which a round computes, or auto."""
+    return word if word == "auto" else options.Whole(1, 257)(word)

@@ -1,8 +1,7 @@
 """The models and tokenizers that options name: embedded ones by their names, others by their folders."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -37,11 +35,13 @@ def check_known(option: str, name: str, *, file: bool = False) -> None:
         raise ValueError(f"{option} {name}: {what} and no embedded model ({', '.join(zoo.available())})")
 
 
-@contextmanager
-def _weights_of(option: str, name: str) -> Iterator[None]:
-    """A ValueError in place of the complaint that a file of weights is broken."""
+def _load(
+    option: str, name: str, read: Callable[[str], Any], *, file: bool = False
+) -> tuple[Any, PreTrainedTokenizerBase | None]:
+    """The embedded model of that name and its tokenizer, or what `read` makes of a folder, and None."""
+    check_known(option, name, file=file)
     try:
-        yield
+        return zoo.load(name) if name in zoo.available() else (read(name), None)
     except SafetensorError as error:
         raise ValueError(f"{option} {name}: its weights cannot be read ({error}); copy the model anew") from None
 
@@ -49,11 +49,21 @@ def _weights_of(option: str, name: str) -> Iterator[None]:
 def load_tokenizer(option: str, name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of an embedded model or in a folder; ValueError names the option if there is none."""
     if name in zoo.available():
-        return zoo.load(name)[1]
+        return AutoTokenizer.from_pretrained(zoo.folder(name), local_files_only=True)
     files = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
     if not any(os.path.isfile(os.path.join(name, file)) for file in files):
-        raise ValueError(f"{option} {name}: no tokenizer there ({', '.join(files)}); name one by --tokenizer")
+        raise ValueError(
+            f"{option} {name}: no tokenizer there ({', '.join(files)}); save it there, or name another's by "
+            "--tokenizer, where a command has that option"
+        )
     return AutoTokenizer.from_pretrained(name)
+
+
+def _tokenizer(own: PreTrainedTokenizerBase | None, model: str, other: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer that `--tokenizer` names, or else the model's own, loaded with it or in its folder."""
+    if other not in (None, model):
+        return load_tokenizer("--tokenizer", other)
+    return own if own is not None else load_tokenizer("--model", model)
 
 
 def load_for_training(option: str, name: str, kind: Any) -> Any:
@@ -62,9 +72,7 @@ def load_for_training(option: str, name: str, kind: Any) -> Any:
     Args:
         kind: the class whose `from_pretrained` reads it from a folder.
     """
-    check_known(option, name)
-    with _weights_of(option, name):
-        return zoo.load(name)[0] if name in zoo.available() else kind.from_pretrained(name).float()
+    return _load(option, name, lambda folder: kind.from_pretrained(folder).float())[0]
 
 
 def load_thinker(name: str, thought_tokens: int | None) -> tuple[QuietStarForCausalLM, PreTrainedTokenizerBase]:
@@ -73,17 +81,17 @@ def load_thinker(name: str, thought_tokens: int | None) -> tuple[QuietStarForCau
     Args:
         thought_tokens: of what is wrapped; a model that thinks brings its own.
     """
-    check_known("--model", name)
-    wrap: dict[str, Any] = {} if thought_tokens is None else {"thought_tokens": thought_tokens}
-    with _weights_of("--model", name):
-        if name in zoo.available():
-            model, tokenizer = zoo.load(name)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            thinks = AutoConfig.from_pretrained(name).model_type == "quiet_star"
-            model = QuietStarForCausalLM.from_pretrained(name) if thinks else name
-        if not isinstance(model, QuietStarForCausalLM):
-            return QuietStarForCausalLM.from_base(model, tokenizer=tokenizer, **wrap).eval(), tokenizer
+
+    how: dict[str, Any] = {} if thought_tokens is None else {"thought_tokens": thought_tokens}
+
+    def read(folder: str) -> Any:
+        thinks = AutoConfig.from_pretrained(folder).model_type == "quiet_star"
+        return QuietStarForCausalLM.from_pretrained(folder) if thinks else QuietStarForCausalLM.from_base(folder, **how)
+
+    model, own = _load("--model", name, read)
+    tokenizer = _tokenizer(own, name, None)
+    if not isinstance(model, QuietStarForCausalLM):
+        model = QuietStarForCausalLM.from_base(model, tokenizer=tokenizer, **how)
     if thought_tokens not in (None, model.config.thought_tokens):
         raise ValueError(
             f"--thought-tokens {thought_tokens}: this model learned thoughts of {model.config.thought_tokens} tokens; "
@@ -94,45 +102,31 @@ def load_thinker(name: str, thought_tokens: int | None) -> tuple[QuietStarForCau
 
 def load_filler(name: str, tokenizer: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
     """The XLNet of that name, folder or file, and its tokenizer or that of another; ValueError says what is wrong."""
-    check_known("--model", name, file=True)
-    with _weights_of("--model", name):
-        embedded = name in zoo.available()
-        model, words = zoo.load(name) if embedded else (load_released(name, dtype=torch.float32), None)
+    model, own = _load("--model", name, lambda where: load_released(where, dtype=torch.float32), file=True)
     as_engine(model)  # refuses what is no XLNet
-    return model, _tokenizer(words, name, tokenizer)
+    return model, _tokenizer(own, name, tokenizer)
 
 
 def load_denoiser(name: str, tokenizer: str | None) -> tuple[MaskedDenoiser, PreTrainedTokenizerBase]:
     """The masked LM of that name or folder, and its tokenizer or that of another; ValueError says what is wrong."""
-    check_known("--model", name)
-    with _weights_of("--model", name):
-        if name in zoo.available():
-            model, words = zoo.load(name)
-        else:
-            kind = AutoConfig.from_pretrained(name).model_type
-            if kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-                raise ValueError(f"--model {name}: a model of type {kind!r} is no masked language model")
-            model, words = AutoModelForMaskedLM.from_pretrained(name).eval(), None
-    words = _tokenizer(words, name, tokenizer)
+
+    def read(folder: str) -> Any:
+        kind = AutoConfig.from_pretrained(folder).model_type
+        if kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+            raise ValueError(f"--model {name}: a model of type {kind!r} is no masked language model")
+        return AutoModelForMaskedLM.from_pretrained(folder).eval()
+
+    model, own = _load("--model", name, read)
+    words = _tokenizer(own, name, tokenizer)
     if words.mask_token_id is None:
         raise ValueError(f"the tokenizer of --model {name} has no mask token; name another by --tokenizer")
     return MaskedDenoiser(model, words.mask_token_id), words
 
 
-def _tokenizer(own: PreTrainedTokenizerBase | None, model: str, other: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer that `--tokenizer` names, or else the model's own, loaded with it or in its folder."""
-    if other not in (None, model):
-        return load_tokenizer("--tokenizer", other)
-    return own if own is not None else load_tokenizer("--model", model)
-
-
-def load_causal(option: str, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_causal(option: str, name: str, kind: Any = AutoModelForCausalLM) -> tuple[Any, PreTrainedTokenizerBase]:
     """The causal LM of that name or folder, and its tokenizer; ValueError names the option."""
-    check_known(option, name)
-    with _weights_of(option, name):
-        if name in zoo.available():
-            return zoo.load(name)
-        return AutoModelForCausalLM.from_pretrained(name).eval(), load_tokenizer(option, name)
+    model, own = _load(option, name, lambda folder: kind.from_pretrained(folder).eval())
+    return model, load_tokenizer(option, name) if own is None else own
 
 
 def load_energy(name: str, denoiser: MaskedDenoiser, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -141,11 +135,9 @@ def load_energy(name: str, denoiser: MaskedDenoiser, tokenizer: PreTrainedTokeni
         return None
     name = CAUSAL if name == "ar" else name
     check_known("--energy", name)
-    if name not in zoo.available() and AutoConfig.from_pretrained(name).model_type == "pyquiet_energy":
-        with _weights_of("--energy", name):
-            model, words = AutoModel.from_pretrained(name).eval(), load_tokenizer("--energy", name)
-    else:
-        model, words = load_causal("--energy", name)
+    is_folder = name not in zoo.available()
+    trained = is_folder and AutoConfig.from_pretrained(name).model_type == "pyquiet_energy"
+    model, words = load_causal("--energy", name, AutoModel if trained else AutoModelForCausalLM)
     check_tokenizers(tokenizer, words)
     model = model.to(denoiser.device)
     if not isinstance(model, NCEEnergy):

@@ -171,15 +171,14 @@ def dtype(args: argparse.Namespace) -> "torch.dtype | None":
     return None if args.dtype is None else getattr(torch, args.dtype)
 
 
-def given_text(option: str, text: str | None) -> str:
-    """What the option gives, or else standard input; ValueError if it is no text."""
+def given_text(option: str, text: str | None, example: str) -> str:
+    """What the option gives, or else standard input or, on a terminal, the example; ValueError if it is no text."""
     from pyquiet.checks import check_text
 
-    if text is None:
-        if sys.stdin.isatty():
-            print(f"{option} is not given: write it here, and end it with Ctrl-D", file=sys.stderr)
-        text = sys.stdin.read().rstrip("\n")
-    return check_text(option, text)
+    if text is None and sys.stdin.isatty():
+        print(f"{option} is not given; an example:", file=sys.stderr)
+        return example
+    return check_text(option, sys.stdin.read().rstrip("\n") if text is None else text)
 
 
 def check_needed(args: argparse.Namespace, other: str, *names: str) -> None:

@@ -89,7 +89,8 @@ def answer(
     cost = answer_prompts(prompts[0], named, args.output, header, **many)
     if cost is not None:
         report = {"output": args.output, "prompts": len(prompts[0]), **cost}
-        words = f"{len(prompts[0])} prompts answered in {args.output}: {in_words(cost)} of all processes"
+        answered = f"{len(prompts[0])} prompt{'s' if len(prompts[0]) != 1 else ''} answered in {args.output}"
+        words = f"{answered}: {in_words(cost)}, all processes together"
         give(args, report, words)
     return 0
 

@@ -73,11 +73,15 @@ def memory_in_words() -> Iterator[None]:
 
 
 def in_marks(parts: Sequence[tuple[str, bool]]) -> str:
-    """The text of such parts: what was filled in is bold on a terminal with colours and in brackets elsewhere."""
+    """The text of such parts: what was filled in is bold on a terminal with colours and in brackets elsewhere.
+
+    Spaces around what was filled in have no mark, and none at the end are shown.
+    """
     marks = (_BOLD, _PLAIN) if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else ("[", "]")
-    return "".join(_marked(part, *marks) if is_filled else part for part, is_filled in parts)
+    return "".join(_marked(part, *marks) if is_filled else part for part, is_filled in parts).rstrip()
 
 
 def _marked(part: str, opened: str, closed: str) -> str:
-    words = part.lstrip(" ")
-    return f"{part[: len(part) - len(words)]}{opened}{words}{closed}"
+    words = part.strip()
+    before = part[: len(part) - len(part.lstrip())]
+    return f"{before}{opened}{words}{closed}{part[len(before) + len(words) :]}"

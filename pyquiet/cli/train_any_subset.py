@@ -25,13 +25,9 @@ OPTIONS: training.Options = training.SHARED | {
 
 
 def add_parser(methods: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    train = methods.add_parser(
-        "any-subset",
-        help="any-subset models: fill in any part of a text, and draft it well",
-        description="Train an XLNet to fill in any part of a text, given the rest (an any-subset autoregressive "
-        "model). Given again after it was stopped, the command goes on from the last checkpoint in --output. Start it "
-        "with torchrun for several processes.",
-    )
+    what = "any-subset models: fill in any part of a text, and draft it well"
+    description = "Train an XLNet to fill in any part of a text, given the rest (an any-subset autoregressive model)."
+    train = training.add_method(methods, "any-subset", what, description)
     train.add_argument("--model", metavar="DIR", help="an XLNet's folder or an embedded one's name (default: fresh)")
     add_tokenizer(train)
     size = training.add_size(train, heads=4, inner=768)

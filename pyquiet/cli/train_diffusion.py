@@ -21,12 +21,7 @@ OPTIONS: training.Options = (
     | NOISE
     | {
         "--learning-rate": ("learning_rate", RATE, 1e-3, "peak"),
-        "--objective": (
-            "objective",
-            OBJECTIVES,
-            "low_variance",
-            "low_variance or continuous, of the same bound",
-        ),
+        "--objective": ("objective", OBJECTIVES, "low_variance", "low_variance or continuous, of the same bound"),
         "--start-level": ("start_level", SHARE, 0.15, "share masked in the first step of --level-warmup-steps"),
         "--level-warmup-steps": ("level_warmup_steps", Whole(0), 0, "from there to all shares, to help a fresh model"),
         "--seed": ("seed", SEED, 0, "same seed, same fresh model, order and noise"),
@@ -36,13 +31,9 @@ MASK = "<mask>"  # the token that a tokenizer without one gets, behind all other
 
 
 def add_parser(methods: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    train = methods.add_parser(
-        "diffusion",
-        help="masked diffusion: fill in what is masked, all at once",
-        description="Train a masked language model as the denoiser of masked diffusion. Given again after it was "
-        "stopped, the command goes on from the last checkpoint in --output. Start it with torchrun for several "
-        "processes.",
-    )
+    what = "masked diffusion: fill in what is masked, all at once"
+    description = "Train a masked language model as the denoiser of masked diffusion."
+    train = training.add_method(methods, "diffusion", what, description)
     train.add_argument("--model", metavar="DIR", help="a masked LM's folder or an embedded one's name (default: fresh)")
     add_tokenizer(train)
     training.add_size(train, heads=6, inner=320)

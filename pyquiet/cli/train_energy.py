@@ -20,13 +20,11 @@ OPTIONS: training.Options = (
 
 
 def add_parser(methods: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    train = methods.add_parser(
-        "energy",
-        help="an energy that corrects masked diffusion: tell texts from completions",
-        description="Train an energy by noise-contrastive estimation, beginning from the denoiser whose steps it is to "
-        "correct. Given again after it was stopped, the command goes on from the last checkpoint in --output. Start it "
-        "with torchrun for several processes.",
+    what = "an energy that corrects masked diffusion: tell texts from completions"
+    description = (
+        "Train an energy by noise-contrastive estimation, beginning from the denoiser whose steps it is to correct."
     )
+    train = training.add_method(methods, "energy", what, description)
     train.add_argument("--denoiser", required=True, metavar="DIR", help="its folder or an embedded one's name")
     train.add_argument("--model", metavar="DIR", help="an energy's folder or name to go on with (default: fresh)")
     train.add_argument("--pool", choices=("sum_masked", "mean"), default="sum_masked", help="of a fresh energy")

@@ -26,12 +26,9 @@ OPTIONS: training.Options = training.SHARED | {
 
 
 def add_parser(methods: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    train = methods.add_parser(
-        "quiet-star",
-        help="Quiet-STaR: thoughts at every token, rewarded by what they foretell",
-        description="Train a causal LM to think after every token (Quiet-STaR). Given again after it was stopped, the "
-        "command goes on from the last checkpoint in --output. Start it with torchrun for several processes.",
-    )
+    what = "Quiet-STaR: thoughts at every token, rewarded by what they foretell"
+    description = "Train a causal LM to think after every token (Quiet-STaR)."
+    train = training.add_method(methods, "quiet-star", what, description)
     add_model(train, CAUSAL)
     add_thought_tokens(train)
     train.add_argument("--official", action="store_true", help="the released code's loss, number for number")

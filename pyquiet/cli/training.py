@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -36,6 +37,15 @@ SHARED: Options = {
 RATE, SEED, SHARE = Number(0), Whole(0, 2**32), Number(0, 1)  # types of options that only some methods have
 
 
+def add_method(
+    methods: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, what: str, description: str
+) -> argparse.ArgumentParser:
+    """The parser of a method, which says what all of them can behind its own description."""
+    goes_on = "Given again after it was stopped, the command goes on from the last checkpoint in --output."
+    words = f"{description} {goes_on} Start it with torchrun for several processes."
+    return methods.add_parser(name, help=what, description=words)
+
+
 def add_size(parser: argparse.ArgumentParser, *, heads: int, inner: int) -> "argparse._ArgumentGroup":
     """Adds the sizes of a fresh model, for `check_start`."""
     size = parser.add_argument_group("a fresh model")
@@ -61,7 +71,8 @@ def add_options(parser: argparse.ArgumentParser, options: Options) -> None:
     add_quiet(parser)
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="further training arguments")
     for option, (_, kind, default, what) in options.items():
-        how: dict[str, Any] = {"choices": kind, "metavar": "NAME"} if isinstance(kind, tuple) else {"type": kind}
+        how: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        how["metavar"] = getattr(kind, "metavar", "NAME")
         parser.add_argument(option, default=default, help=what, **how)
 
 
@@ -75,7 +86,7 @@ def training_arguments(args: argparse.Namespace, kind: Any, options: Options, *w
 
     values = {name: vars(args)[option[2:].replace("-", "_")] for option, (name, *_) in options.items()}
     values |= {"output_dir": args.output, "save_total_limit": 2, "report_to": "none", "bf16": args.bf16}
-    values |= _machine(args.device) | {"disable_tqdm": args.quiet}
+    values |= _machine(args.device) | {"disable_tqdm": args.quiet or not sys.stderr.isatty()}
     values["eval_strategy"] = "steps" if args.eval_text or args.eval_dataset else "no"
     further = dict(pair.split("=", 1) if "=" in pair else (pair, "true") for pair in args.set)
     known = {field.name for field in dataclasses.fields(kind)}

@@ -169,7 +169,7 @@ def nll(
     counts = torch.zeros(2, len(input_ids), dtype=torch.int64)
     # No gradients, and no autocast, which would change the law.
     with torch.no_grad(), torch.autocast(denoiser.device.type, enabled=False):
-        for sample in tqdm(range(samples), "noises", disable=not progress):
+        for sample in tqdm(range(samples), "noises", disable=None if progress else True):
             noise = epoch_seed(seed, sample)
             law = StepCosts(denoiser, energy, texts, input_ids, n, noise, energy_microbatch)
             if kind == "K_step":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +16,6 @@ from pyquiet.diffusion import plan as plans
 from pyquiet.diffusion.hooks import Order, Remask, Tokens
 from pyquiet.diffusion.inputs import (
     Options,
-    Texts,
-    check_context,
-    check_energy,
     check_sampler,
     read_energy,
     read_options,
@@ -29,7 +25,7 @@ from pyquiet.diffusion.inputs import (
 from pyquiet.diffusion.modeling import as_denoiser
 from pyquiet.diffusion.schedule import Schedule
 from pyquiet.diffusion.session import OnStep, Session, Trace
-from pyquiet.diffusion.windows import slide, windows
+from pyquiet.diffusion.windows import check_texts, slide
 from pyquiet.randomness import resolve_seed
 
 
@@ -172,7 +168,6 @@ def diffuse(
     check_sampler(sampler, hooks, energy, context, stride)
     check_count("steps", steps, least=1)
     texts = read_texts(denoiser, input_ids, mask, attention_mask, length, num_samples, sequence_ids)
-    check_context(denoiser, min(texts.tokens.shape[1], context or texts.tokens.shape[1]))
     proposal = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "banned": banned}
     options = read_options(
         denoiser, energy=energy, candidates=candidates, window=window, energy_temperature=energy_temperature,
@@ -180,12 +175,10 @@ def diffuse(
         scheme=scheme, seed=resolve_seed(seed), energy_microbatch=energy_microbatch,
     )  # fmt: skip
     stride = stride or max(1, (context or 1) // 2)
-    if energy is not None and options.weighs:
-        for rows, columns in _seen(texts, context, stride):
-            check_energy(energy, texts, rows, columns)
+    check_texts(denoiser, energy if options.weighs else None, texts, context, stride)
     # No gradients, and no autocast, which would change the law.
     autocast = torch.autocast(denoiser.device.type, enabled=False)
-    with torch.no_grad(), autocast, tqdm(disable=not progress, unit="step", desc="diffuse") as bar:
+    with torch.no_grad(), autocast, tqdm(disable=None if progress else True, unit="step", desc="diffuse") as bar:
         session = Session(denoiser, texts, options, schedule, tokens=tokens, on_step=_reporting(bar, on_step))
         if remask is not None:
             session.remasked(remask, order, steps)
@@ -209,14 +202,6 @@ def _reporting(bar: Any, on_step: OnStep | None) -> OnStep:
             on_step(step, time, tokens)
 
     return report
-
-
-def _seen(texts: Texts, context: int | None, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """What an energy will see: rows int64 [b] of the texts, and their columns int64 [b, W], the first ones first."""
-    if context is not None:
-        yield from ((rows, columns) for _, rows, columns in windows(texts, context, stride))
-    elif len(rows := texts.fill.any(1).nonzero().flatten()):
-        yield rows, torch.arange(texts.fill.shape[1]).expand(len(rows), -1)
 
 
 def _plan(sampler: str, session: Session, steps: int) -> plans.Plan:

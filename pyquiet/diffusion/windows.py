@@ -10,7 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pyquiet.diffusion.inputs import Texts
+from pyquiet.diffusion.energy import Energy
+from pyquiet.diffusion.inputs import Texts, check_context, check_energy
+from pyquiet.diffusion.modeling import Denoiser
 from pyquiet.diffusion.plan import schedule_first
 from pyquiet.diffusion.session import Session
 
@@ -29,6 +31,18 @@ def windows(texts: Texts, context: int, stride: int) -> Iterator[tuple[int, Tens
         if len(rows):
             left[rows[:, None], where[rows]] = False
             yield number, rows, where[rows]
+
+
+def check_texts(denoiser: Denoiser, energy: Energy | None, texts: Texts, context: int | None, stride: int) -> None:
+    """Raises ValueError for texts that denoiser or energy do not take, in the columns that they will see at once."""
+    whole = texts.tokens.shape[1]
+    check_context(denoiser, min(whole, context or whole))
+    if energy is None:
+        return
+    rows = texts.fill.any(1).nonzero().flatten()
+    at_once = [(0, rows, torch.arange(whole).expand(len(rows), -1))] if len(rows) else []
+    for _, rows, columns in at_once if context is None else windows(texts, context, stride):
+        check_energy(energy, texts, rows, columns)
 
 
 def slide(session: Session, steps: int, context: int, stride: int) -> None:

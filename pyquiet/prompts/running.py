@@ -58,9 +58,8 @@ def answer_prompts(
     cost, done = seen
     if cost is None:
         batches = _batches(prompts, done, batch_size)[ranks.rank :: ranks.size]
-        bar = tqdm(
-            total=sum(map(len, batches)), disable=not progress or ranks.rank > 0, unit="prompt", desc=_title(ranks)
-        )
+        shown = None if progress and ranks.rank == 0 else True
+        bar = tqdm(total=sum(map(len, batches)), disable=shown, unit="prompt", desc=_title(ranks))
         with Part(target, ranks.rank, header) as part, bar:
             for batch in batches:
                 rows, took = answer(batch)

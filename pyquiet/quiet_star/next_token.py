@@ -21,6 +21,7 @@ from transformers import EvalPrediction, TrainingArguments
 
 from pyquiet.checks import check_count
 from pyquiet.datasets import NumberedTexts, TextCollator
+from pyquiet.environment import fingerprint
 from pyquiet.files import replacing
 from pyquiet.quiet_star.distillation import (
     NextTokenLoss,
@@ -245,10 +246,7 @@ def _about(
     teacher: QuietStarForCausalLM, texts: NumberedTexts, seed: int, epoch: int, thoughts: int | None
 ) -> dict[str, str]:
     """What a file of NLLs is of."""
-    weights, ids = hashlib.sha256(), hashlib.sha256()
-    for name, tensor in teacher.state_dict().items():
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    ids = hashlib.sha256()
     for i in range(len(texts)):
         example = texts[i]
         row = np.asarray(example["input_ids"], np.int64)
@@ -258,7 +256,7 @@ def _about(
     thoughts = teacher.config.thoughts_per_token if thoughts is None else thoughts
     options = (seed, epoch, thoughts, teacher.config.thought_tokens)
     names = ("seed", "epoch", "thoughts_per_token", "thought_tokens", "teacher", "dataset")
-    return dict(zip(names, (*map(str, options), weights.hexdigest(), ids.hexdigest()), strict=True))
+    return dict(zip(names, (*map(str, options), fingerprint(teacher), ids.hexdigest()), strict=True))
 
 
 def _write(path: str | os.PathLike[str], done: list[Any], about: dict[str, str]) -> None:

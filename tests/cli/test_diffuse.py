@@ -72,6 +72,7 @@ def expected(models, parts, lengths, energy="none", **options):
     text = codec.gapped(parts, [range(n, n + 1) for n in lengths], trim=True)
     ids, given = text.tokens(lengths, denoiser.mask_id)[None], text.given(lengths)
     banned = codec.banned(denoiser.vocab_size)
+    options = {"temperature": 0.8, **options}
     out = diffuse(denoiser, energies[energy], input_ids=ids, mask=~given[None], banned=banned, **options)
     return [codec.parts(row, given.tolist()) for row in out.tokens.tolist()], out
 
@@ -222,6 +223,8 @@ def test_the_embedded_models_are_the_default(capsys):
         (["--text", "a ___2-3___"], "___2-3___"),
         (["--prompt", "\udce4"], "UTF-8"),
         (["--length", "0"], "--length"),
+        (["--text", "a ___", "--length", "5"], "--length has no use with --text"),
+        (["--prompt", "a", "--gap-tokens", "5"], "--gap-tokens has no use without --text"),
         (["--gap-tokens", "0"], "--gap-tokens"),
         (["--num-samples", "0"], "--num-samples"),
         (["--steps", "0"], "--steps"),
@@ -296,7 +299,7 @@ def test_the_embedded_energies_are_compared_by_default(folder, capsys):
     ("arguments", "named"),
     [
         (["--text", "/no/such/file"], "/no/such/file"),
-        (["--length", "10000"], "num_samples=16"),
+        (["--length", "10000"], "--num-samples 16: the texts hold 0 pieces"),
         (["--judge", "/no/judge"], "--judge /no/judge"),
         (["--match", "entropy"], "--match"),
         (["--num-samples", "0"], "--num-samples"),

@@ -138,7 +138,8 @@ def test_a_file_of_weights_with_another_tokenizer(folder, capsys):
         (["--temperature", "-1"], "--temperature"),
         (["--top-p", "0"], "--top-p"),
         (["--k", "3"], "--k 3 goes with a method"),
-        (["--k", "0", "--method", "assd"], "--k must be at least 1, got 0"),
+        (["--k", "0", "--method", "assd"], "--k must be in [1, 257), got 0"),
+        (["--k", "99999", "--method", "assd"], "--k must be in [1, 257), got 99999"),
         (["--device", "nonsense"], "--device"),
         (["--code"], "cls_token"),
     ],
@@ -228,7 +229,7 @@ def test_code(folder, filler, capsys, monkeypatch):
     ("arguments", "named"),
     [
         (["--table", "/no/such/file"], "/no/such/file"),
-        (["--table", "DATA/text.txt", "--length", "10000"], "limit=16"),
+        (["--table", "DATA/text.txt", "--length", "10000"], "--limit 16: the texts hold 0 pieces"),
         (["--table", "DATA/text.txt", "--judge", "/no/judge"], "--judge /no/judge"),
         (["--table", "DATA/text.txt", "--limit", "0"], "--limit"),
         (["--table", "DATA/text.txt", "--num-samples", "2"], "--num-samples has no use without --stories"),

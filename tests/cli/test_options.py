@@ -166,6 +166,12 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys) -> None:
     assert capsys.readouterr().err == "pyquiet: stopped\n"
 
 
+def test_without_a_command_there_is_help(capsys) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([])
+    assert capsys.readouterr().out.startswith("usage: pyquiet ")
+
+
 @pytest.mark.slow
 def test_a_reader_who_has_seen_enough_is_no_error() -> None:
     run = f"{sys.executable} -m pyquiet.cli doctor --json | true"
@@ -174,14 +180,23 @@ def test_a_reader_who_has_seen_enough_is_no_error() -> None:
     assert done.stdout == "1\n"
 
 
-def test_a_terminal_is_told_that_its_text_is_awaited(monkeypatch, capsys) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+def test_a_text_is_the_options_or_standard_input_and_on_a_terminal_an_example(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Once\n\n"))
+    assert given_text("--prompt", "Twice", "an example") == "Twice"
+    assert given_text("--prompt", None, "an example") == "Once"
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert given_text("--prompt", None, "an example") == "an example"
+    assert capsys.readouterr().err == "--prompt is not given; an example:\n"
 
-    monkeypatch.setattr(sys, "stdin", Terminal("Once\n"))
-    assert given_text("--prompt", None) == "Once"
-    assert "--prompt is not given: write it here" in capsys.readouterr().err
+
+@pytest.mark.parametrize("command", ["think", "infill"])
+def test_an_example_shows_what_the_embedded_models_can(monkeypatch, capsys, command) -> None:
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert main([command]) == 0
+    assert {"think": "three times, came to Emma", "infill": "Emma took the [letter]"}[
+        command
+    ] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -189,13 +204,13 @@ def test_a_terminal_is_told_that_its_text_is_awaited(monkeypatch, capsys) -> Non
     [
         ("think", QuietStarForCausalLM.generate, set()),
         ("infill", pyquiet.infill, set()),
-        ("diffuse", pyquiet.diffuse, {"length", "steps"}),  # a text to look at, in the half of the calls
+        ("diffuse", pyquiet.diffuse, {"temperature"}),  # a text to read
         ("evaluate thoughts", evaluation.thinking_gains, set()),
         ("evaluate answers", evaluation.direct_answers, {"think"}),
-        ("evaluate answers", evaluation.majority_vote, {"think"}),
-        ("evaluate infilling", evaluation.generative_table, {"batch_size"}),  # says which where it is told
-        ("evaluate infilling", evaluation.infill_stories, {"batch_size"}),
-        ("evaluate infilling", evaluation.infill_code, {"batch_size"}),
+        ("evaluate answers", evaluation.majority_vote, {"think", "limit"}),
+        ("evaluate infilling", evaluation.generative_table, {"batch_size", "limit"}),  # the help tells them
+        ("evaluate infilling", evaluation.infill_stories, {"batch_size", "num_samples"}),
+        ("evaluate infilling", evaluation.infill_code, {"batch_size", "num_samples"}),
         ("evaluate diffusion", evaluation.diffusion_table, {"steps"}),  # the same, as a tuple
         ("bilevel demo", demonstrate, set()),
     ],

@@ -7,6 +7,7 @@ import pytest
 
 import pyquiet
 from pyquiet.cli import main
+from pyquiet.cli.reports import in_marks
 from pyquiet.environment import fingerprint
 
 from .one_line import error_line
@@ -51,6 +52,11 @@ def test_in_a_file_it_leaves_the_words(
     model = pyquiet.QuietStarForCausalLM.from_pretrained(thinker)
     assert report["environment"]["models"]["model"]["fingerprint"] == fingerprint(model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "text.txt"]
+
+
+def test_marks_stand_around_words_and_no_space_ends_a_line() -> None:
+    parts = [("The", False), (" king\n", True), ("sat", False), (" ", True), (" on", False), (" it.\n\n", True)]
+    assert in_marks(parts) == "The [king]\nsat [] on [it.]"
 
 
 @pytest.mark.parametrize(
