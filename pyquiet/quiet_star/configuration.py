@@ -1,10 +1,12 @@
 """The configuration of a thinking model: its base's own configuration and how it thinks."""
 
+import math
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from pyquiet.checks import check_count as check_count
+from pyquiet.checks import check_number
 
 
 class QuietStarConfig(PreTrainedConfig):
@@ -20,7 +22,7 @@ class QuietStarConfig(PreTrainedConfig):
         base_adapters: where PEFT adapters lie in the base, as `save_pretrained` records it; None if it has none.
 
     Raises:
-        ValueError: thought_tokens < 0, thoughts_per_token < 1 or embedding_scale <= 0.
+        ValueError: thought_tokens < 0, thoughts_per_token < 1 or embedding_scale not positive and finite.
     """
 
     model_type = "quiet_star"
@@ -40,8 +42,8 @@ class QuietStarConfig(PreTrainedConfig):
         self.base_config: PreTrainedConfig | None = base
         self.thought_tokens = check_count("thought_tokens", thought_tokens, least=0)
         self.thoughts_per_token = check_count("thoughts_per_token", thoughts_per_token, least=1)
-        if embedding_scale <= 0:
-            raise ValueError(f"embedding_scale must be positive, got {embedding_scale}")
+        if not 0 < check_number("embedding_scale", embedding_scale) < math.inf:
+            raise ValueError(f"embedding_scale must be positive and finite, got {embedding_scale}")
         self.embedding_scale = embedding_scale
         self.official = official
         self.base_adapters = base_adapters

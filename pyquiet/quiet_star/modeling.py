@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pyquiet.heads import apply_head, embedding_table, finish_logits, head_weight, log_prob
 from pyquiet.quiet_star.adapters import AdaptedBase, lay_out_adapters, record_adapters, settle_adapters, unwrapped
-from pyquiet.quiet_star.configuration import QuietStarConfig
+from pyquiet.quiet_star.configuration import QuietStarConfig, check_count
 from pyquiet.quiet_star.generation import ThinkingGeneration
 from pyquiet.quiet_star.inputs import check_context, check_inputs, check_no_nan, check_positions, real_tokens
 from pyquiet.quiet_star.objective import QuietStarObjective, ThinkingLoss
@@ -123,9 +123,9 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, AdaptedBase, Pr
             raise ValueError("model thinks already; give from_base its .base")
         check_supported(model)
         if start_init is None and tokenizer is not None:
-            start_init = tokenizer("---", add_special_tokens=False)["input_ids"][0]
+            start_init = next(iter(tokenizer("---", add_special_tokens=False)["input_ids"]), None)
         vocabulary = embedding_table(model).shape[0]
-        if start_init is not None and not 0 <= start_init < vocabulary:
+        if start_init is not None and check_count("start_init", start_init, least=0) >= vocabulary:
             raise ValueError(f"start_init must be a token id in 0..{vocabulary - 1}, got {start_init}")
         if official:
             model.resize_token_embeddings(vocabulary + 2)

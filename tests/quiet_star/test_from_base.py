@@ -147,6 +147,8 @@ def test_official_thoughts_equal_the_explicit_sequences():
         ({"thought_tokens": 2.5}, "thought_tokens"),
         ({"start_init": VOCABULARY}, "start_init"),
         ({"start_init": -1}, "start_init"),
+        ({"start_init": 1.5}, "start_init"),
+        ({"start_init": True}, "start_init"),
     ],
     ids=str,
 )
@@ -155,6 +157,18 @@ def test_bad_arguments_are_named(options, name):
     with pytest.raises((ValueError, TypeError), match=name):
         from_base(base, **options)
     assert base.config._attn_implementation == "exact_softmax"
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan"), "a", None], ids=str)
+def test_an_embedding_scale_that_is_none_is_named(scale):
+    with pytest.raises((ValueError, TypeError), match="embedding_scale must be"):
+        pyquiet.QuietStarConfig(embedding_scale=scale)
+
+
+def test_a_tokenizer_that_has_no_dashes_leaves_the_mean():
+    base = build("llama")
+    expected = from_base(base).start_embedding
+    assert torch.equal(from_base(base, tokenizer=lambda *_, **__: {"input_ids": []}).start_embedding, expected)
 
 
 @pytest.mark.parametrize("thing", [None, 7, torch.nn.Linear(2, 2)], ids=str)
