@@ -12,7 +12,13 @@ from pyquiet.scaling.votes import first as first
 from pyquiet.scaling.votes import pass_at_k as pass_at_k
 
 # Tried in turn where nothing is boxed; of several places the last one counts.
-DEFAULT = (r"####[ \t]*(\S[^\n]*)", r"(?i:answer is):?[ \t]*(\S[^\n]*?)(?=\.?[ \t]*(?:\n|$)|\.[ \t])")
+DEFAULT = (
+    r"####[ \t]*(\S[^\n]*)",
+    r"(?i:answer is):?[ \t]*(\S(?:[^ \t\n]|[ \t]++)*?)(?=\.?[ \t]*(?:\n|$)|\.[ \t])",
+)
+LONGEST = 500  # characters; a longer answer, of a model that goes round in circles, is compared as it stands
+
+_BRACE = re.compile(r"\\{1,2}f?boxed\s*\{|\\.|[{}]", re.DOTALL)  # an escaped brace opens nothing
 
 _NUMBER = re.compile(r"([+-]?)(?:(\d+)\s*)?(?:\\frac\{(\d+)\}\{(\d+)\}|(?<!\d)(\d+)/(\d+))")
 _DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
@@ -51,27 +57,27 @@ def extract(text: str, patterns: Sequence[str] = DEFAULT) -> str | None:
 
 
 def _last_boxed(text: str) -> str | None:
-    for begin in reversed([match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)]):
-        depth, place = 1, begin
-        while place < len(text) and depth:
-            if text[place] == "\\":
-                place += 1  # an escaped brace opens nothing
-            elif text[place] in "{}":
-                depth += 1 if text[place] == "{" else -1
-            place += 1
-        answer = text[begin : place - 1].strip()
-        if not depth and answer:
-            return answer
-    return None
+    last, answer = 0, None
+    opened: list[int] = []  # for each open brace where its box begins, 0 for one that is no box
+    for brace in _BRACE.finditer(text):
+        begin = opened.pop() if brace[0] == "}" and opened else 0
+        if begin > last and (inside := text[begin : brace.start()].strip()):
+            last, answer = begin, inside
+        elif brace[0].endswith("{") and brace[0] != r"\{":
+            opened.append(brace.end() if "boxed" in brace[0] else 0)
+    return answer
 
 
 @lru_cache(maxsize=2**16)
 def normalise(answer: str) -> str:
     r"""One spelling of an answer: no LaTeX noise, units, currency or percent signs, no separators of thousands.
 
-    Fractions are written \frac{a}{b}; a name in front of "=" goes; words are in lower case. 50\% becomes 50.
+    Fractions are written \frac{a}{b}; a name in front of "=" goes; words are in lower case. 50\% becomes 50. What is
+    longer than `LONGEST` stays as it is.
     """
     text = answer.strip()
+    if len(text) > LONGEST:
+        return text
     for open_, close in (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         if text.startswith(open_) and text.endswith(close) and len(text) > len(open_) + len(close):
             text = text[len(open_) : -len(close)].strip()
@@ -115,7 +121,7 @@ def equal(a: str, b: str, seconds: float = 2.0) -> bool:
     symmetric: equal(a, b) == equal(b, a).
     """
     a, b = sorted((normalise(a), normalise(b)))
-    return a == b or _equal(a, b, seconds)
+    return a == b or (max(len(a), len(b)) <= LONGEST and _equal(a, b, seconds))
 
 
 def _equal(a: str, b: str, seconds: float) -> bool:

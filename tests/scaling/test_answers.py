@@ -36,6 +36,26 @@ def test_an_answer_is_found(text: str, answer: str | None) -> None:
     assert extract(text) == answer
 
 
+def test_a_text_that_goes_round_in_circles_costs_no_more_than_its_length() -> None:
+    assert extract("\\boxed{" * 50_000) is None  # half an hour if it went as the square
+    assert extract("the answer is 1" + " " * 100_000 + "apple") == "1" + " " * 100_000 + "apple"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["3" * 5000, "0." + "3" * 5000, "1/" + "7" * 5000, "(1," * 900 + "2" + ")" * 900, "1 " + "ab. " * 20_000 + "!"],
+)
+def test_an_answer_of_a_model_that_goes_round_in_circles_is_compared_as_it_stands(answer: str) -> None:
+    assert equal(answer, f" {answer} ")
+    assert not equal(answer, "3")
+    assert majority([Vote("3", 0.5, 0), Vote(answer, 0.0, 1), Vote("3.0", 0.5, 2)]) == "3"
+
+
+def test_the_longest_answers_are_compared_part_by_part() -> None:
+    depth = answers.LONGEST // 3 - 1
+    assert not equal("(," * depth + "1" + ")" * depth, "(," * depth + "2" + ")" * depth)
+
+
 def test_declared_patterns_take_the_place_of_the_usual_ones() -> None:
     assert extract("Result> 5; Result> 6; the answer is 7", [r"Total> (\d)", r"Result> (\d)"]) == "6"
 
