@@ -87,7 +87,8 @@ class ThinkingGeneration(GenerationMixin):
             int64 [B, L], or `QuietStarGenerateOutput`. START and END never appear in it.
 
         Raises:
-            ValueError, TypeError: as `think_at_every_token`; also for beam search and assisted generation.
+            ValueError, TypeError: as `think_at_every_token`; also for beam search and assisted generation, and for a
+                temperature by which float32 cannot divide.
         """
         if think not in ("always", "never"):
             raise ValueError(f'think must be "always" or "never", got {think!r}')
