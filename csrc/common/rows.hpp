@@ -64,10 +64,24 @@ inline D to_doubles(const T* p) {
   return __builtin_convertvector(half, D);
 }
 
-inline double sum_of_lanes(F v) {
+// Half as many sums, in double.
+inline D halved(F v) {
   float lane[kLanes];
   store(lane, v);
-  return sum_of_lanes(to_doubles(lane) + to_doubles(lane + kLanes / 2));
+  return to_doubles(lane) + to_doubles(lane + kLanes / 2);
+}
+
+inline double sum_of_lanes(F v) { return sum_of_lanes(halved(v)); }
+
+// Of n vectors at once, a multiple of the lanes of D.
+inline void sums_of_lanes(const F* v, int n, double* sums) {
+  constexpr int kTogether = kLanes / 2;
+  for (int i = 0; i < n; i += kTogether) {
+    D rows[kTogether];
+    for (int k = 0; k < kTogether; ++k) rows[k] = halved(v[i + k]);
+    const D together = sum_rows(rows);
+    std::memcpy(sums + i, &together, sizeof together);
+  }
 }
 
 // One row's logits and what makes them scores.
@@ -238,8 +252,7 @@ inline bool survey_chunk(const Row<E>& row, int64_t c, Survey& to) {
   to.tops[c] = largest_lane(top);
   if (limit > kNegInf) to.bases[c] = base;
   to.sums[c] = sum_of_lanes(parts[part]);
-  if (kOfParts)
-    for (int i = 0; i < kParts; ++i) to.cdf[c * kParts + i] = sum_of_lanes(parts[i]);
+  if (kOfParts) sums_of_lanes(parts, kParts, &to.cdf[c * kParts]);
   return true;
 }
 

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -267,7 +268,9 @@ inline V shuffle(V a, V b) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, Lane...);
 #else
-  return __builtin_shuffle(a, b, typename Lanes<sizeof...(Lane)>::I{Lane...});
+  typedef std::conditional_t<sizeof(V) == sizeof...(Lane) * 8, int64_t, int32_t> T;
+  typedef T Index __attribute__((vector_size(sizeof(V))));
+  return __builtin_shuffle(a, b, Index{Lane...});
 #endif
 }
 
@@ -289,15 +292,16 @@ inline void transpose(typename Lanes<W>::F* row) {
   if constexpr (2 * S < W) transpose<W, 2 * S>(row);
 }
 
-// The sums of W rows of W lanes, one a lane; the rows are used up.
-template <int W, int S = 1>
-inline typename Lanes<W>::F sum_rows(typename Lanes<W>::F* row) {
+// The sums of as many rows as they have lanes, floats or doubles, one a lane; the rows are used up.
+template <int S = 1, class V>
+inline V sum_rows(V* row) {
+  constexpr int W = sizeof(V) / sizeof(row[0][0]);
 #pragma GCC unroll 16
   for (int i = 0; i < W; i += 2 * S) {
     swap_blocks<S>(row[i], row[i + S], std::make_integer_sequence<int, W>{});
     row[i] += row[i + S];
   }
-  if constexpr (2 * S < W) return sum_rows<W, 2 * S>(row);
+  if constexpr (2 * S < W) return sum_rows<2 * S>(row);
   return row[0];
 }
 

@@ -357,7 +357,7 @@ void score_rows(const RowSet& set, QueryOf query_of, KeyOf key_of, int64_t strid
       for (int j = 0; j < keys; ++j) {
         F sum[kLanes];
         std::copy_n(products.sum[j], kLanes, sum);
-        store(score + (j0 + j) * kRows + r0, sum_rows<kLanes>(sum));
+        store(score + (j0 + j) * kRows + r0, sum_rows(sum));
       }
     }
   }
