@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,19 +10,12 @@ from types import ModuleType
 import pytest
 import torch
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+from .modules import modules
 
 
 def recipe(name: str) -> ModuleType:
-    file = RECIPES / name / "run.py"
-    if not file.is_file():
-        pytest.skip(f"no recipe {file}")
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with modules(name) as found:
+        return found.run
 
 
 def rows(path: Path, count: int) -> Path:

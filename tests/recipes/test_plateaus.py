@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "recipes" / "bilevel_speedup"
+from .modules import modules
 
 
 @pytest.fixture
-def plateaus(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    if not FOLDER.is_dir():
-        pytest.skip(f"no recipe {FOLDER}")
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.delitem(sys.modules, "run", raising=False)  # other recipes have a run.py too
-    module = importlib.import_module("plateaus")
-    yield module
-    for name in ("plateaus", "run"):
-        sys.modules.pop(name, None)
+def plateaus() -> Iterator[ModuleType]:
+    with modules("bilevel_speedup") as found:
+        yield found.plateaus
 
 
 def test_runs_begin_at_the_solution(plateaus: ModuleType) -> None:
