@@ -315,9 +315,10 @@ class ATTS:
                         if record.key.turn == turn:
                             collect(record)
                     policy = AcceptAll() if calibrator is None else self._policy(calibrator)
-                    session = self._session(policy, file, records, [collect], None)
-                    numbers = range(turn * chains, (turn + 1) * chains)
-                    mine = asked[turn::calibrated]
+                    numbers, mine = range(turn * chains, (turn + 1) * chains), asked[turn::calibrated]
+                    ids = {question.id for question in mine}
+                    filed = [record for record in records if record.key.question in ids]  # its clock goes on from these
+                    session = self._session(policy, file, filed, [collect], None)
                     panels = (Panel(q, i, numbers, phase="calibrate", last_score=turn) for i, q in enumerate(mine))
                     await run_async(session, panels)
                     if len(collected) > before:

@@ -47,6 +47,7 @@ from pyquiet.scaling.backends.base import TransientError
 from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.cold import ColdStart
 from pyquiet.scaling.records import Record
+from pyquiet.scaling.simulation import Delayed, Latency, run_simulated
 
 from .fake_models import HashModel
 
@@ -177,6 +178,20 @@ def test_what_calibration_took_is_counted_in_every_report(tmp_path: Path) -> Non
     assert again.run(ASKED, journal=journal).report == report
     runner.calibrate(BANK[:9], kind="hierarchical", chains=1)
     assert runner.run(ASKED).report.calibration_cost["draft"].requests == 9
+
+
+def test_a_calibration_that_goes_on_counts_no_second_twice(tmp_path: Path) -> None:
+    def calibrate(journal: Path) -> float:
+        runner = atts(models=[Delayed(HashModel(name), Latency(1.0)) for name in ("draft", "target")])
+        run_simulated(runner.acalibrate(BANK, chains=1, journal=journal))
+        return runner.run(ASKED[:1]).report.calibration
+
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    wanted, lines = calibrate(whole), whole.read_bytes().splitlines(keepends=True)
+    third = next(i for i, line in enumerate(lines) if b'"chain":2' in line)  # of three parts, each with its own clock
+    part.write_bytes(b"".join(lines[: third + 1]))
+    assert wanted > 12
+    assert wanted <= calibrate(part) <= wanted + 1  # the request that was on its way is sent again
 
 
 def test_what_a_saved_bank_took_is_told_apart_where_it_serves_again(tmp_path: Path) -> None:
