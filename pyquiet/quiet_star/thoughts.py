@@ -377,6 +377,8 @@ def check_supported(base: PreTrainedModel) -> None:
         reason = "it uses latent attention (MLA)"
     elif getattr(config, "alibi", False):
         reason = "it uses ALiBi"
+    elif getattr(config, "use_bidirectional_attention", None) is True:
+        reason = "its attention is not causal (use_bidirectional_attention)"
     elif others:
         reason = f"it has layers of type {', '.join(sorted(others))}"
     elif any(hasattr(module, "sinks") for module in base.modules()):

@@ -39,6 +39,18 @@ def test_the_model_may_be_used_while_it_generates(who):
 
 
 @torch.no_grad()
+def test_a_base_may_scale_in_place_what_it_gets():
+    model, ids = thinker(), random_ids(2, 5)
+    expected = model.think_at_every_token(ids, seed=1)
+
+    def scale(_, args, kwargs):  # as CTRL does
+        kwargs["inputs_embeds"].mul_(1)
+
+    model.base.base_model.register_forward_pre_hook(scale, with_kwargs=True)
+    assert torch.equal(model.think_at_every_token(ids, seed=1).weight, expected.weight)
+
+
+@torch.no_grad()
 def test_activation_checkpointing_does_not_matter():
     model, ids = thinker(dtype=torch.float32, attention="sdpa"), random_ids(2, 5)
     expected = model.think_at_every_token(ids, seed=1)

@@ -49,10 +49,11 @@ REFUSED = {
     ),
     "bart": (
         "counts positions itself",
-        {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96},
+        {"d_model": 64, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96},
     ),
     "phimoe": ("keeps its window to itself", _LLAMA_LIKE | {"num_local_experts": 2, "sliding_window": 3}),
     "doge": ("masks of its own", _LLAMA_LIKE),
+    "gemma3_text": ("looks ahead", _LLAMA_LIKE | {"head_dim": 16, "use_bidirectional_attention": True}),
     "mamba": ("no attention", {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
     "jamba": (
         "hybrid",
@@ -97,7 +98,6 @@ def test_a_model_that_cannot_think_is_named(model_type):
 # What transformers makes of these differs between its versions.
 NAMED_OR_EXACT = {
     "stablelm": ("StableLm", _LLAMA_LIKE),  # drops extra keyword arguments of `forward`
-    "ctrl": ("CTRL", {"n_embd": 64, "n_layer": 2, "n_head": 4, "dff": 96}),  # scales in place what it gets
     "gptj": ("GPTJ", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),  # no interface before 5.24
 }
 
