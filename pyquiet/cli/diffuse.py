@@ -160,9 +160,7 @@ def _run_many(args: argparse.Namespace, how: dict[str, Any], device: "torch.devi
     """Fills the texts of a file. Sample j of text i has the noise of number i * num_samples + j."""
     import torch
 
-    from pyquiet.diffusion.inputs import read_energy, read_texts
     from pyquiet.diffusion.sampling import diffuse
-    from pyquiet.diffusion.windows import check_texts
     from pyquiet.gaps import Codec
     from pyquiet.tokens import padded
 
@@ -198,12 +196,9 @@ def _run_many(args: argparse.Namespace, how: dict[str, Any], device: "torch.devi
         cost = _cost(out, sum(not known for _, given in texts for known in given))
         return [answers[i : i + count] for i in range(0, len(answers), count)], cost | {"seconds": out.seconds}
 
-    weighed = read_energy(energy) if max(args.candidates, args.ess_target or 1) > 1 else None
     for prompt in many[0]:
         with prompt.blamed():
-            ids, given = (torch.tensor([x], device=device) for x in read(prompt))
-            texts = read_texts(denoiser, ids, ~given, None, None, 1, None)
-            check_texts(denoiser, weighed, texts, args.context, max(1, (args.context or 1) // 2))
+            _check_prompt(args, denoiser, energy, *(torch.tensor([x], device=device) for x in read(prompt)))
     return prompts.answer(
         args,
         many,
@@ -213,6 +208,18 @@ def _run_many(args: argparse.Namespace, how: dict[str, Any], device: "torch.devi
         tokenizer=tokenizer,
         energy=_module(energy),
     )
+
+
+def _check_prompt(
+    args: argparse.Namespace, denoiser: "MaskedDenoiser", energy: Any, ids: "torch.Tensor", given: "torch.Tensor"
+) -> None:
+    """Raises ValueError for a text [1, T] that the denoiser, or the energy where it has a say, does not take."""
+    from pyquiet.diffusion.inputs import read_energy, read_texts
+    from pyquiet.diffusion.windows import check_texts
+
+    texts = read_texts(denoiser, ids, ~given, None, None, 1, None)
+    weighed = read_energy(energy) if max(args.candidates, args.ess_target or 1) > 1 else None
+    check_texts(denoiser, weighed, texts, args.context, max(1, (args.context or 1) // 2))
 
 
 def _models(args: argparse.Namespace, device: "torch.device") -> "tuple[MaskedDenoiser, PreTrainedTokenizerBase, Any]":
