@@ -151,7 +151,9 @@ def main() -> None:
     parser.add_argument("testing", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("figure", type=Path, nargs="?")
-    parser.add_argument("--rsvrb", action="store_true", help="also one run of RSVRB: 2 GB of memory, and half an hour or so")
+    parser.add_argument(
+        "--rsvrb", action="store_true", help="also one run of RSVRB: 2 GB of memory, and half an hour or so"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     task = Task(args.training, args.testing)
