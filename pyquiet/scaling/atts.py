@@ -322,7 +322,7 @@ class ATTS:
                     panels = (Panel(q, i, numbers, phase="calibrate", last_score=turn) for i, q in enumerate(mine))
                     await run_async(session, panels)
                     if len(collected) > before:
-                        calibrator = fit(kind, collected, buckets=buckets, n_min=n_min)
+                        calibrator = fit(kind, collected, buckets=buckets, n_min=n_min, chains=chains)
         if calibrator is None:
             raise ValueError("questions: none of the drafts could be scored (too short?), so there is no bank")
         calibrator.taxonomy, calibrator.spent = made_with(self, calibrator), Spent.of(done)

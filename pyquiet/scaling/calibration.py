@@ -106,15 +106,19 @@ class Pooled(_Still):
 
 
 class Hierarchical(_Still):
-    """One bank of first chunks whose questions count alike: holds for the first turn of new exchangeable questions.
+    """One bank of first chunks, see `ClusteredBank`: holds for the first turn of new exchangeable questions.
 
     New are those whose text is not in the bank. Whether they are like those of the bank nobody can know here; only of
     questions whose group is not in the bank nothing is promised.
+
+    Args:
+        bank: scores of turn 0. n_min: of fewer questions there is no bank. chains: of each question, those included
+            that have no score; None: the most that have one.
     """
 
-    def __init__(self, bank: Bank, *, n_min: int = 1) -> None:
-        self.bank, self.n_min = bank, check_count("n_min", n_min, least=1)
-        self._clustered, self._members = ClusteredBank(bank), Members([bank])
+    def __init__(self, bank: Bank, *, n_min: int = 1, chains: int | None = None) -> None:
+        self.bank, self.n_min, self.chains = bank, check_count("n_min", n_min, least=1), chains
+        self._clustered, self._members = ClusteredBank(bank, chains), Members([bank])
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -123,7 +127,7 @@ class Hierarchical(_Still):
 
     @property
     def version(self) -> str:
-        return self.bank.version
+        return _of_chains(self.bank.version, self.chains)
 
     def p_value(self, score: float, cell: Cell, uniform: float) -> PValue | None:
         if self._clustered.questions < self.n_min:
@@ -178,15 +182,15 @@ class PerTurn(_Still):
 
     Exact, for a chain of a new question that has got so far, at turns that have a hierarchical bucket of their own, if
     the questions that calibrate a turn calibrate no other and were judged by the banks of the turns before it
-    (`ATTS.calibrate` sees to that). The rate is then that of questions, each counting alike; where more chains of some
-    questions get so far than of others, the rate of all decisions may differ. In a bucket of several turns the rate
-    holds roughly, and for all of them together: their scores differ, and chains that calibrate a later one were judged
-    before its own scores were in the bank. A bucket with too few scores backs off to the one before it, without a
-    promise.
+    (`ATTS.calibrate` sees to that). The rate is that of all decisions of a turn, of however many chains a question. In
+    a bucket of several turns it holds roughly, and for all of them together: their scores differ, and chains that
+    calibrate a later one were judged before its own scores were in the bank. A bucket with too few scores backs off to
+    the one before it, without a promise.
 
     Args:
         banks: by the first turn of each bucket. base: how scores of one bank count. n_min: fewer scores (pooled) or
-            questions (hierarchical) are no bank.
+            questions (hierarchical) are no bank. chains: of each question in a bank, those included that did not get so
+            far; None: the most that did.
     """
 
     def __init__(
@@ -196,15 +200,17 @@ class PerTurn(_Still):
         base: Base = "hierarchical",
         buckets: Sequence[int] = BUCKETS,
         n_min: int = 1,
+        chains: int | None = None,
     ) -> None:
         self.base, self.buckets, self.n_min = base, tuple(check_buckets(buckets)), check_count("n_min", n_min, least=1)
-        self.banks = dict(banks)
-        self._clustered = {turn: ClusteredBank(bank) for turn, bank in self.banks.items()}
+        self.banks, self.chains = dict(banks), chains
+        self._clustered = {turn: ClusteredBank(bank, chains) for turn, bank in self.banks.items()}
         self._members = Members(self.banks.values())
 
     @property
     def version(self) -> str:
-        return hashed([self.base, *sorted((turn, bank.version) for turn, bank in self.banks.items())])
+        banks = hashed([self.base, *sorted((turn, bank.version) for turn, bank in self.banks.items())])
+        return _of_chains(banks, self.chains)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -411,9 +417,18 @@ def keep(calibrator: Calibrator) -> Callable[[], None]:
 
 
 def fit(
-    kind: Kind, scores: Scores, *, base: Base = "hierarchical", buckets: Sequence[int] = BUCKETS, n_min: int = 1
+    kind: Kind,
+    scores: Scores,
+    *,
+    base: Base = "hierarchical",
+    buckets: Sequence[int] = BUCKETS,
+    n_min: int = 1,
+    chains: int | None = None,
 ) -> Pooled | Hierarchical | PerTurn:
     """The calibrator of that kind made of scores and where each comes from.
+
+    Args:
+        chains: of each question in a bank, with a score or without; see `Hierarchical` and `PerTurn`.
 
     Raises ValueError for another kind, or none of the scores that it needs.
     """
@@ -421,11 +436,11 @@ def fit(
         turns = PerTurn({}, base=base, buckets=buckets, n_min=n_min)
         cells = {turns.bucket(cell.turn) for _, cell in scores}
         banks = {b: _bank([(s, c) for s, c in scores if turns.bucket(c.turn) == b]) for b in cells}
-        return PerTurn(banks, base=base, buckets=buckets, n_min=n_min)
+        return PerTurn(banks, base=base, buckets=buckets, n_min=n_min, chains=chains)
     if kind not in ("pooled", "hierarchical"):
         raise ValueError(f'kind must be "pooled", "hierarchical" or "per_turn", got {kind!r}')
     bank = _bank([(score, cell) for score, cell in scores if cell.turn == 0])
-    return Pooled(bank, n_min=n_min) if kind == "pooled" else Hierarchical(bank, n_min=n_min)
+    return Pooled(bank, n_min=n_min) if kind == "pooled" else Hierarchical(bank, n_min=n_min, chains=chains)
 
 
 def check_buckets(buckets: Sequence[int]) -> Sequence[int]:
@@ -440,6 +455,10 @@ def _bank(scores: Iterable[tuple[float, Cell]]) -> Bank:
     if not pairs:
         raise ValueError("scores: there is none of a first turn, which this calibrator is made of")
     return Bank(np.asarray([score for score, _ in pairs]), tuple(cell.name for _, cell in pairs))
+
+
+def _of_chains(version: str, chains: int | None) -> str:
+    return version if chains is None else hashed([version, chains])
 
 
 def hashed(words: Any) -> str:

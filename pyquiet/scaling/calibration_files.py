@@ -108,6 +108,8 @@ def _packed(calibrator: Calibrator) -> tuple[dict[str, Any], Arrays]:
     else:
         banks = {"0": calibrator.bank}
     groups = {name: list(bank.groups) for name, bank in banks.items()}
+    if isinstance(calibrator, Hierarchical | PerTurn):
+        more["chains"] = calibrator.chains
     about = {"kind": kind, "n_min": calibrator.n_min, "groups": groups} | more
     return about, {name: bank.scores for name, bank in banks.items()}
 
@@ -123,13 +125,15 @@ def _unpacked(about: Mapping[str, Any], arrays: Arrays) -> Kept:
         online.restore(about["learned"], arrays["scores"].tolist())
         return online
     banks = {name: Bank(arrays[name], tuple(groups)) for name, groups in about["groups"].items()}
-    n_min = about["n_min"]
+    n_min, chains = about["n_min"], about.get("chains")  # banks that were saved before have none
     if about["kind"] == "per_turn":
         turns = {int(turn): bank for turn, bank in banks.items()}
-        return PerTurn(turns, base=about["base"], buckets=about["buckets"], n_min=n_min)
+        return PerTurn(turns, base=about["base"], buckets=about["buckets"], n_min=n_min, chains=chains)
     if about["kind"] == "per_question":
         return PerQuestion(dict(zip(about["questions"], banks.values(), strict=True)), n_min=n_min)
-    return (Pooled if about["kind"] == "pooled" else Hierarchical)(banks["0"], n_min=n_min)
+    if about["kind"] == "hierarchical":
+        return Hierarchical(banks["0"], n_min=n_min, chains=chains)
+    return Pooled(banks["0"], n_min=n_min)
 
 
 _BANKS: dict[str, type] = {

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pyquiet.checks import check_number
+from pyquiet.checks import check_count, check_number
 
 Tail = Literal["budget", "coverage", "smoothed"]
 Label = Literal["accept", "takeover", "discard"]
@@ -69,7 +69,7 @@ class Bank:
         return low, int(self.scores.searchsorted(score, "right")) - low
 
 
-def p_values(under: float, upto: float, n: int, uniform: float) -> tuple[float, float, float]:
+def p_values(under: float, upto: float, n: float, uniform: float) -> tuple[float, float, float]:
     """Low, high and smoothed p-value of a score that `under` of n lie below, and `upto` below or at."""
     low, high, above = 1 + n - under, 1 + upto, n - upto
     return low / (n + 1), high / (n + 1), (above + uniform * (low - above)) / (n + 1)
@@ -123,27 +123,34 @@ def rank(bank: Bank, score: float, uniform: float, *, guaranteed: bool, why: str
 
 
 class ClusteredBank:
-    """A bank whose questions count alike, however many scores each has (Lee, Barber and Willett, 2023).
+    """A bank of questions that had M chains each, whose scores are alike (after Lee, Barber and Willett, 2023).
 
-    p_low = (1 + sum over questions of the share of their scores that are >= u) / (Q + 1), which is valid for a new
-    question although scores of one question are alike; p_high likewise. The smoothed one is uniform only where every
-    question has one score. The resolution is that of Q, the number of questions. O(log n) a p-value.
+    p_low = (1 + #{U_i >= u} / M) / (1 + n / M), p_high likewise: a new question counts as M scores, all as bad as this
+    one. Valid for a chain of a new question that has a score, though more chains of some questions have one than of
+    others: of all scores, its question's included, it is equally likely to be each. (A mean for every question would
+    count those of few scores too much.) The smoothed one is uniform only where M is 1. O(log n) a p-value.
+
+    Args:
+        chains: M. None, or less than there are scores of some question: the most of one.
     """
 
-    def __init__(self, bank: Bank) -> None:
-        self.bank = bank
-        names, members = np.unique(np.asarray(bank.groups), return_inverse=True)
-        weights = 1.0 / np.bincount(members, minlength=len(names))[members]
-        self.questions = len(names)
-        self._below = np.concatenate([[0.0], np.cumsum(weights)])  # weight of the i lowest scores
+    def __init__(self, bank: Bank, chains: int | None = None) -> None:
+        if chains is not None:
+            check_count("chains", chains, least=1)
+        _, counts = np.unique(np.asarray(bank.groups), return_counts=True)
+        self.bank, self.chains = bank, max(chains or 1, int(counts.max(initial=1)))
+
+    @property
+    def questions(self) -> int:
+        """As how many questions it counts: n / M, rounded down."""
+        return self.bank.size // self.chains
 
     def rank(self, score: float, uniform: float, *, guaranteed: bool, why: str) -> PValue:
         """The p-values of a score."""
         below, equal = self.bank.counts(score)
-        under, upto = float(self._below[below]), float(self._below[below + equal])
-        n = self.questions
+        under, upto, n = (count / self.chains for count in (below, below + equal, self.bank.size))
         ps = p_values(under, upto, n, uniform)
-        return PValue(*ps, n, self.bank.version, guaranteed, why, uniform=n == self.bank.size)
+        return PValue(*ps, self.questions, self.bank.version, guaranteed, why, uniform=self.chains == 1)
 
 
 @dataclass(frozen=True)

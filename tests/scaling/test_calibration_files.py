@@ -33,7 +33,7 @@ def made(kind: str) -> Calibrator:
         return learned(Online(Bank(np.arange(4.0)), update=update, window=5 if update == "window" else None, batch=2))
     if kind.startswith("adaptive"):
         return learned(Adaptive(made(kind.split(maxsplit=1)[1]), step=0.1))
-    return fit(kind, SCORES, buckets=(0, 1, 4), n_min=2)  # type: ignore[arg-type]
+    return fit(kind, SCORES, buckets=(0, 1, 4), n_min=2, chains=3)  # type: ignore[arg-type]
 
 
 KINDS = [

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -187,6 +188,31 @@ def test_t5_scores_that_move_with_the_turn_need_banks_of_their_own() -> None:
     for turn in range(4):
         assert abs(rate(turns, turn) - rho) < 4 * (rho * (1 - rho) * (1 / n + 1 / 4000)) ** 0.5
         assert turns.p_value(0.5, Cell("new", "", turn), 0.5).guaranteed == (turn < 3)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("chains", [1, 4, 16])
+def test_the_rate_of_all_decisions_is_kept_where_some_questions_chains_last_longer(chains: int, sign: int) -> None:
+    """How many of a question's chains get to turn 1 goes with their scores; 16 are judged, whatever calibrated."""
+    rng, rho, questions = np.random.default_rng(7), 0.2, 30
+    taken, decided = Counter[str](), 0
+
+    def scores(launched: int) -> Any:
+        mean = rng.normal()
+        return sign * mean + 0.3 * rng.normal(size=rng.binomial(launched, 1 / (1 + np.exp(-2 * mean))))
+
+    for _ in range(300):
+        held = [(float(u), Cell(f"q{i}", "", 1)) for i in range(questions) for u in scores(chains)]
+        turns = fit("per_turn", held, buckets=range(3), chains=chains)
+        ps = [turns.p_value(u, Cell("new", "", 1), 0.5) for _ in range(4) for u in scores(16)]
+        decided += len(ps)
+        for p in ps:
+            assert p is not None
+            assert p.guaranteed
+            taken["budget"] += Rule(rho).label(p) != "accept"
+            taken["coverage"] += Rule(rho, "coverage").label(p) != "accept"
+    assert taken["budget"] / decided < rho + 0.01  # each question counting alike: .27 to .32, or .04
+    assert rho - 0.01 < taken["coverage"] / decided < rho + 0.08
 
 
 @pytest.mark.parametrize(("n", "rho", "shared"), [(9, 0.3, 0.3 + 0.7 / 8), (19, 0.4, 0.4 + 0.6 / 13)])
