@@ -139,7 +139,7 @@ class ThoughtLayout:
     text_limits: Tensor | None = None  # int64 [B, paths]
     text_start: Tensor | None = None  # int64 [B], the left padding
     base_attention: str = field(default="", init=False)  # the base's own attention function
-    layers_seen: int = field(default=0, init=False)
+    layers_seen: list[Any] = field(default_factory=list, init=False)  # their numbers
 
 
 _layout: ContextVar[ThoughtLayout | None] = ContextVar("pyquiet_layout", default=None)
@@ -230,10 +230,11 @@ def run_rows(
                 )
     finally:
         _layout.reset(token)
-    if layout.layers_seen != config.num_hidden_layers:
+    seen, layers = layout.layers_seen, config.num_hidden_layers
+    if not len(seen) == len(set(seen)) == layers:
         raise NotImplementedError(
-            f"{type(base).__name__} cannot think: only {layout.layers_seen} of its {config.num_hidden_layers} layers "
-            "passed the thoughts' layout through the transformers attention interface, so its output would be wrong"
+            f"{type(base).__name__} cannot think: {len(set(seen))} of its {layers} layers passed the thoughts' layout "
+            f"through the transformers attention interface, {len(seen)} times in all, so its output would be wrong"
         )
     hidden: Tensor = output.last_hidden_state
     return hidden
@@ -259,7 +260,7 @@ def _attention(
         )
     own_mask = attention_mask if layout.text_rows == 0 else None
     _refuse_unsupported(module, query, value, own_mask, kwargs)
-    layout.layers_seen += 1
+    layout.layers_seen.append(module.layer_idx)
     n = layout.text_rows
     query, path_query = _split_rows(query, n)
     own: tuple[Tensor, Tensor] | None = None
