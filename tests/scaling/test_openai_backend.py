@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
 
+import httpx
 import pytest
 
 from pyquiet.scaling.backends.base import (
@@ -224,6 +225,47 @@ def test_log_probs_that_are_none_or_too_few_are_no_score(dialect: str, fault: st
             await ask(backend, "score")()
 
     against(use, dialect)
+
+
+def answering(backend: OpenAIBackend, body: str) -> None:
+    """From now on every request is answered so."""
+
+    async def request(*args: Any, **options: Any) -> httpx.Response:
+        return httpx.Response(200, content=body)
+
+    backend._client.request = request  # type: ignore[union-attr, method-assign]
+
+
+CHOICE = '"text": "so take", "finish_reason": "length", "stop_reason": null, "token_ids": [1, 2]'
+USAGE = '"usage": {"prompt_tokens": 3, "completion_tokens": 2}'
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("generate", "[" * 100_000),
+        ("generate", f'{{"choices": [{{{CHOICE}}}], "usage": {{"prompt_tokens": 1e999, "completion_tokens": 2}}}}'),
+        ("score", f'{{"choices": [{{"prompt_logprobs": [null, {{}}]}}], {USAGE}}}'),
+        ("score", f'{{"choices": [{{"prompt_logprobs": [null, {{"5": {{"logprob": -{"9" * 400}}}}}]}}], {USAGE}}}'),
+    ],
+)
+def test_whatever_an_answer_holds_it_is_that_requests_failure_alone(kind: str, body: str):
+    async def use(backend: OpenAIBackend, server: Loopback) -> None:
+        answering(backend, body)
+        with pytest.raises(TransientError, match="makes no sense"):
+            await (backend.score(Score("c", Prompt(None, "so"), 1)) if kind == "score" else ask(backend, kind)())
+
+    against(use, "vllm", tokenizer=None)
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "openai"])
+def test_halves_of_characters_are_replaced(dialect: str):
+    async def use(backend: OpenAIBackend, server: Loopback) -> None:
+        answering(backend, f'{{"choices": [{{{CHOICE}}}], {USAGE}}}'.replace("so take", r"a \ud83d\ude00 b \ud83d"))
+        new = await backend.generate(writing(prompt=Prompt(None, TEXT)))
+        assert new.text == "a \U0001f600 b \ufffd"
+
+    against(use, dialect, tokenizer=None)
 
 
 @pytest.mark.parametrize("dialect", ["vllm", "sglang"])

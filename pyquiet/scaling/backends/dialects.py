@@ -207,9 +207,13 @@ def _finish(reason: str, matched: Any) -> Finish:
 
 
 def _through(text: str, matched: Any) -> str:
-    """The text up to the end of the stop string, which some servers leave out and others write past."""
+    """The text up to the end of the stop string, which some servers leave out and others write past.
+
+    Halves of a character, which JSON can hold and UTF-8 cannot, become the sign of a character that is none.
+    """
     if not isinstance(text, str):
         raise TypeError(f"{text!r} where a text should be")
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if not isinstance(matched, str):
         return text
     before, _, _ = text.partition(matched)
@@ -217,7 +221,8 @@ def _through(text: str, matched: Any) -> str:
 
 
 def _cut(text: str, stop: tuple[str, ...], reason: str, cost: Usage) -> Generated:
+    text = _through(text, None)
     ends = [text.index(s) + len(s) for s in stop if s in text]
     if ends:
         return Generated(None, text[: min(ends)], "stop", cost)
-    return Generated(None, _through(text, None), _finish(reason, None), cost)
+    return Generated(None, text, _finish(reason, None), cost)

@@ -19,6 +19,8 @@ CONNECT_SECONDS = 10.0
 IDLE_SECONDS = 3.0
 BUSY = frozenset({408, 409, 425, 429})
 UNREACHED = frozenset({502, 503, 504})  # a gateway's words for a connection that failed
+# What reading JSON of any shape may raise: an infinite count, brackets without end, an empty table.
+_SENSELESS = (AttributeError, LookupError, TypeError, ValueError, OverflowError, RecursionError, StopIteration)
 OVERFLOW = re.compile(
     r"context[ _](length|window|size)|maximum (model|allowed|prompt) length|max_model_len|max_tokens must be .* got -",
     re.IGNORECASE,
@@ -70,7 +72,7 @@ class Endpoint:
             raise self._failure(path, response)
         try:
             return read(response.json())
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except _SENSELESS as error:
             raise MalformedError(self._clean(f"{self.url}{path}: an answer that makes no sense: {error!r}")) from None
 
     async def _send(self, path: str, body: Mapping[str, Any] | None, seconds: float) -> "httpx.Response":
