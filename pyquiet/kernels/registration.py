@@ -32,8 +32,8 @@ class Kernel:
     Calling a kernel with a tuple of arguments runs `forward` directly (microseconds less than the dispatcher) where no
     input needs a gradient, through a torch.autograd.Function where one does, and through the registered op under a
     compiler, a tracer, a transform of torch.func (grad and vmap in any order) or a dispatch mode, and for tensor
-    subclasses. No kernel is
-    differentiable twice: a gradient taken with `create_graph=True` raises when it is differentiated.
+    subclasses. No kernel is differentiable twice: a gradient taken with `create_graph=True` raises when it is
+    differentiated.
 
     Args:
         outputs: how many tensors `forward` returns. Only the first is differentiable.
