@@ -246,7 +246,6 @@ USAGE = '"usage": {"prompt_tokens": 3, "completion_tokens": 2}'
         ("generate", "[" * 100_000),
         ("generate", f'{{"choices": [{{{CHOICE}}}], "usage": {{"prompt_tokens": 1e999, "completion_tokens": 2}}}}'),
         ("score", f'{{"choices": [{{"prompt_logprobs": [null, {{}}]}}], {USAGE}}}'),
-        ("score", f'{{"choices": [{{"prompt_logprobs": [null, {{"5": {{"logprob": -{"9" * 400}}}}}]}}], {USAGE}}}'),
     ],
 )
 def test_whatever_an_answer_holds_it_is_that_requests_failure_alone(kind: str, body: str):
