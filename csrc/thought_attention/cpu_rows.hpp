@@ -368,11 +368,10 @@ void score_rows(const RowSet& set, QueryOf query_of, KeyOf key_of, int64_t strid
 template <int M>
 void score_lanes(const float* lanes, const float* key, int64_t stride, int64_t D, int from, int to, float* score) {
   F sum[M] = {};
-  const float *key3 = key + 3 * stride, *key6 = key + 6 * stride;  // as in gemm_block
   for (int64_t d = 0; d < D; ++d) {
     const F x = load(lanes + d * kRows);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) sum[m] += fill((m < 3 ? key : m < 6 ? key3 : key6)[d + (m % 3) * stride]) * x;
+    for (int m = 0; m < M; ++m) sum[m] += fill(key[d + m * stride]) * x;
   }
   I lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
