@@ -118,7 +118,7 @@ class Hierarchical(_Still):
 
     def __init__(self, bank: Bank, *, n_min: int = 1, chains: int | None = None) -> None:
         self.bank, self.n_min, self.chains = bank, check_count("n_min", n_min, least=1), chains
-        self._clustered, self._members = ClusteredBank(bank, chains), Members([bank])
+        self._members, self._clustered = Members([bank]), ClusteredBank(bank, chains)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -204,8 +204,8 @@ class PerTurn(_Still):
     ) -> None:
         self.base, self.buckets, self.n_min = base, tuple(check_buckets(buckets)), check_count("n_min", n_min, least=1)
         self.banks, self.chains = dict(banks), chains
-        self._clustered = {turn: ClusteredBank(bank, chains) for turn, bank in self.banks.items()}
         self._members = Members(self.banks.values())
+        self._clustered = {turn: ClusteredBank(bank, chains) for turn, bank in self.banks.items()}
 
     @property
     def version(self) -> str:
@@ -352,7 +352,7 @@ class Adaptive(_Ours):
     """
 
     def __init__(self, base: Calibrator, *, step: float = 0.02) -> None:
-        if not hasattr(base, "p_value"):
+        if isinstance(base, type) or not hasattr(base, "p_value"):
             raise TypeError(f"base must be a calibrator, such as Pooled(bank), got {base!r}")
         check_number("step", step)
         if not 0 < step < 1:

@@ -59,8 +59,11 @@ def load_calibrator(folder: str | os.PathLike[str], taxonomy: Mapping[str, str] 
     OSError for files that are missing.
     """
     path = Path(folder)
-    about = json.loads((path / "calibration.json").read_text(encoding="utf-8"))
-    if about.pop("seal", None) != hashed(json.dumps(about, sort_keys=True)):
+    try:
+        about = json.loads((path / "calibration.json").read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text at all
+        raise ValueError(f"{path}/calibration.json is no calibration ({error}); calibrate again") from None
+    if not isinstance(about, dict) or about.pop("seal", None) != hashed(json.dumps(about, sort_keys=True)):
         raise ValueError(f"{path}/calibration.json was changed after it was saved; calibrate again")
     if taxonomy is not None:
         check_taxonomy(about["taxonomy"], taxonomy, str(path))

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pyquiet.checks import check_count
+from pyquiet.checks import check_count, check_number
 from pyquiet.scaling.backends.base import Backend, TransientError
 from pyquiet.scaling.records import Timing
 
@@ -75,6 +75,9 @@ class Retry:
 
     def __post_init__(self) -> None:
         check_count("retry.tries", self.tries, least=1)
+        for name in ("base", "cap", *(["deadline"] if self.deadline is not None else [])):
+            if not check_number(f"retry.{name}", seconds := getattr(self, name)) >= 0:
+                raise ValueError(f"retry.{name} must be at least 0 seconds, got {seconds}")
 
     def pause(self, tries: int, error: TransientError) -> float:
         """Seconds to wait after so many tries; what the server asks for comes first, up to `LONGEST_PAUSE`."""

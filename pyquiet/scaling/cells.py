@@ -34,6 +34,10 @@ class Members:
     """The questions that banks are made of."""
 
     def __init__(self, banks: Iterable[Bank]) -> None:
+        banks = list(banks)
+        for bank in banks:
+            if not isinstance(bank, Bank):
+                raise TypeError(f"bank must be a Bank(scores, groups), got {bank!r}")
         self._names = frozenset(name for bank in banks for name in bank.groups)
         self._groups = {name.rpartition(_BETWEEN)[0] for name in self._names}
 

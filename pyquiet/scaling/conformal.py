@@ -179,6 +179,8 @@ class Rule:
                 f"takeover_rate must lie between 0 and 1, got {self.takeover_rate}; to never or always take over, run "
                 "the draft or the target alone"
             )
+        for name in ("takeover_rate", "discard_rate"):  # of numpy, too, which JSON does not know
+            object.__setattr__(self, name, float(getattr(self, name)))
         if not 0 <= self.discard_rate <= self.takeover_rate:
             raise ValueError(f"discard_rate must lie in [0, takeover_rate], got {self.discard_rate}")
         if self.tail not in ("budget", "coverage", "smoothed"):
@@ -281,6 +283,10 @@ class Budget:
 
     takeovers: int
     chains: int
+
+    def __post_init__(self) -> None:
+        check_count("takeovers", self.takeovers, least=0)
+        check_count("chains", self.chains, least=1)
 
     @property
     def takeover_rate(self) -> float:

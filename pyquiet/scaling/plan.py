@@ -110,8 +110,13 @@ class Plan:
             check_number("chain_seconds", self.chain_seconds)
             if not self.chain_seconds > 0:
                 raise ValueError(f"chain_seconds must be above 0, got {self.chain_seconds}; None is no limit")
-        if isinstance(self.stop, str) or not all(self.stop):
+        if not isinstance(self.stop, tuple | list) or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop must be a tuple of strings that are not empty, got {self.stop!r}")
+        kinds = {"draft": Sampling, "target": Sampling, "pools": Pools, "seed": int}
+        kinds |= {} if self.closing_cue is None else {"closing_cue": str}
+        for name, kind in kinds.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r}")
 
     @property
     def no_promise(self) -> str:

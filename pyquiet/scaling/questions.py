@@ -51,6 +51,8 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
 
 def _question(item: Asked, place: int) -> Question:
     if isinstance(item, Question):
+        if not isinstance(item.text, str):
+            raise TypeError(f"questions[{place}].text must be a text, got {item.text!r}")
         return item
     if isinstance(item, str):
         return Question(str(place), item)

@@ -44,7 +44,8 @@ class Graded:
 
 
 class ScoreFn(Protocol):
-    """Scores chunks; larger is worse. Whatever it raises is a failed scoring, never a score."""
+    """Scores chunks; larger is worse. What it raises is never a score: TransientError, after all tries, is a failed
+    scoring, for which `on_score_failure` is; anything else ends the run, which its journal resumes."""
 
     @property
     def name(self) -> str:
@@ -209,7 +210,8 @@ class Reward:
 
     Args:
         fn: called with the question, the text that the target reads before the chunk (the question in its template
-            and what was accepted), and the chunk. A plain function runs in another thread, several at a time.
+            and what was accepted), and the chunk. A plain function runs in another thread, several at a time. What may
+            go well another time should be a `TransientError`: else it ends the run, see `ScoreFn`.
         name: names the model and its version.
     """
 

@@ -1,6 +1,7 @@
 """ATTS as users call it: calibration, promises, journals, selection, interruption."""
 
 import asyncio
+import math
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from pyquiet.scaling import (
     AcceptAll,
     Adaptive,
     Bank,
+    Budget,
     ConformalPolicy,
     DriftMonitor,
     Hierarchical,
@@ -39,6 +41,7 @@ from pyquiet.scaling import (
     Sampling,
     SpecReasonPolicy,
     TakeoverLimit,
+    as_questions,
     load_calibrator,
     read_journal,
     read_questions,
@@ -532,11 +535,42 @@ def test_what_cannot_serve_is_named_before_any_model_is_asked(options: dict[str,
         (lambda: Sampling(temperature="hot"), "temperature must be a number, got str 'hot'"),  # type: ignore[arg-type]
         (lambda: Sampling(top_p=True), "top_p must be a number, got bool True"),
         (lambda: Plan(chain_seconds="1"), "chain_seconds must be a number, got str '1'"),  # type: ignore[arg-type]
+        (lambda: Plan(draft=5), "draft must be of type Sampling, got 5"),  # type: ignore[arg-type]
+        (lambda: Plan(pools=None), "pools must be of type Pools, got None"),  # type: ignore[arg-type]
+        (lambda: Plan(seed="a"), "seed must be of type int, got 'a'"),  # type: ignore[arg-type]
+        (lambda: Plan(closing_cue=5), "closing_cue must be of type str, got 5"),  # type: ignore[arg-type]
+        (lambda: Retry(cap="x"), "retry.cap must be a number, got str 'x'"),  # type: ignore[arg-type]
+        (lambda: Budget("4", 16), "takeovers must be an int, got str '4'"),  # type: ignore[arg-type]
+        (lambda: Pooled([1.0]), "bank must be a Bank(scores, groups), got [1.0]"),  # type: ignore[arg-type]
+        (lambda: PerTurn({0: [1.0]}), "bank must be a Bank(scores, groups), got [1.0]"),  # type: ignore[dict-item]
+        (lambda: Adaptive(Pooled), "base must be a calibrator"),  # type: ignore[arg-type]
+        (lambda: as_questions([Question("a", None)]), "questions[0].text must be a text, got None"),  # type: ignore[arg-type]
     ],
 )
 def test_what_is_no_number_is_named(make: Callable[[], Any], words: str) -> None:
     with pytest.raises(TypeError, match=re.escape(words)):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Plan(stop=("a", 1)), "stop must be a tuple of strings"),  # type: ignore[arg-type]
+        (lambda: Plan(stop=None), "stop must be a tuple of strings"),  # type: ignore[arg-type]
+        (lambda: Retry(base=-1), "retry.base must be at least 0 seconds, got -1"),
+        (lambda: Retry(deadline=math.nan), "retry.deadline must be at least 0 seconds, got nan"),
+        (lambda: Budget(4, 0), "chains must be at least 1, got 0"),
+        (lambda: Hierarchical(Bank(np.arange(3.0)), chains=0), "chains must be at least 1, got 0"),
+    ],
+)
+def test_numbers_and_texts_that_make_no_sense_are_named(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        make()
+
+
+def test_a_rate_of_numpy_is_a_rate(tmp_path: Path) -> None:
+    atts(takeover_rate=np.float32(0.5)).run(ASKED, journal=tmp_path / "run.jsonl")
+    assert read_journal(tmp_path / "run.jsonl")[0]["config"]["takeover_rate"] == 0.5
 
 
 BIG = Pooled(Bank(np.arange(19.0)))

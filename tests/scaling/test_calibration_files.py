@@ -79,6 +79,13 @@ def test_what_was_changed_or_belongs_elsewhere_is_refused(kind: str, tmp_path: P
         load_calibrator(tmp_path)
 
 
+@pytest.mark.parametrize("junk", [b"{nope", b"\xff\xfe", b"", b"[1]"])
+def test_a_file_that_is_no_calibration_is_named(junk: bytes, tmp_path: Path) -> None:
+    (tmp_path / "calibration.json").write_bytes(junk)
+    with pytest.raises(ValueError, match=r"calibration.json (is no calibration|was changed).*calibrate again"):
+        load_calibrator(tmp_path)
+
+
 def test_a_calibrator_from_elsewhere_is_refused_by_name(tmp_path: Path) -> None:
     class Own(PerQuestion):
         pass
