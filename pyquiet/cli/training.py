@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from pyquiet.cli.loading import check_known
@@ -142,11 +144,24 @@ def train(trainer: Any, in_words: Callable[[int, dict[str, float]], str]) -> int
 
     show_lines(trainer, in_words)
     checkpoint = last_checkpoint(trainer.args.output_dir)
+    done = checkpoint is not None and _is_last(checkpoint, trainer.args)
     if checkpoint and trainer.is_world_process_zero():
-        print(f"going on from {checkpoint}")
+        print(f"{checkpoint} is of the last step: nothing to do" if done else f"going on from {checkpoint}")
+    if done:  # the trainer would make one step more
+        return 0
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     return 0
+
+
+def _is_last(checkpoint: str, args: Any) -> bool:
+    """Whether training ended with this checkpoint, and the trained model was saved."""
+    from transformers import TrainerState
+
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    steps = args.max_steps if args.max_steps > 0 else math.inf
+    ended = state.global_step >= steps or (steps == math.inf and (state.epoch or 0) >= args.num_train_epochs)
+    return ended and any(Path(args.output_dir).glob("*.safetensors"))
 
 
 def show_lines(trainer: Any, in_words: Callable[[int, dict[str, float]], str]) -> None:

@@ -55,6 +55,10 @@ def test_the_command_goes_on_where_it_was_stopped(text, tmp_path, capsys):
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
     state = json.loads((tmp_path / "halves" / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["global_step"] == 4
+    files = sorted(tmp_path.rglob("*"))
+    assert train(text, tmp_path / "halves", *rates) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == files
 
 
 def test_weights_in_half_precision_are_trained_in_single(text, tmp_path):
