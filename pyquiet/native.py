@@ -5,6 +5,8 @@
 
 import functools
 import importlib
+import os
+import sys
 import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch  # noqa: F401
 
 __all__ = ["cpu", "cuda", "isa"]
+
+
+def _is_command() -> bool:
+    """Whether this process is the command `pyquiet` or `python -m pyquiet.cli`, whose errors are a line."""
+    name = sys.argv[0] if sys.argv else ""
+    return os.path.basename(name) == "pyquiet" or (name == "-m" and "pyquiet.cli" in sys.orig_argv)
+
 
 if TYPE_CHECKING:
     from pyquiet import _cpu as cpu
@@ -30,6 +39,11 @@ else:
             RuntimeWarning,
             stacklevel=2,
         )
+    except ImportError as error:  # such as an unknown PYQUIET_ISA; the package has to load before its command can catch
+        if not _is_command():
+            raise
+        print(f"pyquiet: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def isa() -> str | None:

@@ -57,6 +57,18 @@ def test_a_wrong_level_is_an_error_that_names_the_allowed_ones(word):
     assert ", ".join(native.cpu.supported_isas()) in done.stderr
 
 
+@needs_native
+def test_the_command_tells_a_wrong_level_in_a_line(tmp_path):
+    script = tmp_path / "pyquiet"
+    script.write_text("from pyquiet.cli import main\nmain()\n")
+    for command in ([str(script)], ["-m", "pyquiet.cli"]):
+        env = os.environ | {"PYQUIET_ISA": "bogus"}
+        done = subprocess.run([sys.executable, *command, "doctor"], env=env, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.startswith("pyquiet: error: PYQUIET_ISA=bogus is unknown")
+        assert done.stderr.count("\n") == 1
+
+
 def test_a_missing_module_gives_one_warning_and_the_reference_serves():
     code = """
 import sys
