@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import pyquiet
-from pyquiet.evaluation.prompts import padded
 from pyquiet.scaling.backends.base import Generate, Generated, Prompt, Score, Scored
 from pyquiet.scaling.backends.huggingface import HFBackend
+from pyquiet.tokens import padded
 
 from .models import SHAPES
 from .timing import best_seconds

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pyquiet.tokens import opening_ids as opening_ids
-from pyquiet.tokens import padded as padded
+from pyquiet.tokens import padded
 
 Think = Literal["always", "never"]
 

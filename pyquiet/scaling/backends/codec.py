@@ -9,8 +9,8 @@ from functools import cached_property
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from pyquiet.evaluation.prompts import opening_ids
 from pyquiet.scaling.backends.base import Encoded, TextCodec
+from pyquiet.tokens import opening_ids
 
 _NO_CHARACTER = "\ufffd"  # what decoders write for bytes that are no character
 _CONTEXT = 16  # tokens before new ones that settle how these are spelled, such as a space in front

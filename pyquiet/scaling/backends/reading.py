@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pyquiet.evaluation.prompts import padded
 from pyquiet.heads import cache_argument
 from pyquiet.scaling.backends.base import Prompt, Score
 from pyquiet.scaling.backends.jobs import Job
 from pyquiet.scaling.backends.kv import HEAD, KV, Alone, KVStore, Layout, Rows, common, length
+from pyquiet.tokens import padded
 
 _TOKENS_AT_ONCE = 8192  # of prompts read in one forward, padding included
 _PADDING = {"cpu": 64, "cuda": 4096}  # tokens that cost about as much as another forward

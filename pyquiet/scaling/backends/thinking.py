@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from pyquiet.evaluation.prompts import padded
 from pyquiet.scaling.backends.base import Score, Scored, Usage
 from pyquiet.scaling.backends.jobs import Job, Writing
+from pyquiet.tokens import padded
 
 _DRAWS = 0x7468_696E6B  # key of all draws: a request's own seed numbers its sequence
 
