@@ -210,11 +210,11 @@ class ATTS:
             raise ValueError(f'engine must be "async" or "sync", got {engine!r}')
         if self.policy is not None and self.policy.together and engine != "sync":
             raise ValueError(f'{type(self.policy).__name__} compares the chains of a turn: use engine="sync"')
-        done: dict[int, QuestionResult] = {}
+        done: dict[int, Panel] = {}  # votes are counted in the end: to compare answers may take seconds each
         promises = Promises()
 
         def take(panel: Panel) -> None:
-            done[panel.index] = self._result(panel)
+            done[panel.index] = panel
 
         async with self._open():
             calibrator = PerQuestion() if self.calibrator is None else self.calibrator
@@ -235,7 +235,7 @@ class ATTS:
                             policy.advance()
                 if isinstance(policy, ConformalPolicy):
                     policy.warn_if_blind()
-        results, report = tuple(done[i] for i in sorted(done)), self._counted(tally.report(), policy)
+        results, report = tuple(self._result(done[i]) for i in sorted(done)), self._counted(tally.report(), policy)
         return ATTSResult(results, report, promises.by_turn(report.drift), len(done) == len(asked))
 
     def calibrate(

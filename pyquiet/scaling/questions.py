@@ -3,9 +3,9 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
+from pyquiet.files import read_texts
 from pyquiet.scaling.answers import extract
 from pyquiet.scaling.records import Question
 
@@ -39,13 +39,13 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
     Raises ValueError naming the line that holds something else, OSError for a file that cannot be read.
     """
     items = []
-    with Path(path).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    items.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: no JSON object ({error})") from None
+    (text,) = read_texts([path])
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                items.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: no JSON object ({error})") from None
     return as_questions(items)
 
 

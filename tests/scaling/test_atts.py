@@ -41,6 +41,7 @@ from pyquiet.scaling import (
     Sampling,
     SpecReasonPolicy,
     TakeoverLimit,
+    answers,
     as_questions,
     load_calibrator,
     read_journal,
@@ -645,6 +646,18 @@ def test_a_rate_adapts_in_banks_that_the_run_fills(tmp_path: Path) -> None:
         atts(calibration=bank, models=[HashModel("draft"), HashModel("other")]).run(ASKED)
 
 
+def test_no_request_waits_while_answers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    models, asked, count = [HashModel("draft"), HashModel("target")], set(), answers.majority
+
+    def majority(votes: Any) -> str | None:
+        asked.add(tuple(len(model.requests) for model in models))
+        return count(votes)
+
+    monkeypatch.setattr(answers, "majority", majority)
+    atts(models=models).run(ASKED)
+    assert asked == {tuple(len(model.requests) for model in models)}
+
+
 def test_bad_questions_are_named(tmp_path: Path) -> None:
     runner = atts()
     with pytest.raises(TypeError, match="pass \\[question\\]"):
@@ -665,6 +678,9 @@ def test_bad_questions_are_named(tmp_path: Path) -> None:
         '{"question": "a", "answer": 7}\n\n{"problem": "b", "solution": "so \\\\boxed{8}", "unique_id": "x"}\n'
     )
     assert read_questions(file) == [Question("0", "a", "7"), Question("x", "b", "8")]
+    file.write_bytes(b'{"question": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"questions\.jsonl is not UTF-8"):
+        read_questions(file)
 
 
 def test_what_is_no_model_is_named() -> None:
