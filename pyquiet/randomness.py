@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyquiet.checks import check_number
 from pyquiet.native import cpu
 
 _LIMITS = {"sequence": 1 << 32, "position": 1 << 32, "step": 1 << 32, "index": 1 << 26}
@@ -331,7 +332,11 @@ def _check_logits(logits: Tensor) -> None:
 
 
 def check_temperature(name: str, temperature: float) -> None:
-    """Raises ValueError, by that name, unless 1 / temperature neither overflows nor vanishes in float32."""
+    """Raises ValueError, by that name, unless 1 / temperature neither overflows nor vanishes in float32.
+
+    TypeError for what is no number.
+    """
+    check_number(name, temperature)
     if not (temperature == 0 or 1e-37 <= temperature <= 1e37):
         raise ValueError(f"{name} must be 0 (greedy) or in [1e-37, 1e37], got {temperature}")
 
@@ -344,7 +349,7 @@ def check_processing(
     check_temperature(name, temperature)
     if top_k is not None and _integer("top_k", top_k) < 1:
         raise ValueError(f"top_k must be at least 1, or None to keep all ids, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_p is not None and not 0 < check_number("top_p", top_p) <= 1:
         raise ValueError(f"top_p must be in (0, 1], or None to keep all ids, got {top_p}")
     if banned is not None and (banned.dtype != torch.bool or banned.shape != (vocabulary,)):
         raise ValueError(

@@ -110,6 +110,9 @@ def test_what_cannot_be_is_refused_before_anything_runs() -> None:
         for prompt in (Prompt(()), Prompt((999,))):
             with pytest.raises(RefusedError, match="a prompt must hold"):
                 await backend.generate(wants(0, prompt=prompt))
+        for wrong in ({"temperature": -1.0}, {"top_p": 0.0}):
+            with pytest.raises(RefusedError, match=f"{next(iter(wrong))} must be"):
+                await backend.generate(wants(0, **wrong))
         with pytest.raises(RefusedError, match="must start at token 1"):
             await backend.score(Score("c", Prompt((2, 3)), 0))
 

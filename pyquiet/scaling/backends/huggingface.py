@@ -10,8 +10,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyquiet.checks import check_count
+from pyquiet.environment import bits
 from pyquiet.evaluation.prompts import can_think
 from pyquiet.heads import embedding_table
+from pyquiet.randomness import check_processing
 from pyquiet.scaling.backends.base import (
     NO_USAGE,
     Choose,
@@ -100,7 +102,7 @@ class HFBackend:
         digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(bits(tensor))
         return {
             "model": type(self.model).__name__,
             "dtype": str(self.model.dtype),
@@ -135,9 +137,10 @@ class HFBackend:
         ids = self._ids(request.prompt)
         if request.max_tokens < 1 or not 0 <= request.seed < 2**63:
             raise RefusedError(f"max_tokens and seed must be at least 1 and in [0, 2^63), got {request}")
-        temperature, top_p = request.temperature, request.top_p
-        if not (temperature == 0 or 1e-37 <= temperature <= 1e37) or not 0 < top_p <= 1:
-            raise RefusedError(f"temperature {temperature} or top_p {top_p} is out of range")
+        try:
+            check_processing(self._vocabulary, request.temperature, top_p=request.top_p)
+        except ValueError as error:
+            raise RefusedError(str(error)) from None
         self._check(ids, request.max_tokens)
         answer: Generated = await self._ask(Job(request, ids))
         return answer
