@@ -292,6 +292,9 @@ def test_shared_banks_say_what_they_promise() -> None:
     assert whys[3].startswith("turns 2 to 3 share a bank")
     assert whys[5] == "too few scores of this turn: ranked among those of turn 2"
     assert whys[20].startswith("turns from 8 on share a bank")
+    pooled = Pooled(banks[0]).p_value(1.5, Cell("a", "", 0), 0.5)
+    assert pooled is not None
+    assert (pooled.guaranteed, pooled.why.endswith("if those of the bank are asked alike")) == (True, True)
 
 
 def test_banks_are_known_by_their_content_and_hashed_when_asked() -> None:
