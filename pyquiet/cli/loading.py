@@ -23,23 +23,11 @@ from pyquiet.diffusion import check_tokenizers
 THINKER, FILLER, DENOISER, CAUSAL = "tiny-thinker", "tiny-any-subset", "tiny-denoiser", "tiny-causal"
 
 
-def check_known(option: str, name: str, *, file: bool = False) -> None:
-    """ValueError, before anything is loaded, for what is neither an embedded model's name nor a model's folder.
-
-    Args:
-        file: a file of weights will do as well.
-    """
-    found = name in zoo.available() or os.path.isfile(os.path.join(name, "config.json"))
-    if not found and not (file and os.path.isfile(name)):
-        what = f"no model folder (a folder with a config.json){', no file of weights' if file else ''}"
-        raise ValueError(f"{option} {name}: {what} and no embedded model ({', '.join(zoo.available())})")
-
-
 def _load(
     option: str, name: str, read: Callable[[str], Any], *, file: bool = False
 ) -> tuple[Any, PreTrainedTokenizerBase | None]:
     """The embedded model of that name and its tokenizer, or what `read` makes of a folder, and None."""
-    check_known(option, name, file=file)
+    zoo.check_known(option, name, file=file)
     try:
         return zoo.load(name) if name in zoo.available() else (read(name), None)
     except SafetensorError as error:
@@ -134,7 +122,7 @@ def load_energy(name: str, denoiser: MaskedDenoiser, tokenizer: PreTrainedTokeni
     if name == "none":
         return None
     name = CAUSAL if name == "ar" else name
-    check_known("--energy", name)
+    zoo.check_known("--energy", name)
     is_folder = name not in zoo.available()
     trained = is_folder and AutoConfig.from_pretrained(name).model_type == "pyquiet_energy"
     model, words = load_causal("--energy", name, AutoModel if trained else AutoModelForCausalLM)

@@ -29,7 +29,7 @@ def model(role: str, name: str, tokenizer: str | None) -> "str | Backend":
     Raises ValueError for what is none of these, before anybody is asked over the net, and for a tokenizer that is given
     for something else than servers.
     """
-    from pyquiet.cli.loading import check_known
+    from pyquiet.zoo import check_known
 
     option = f"--{role}"
     if not name.startswith(("http://", "https://")):

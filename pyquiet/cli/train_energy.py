@@ -3,10 +3,11 @@
 import argparse
 
 from pyquiet.cli import training
-from pyquiet.cli.loading import check_known, load_for_training, load_tokenizer
+from pyquiet.cli.loading import load_for_training, load_tokenizer
 from pyquiet.cli.options import Whole
 from pyquiet.cli.train_diffusion import NOISE, add_pieces
 from pyquiet.cli.training import RATE, SEED
+from pyquiet.zoo import check_known
 
 OPTIONS: training.Options = (
     training.SHARED

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from pyquiet.cli.loading import check_known
 from pyquiet.cli.options import Number, Whole, add_quiet, usable_device
+from pyquiet.zoo import check_known
 
 
 def schedule(name: str) -> str:

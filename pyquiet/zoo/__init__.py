@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +61,19 @@ def folder(name: str) -> Path:
     if name not in available():
         raise ValueError(f"name={name!r} is no embedded model; available: {', '.join(available())}")
     return _FOLDER / name
+
+
+def check_known(option: str, name: str, *, file: bool = False) -> None:
+    """ValueError, before anything is loaded, for what is neither an embedded model's name nor a model's folder.
+
+    Args:
+        option: what the name was given by, for the error.
+        file: a file of weights will do as well.
+    """
+    found = name in available() or os.path.isfile(os.path.join(name, "config.json"))
+    if not found and not (file and os.path.isfile(name)):
+        what = f"no model folder (a folder with a config.json){', no file of weights' if file else ''}"
+        raise ValueError(f"{option} {name}: {what} and no embedded model ({', '.join(available())})")
 
 
 def held_out(kind: Literal["stories", "passages"]) -> list[dict[str, str]]:

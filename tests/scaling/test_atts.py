@@ -4,6 +4,7 @@ import asyncio
 import math
 import os
 import re
+import shutil
 import signal
 import threading
 import warnings
@@ -48,10 +49,12 @@ from pyquiet.scaling import (
     read_questions,
 )
 from pyquiet.scaling.backends.base import TransientError
+from pyquiet.scaling.backends.connect import connect
 from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.cold import ColdStart
 from pyquiet.scaling.records import Record
 from pyquiet.scaling.simulation import Delayed, Latency, run_simulated
+from pyquiet.zoo import folder
 
 from .fake_models import HashModel
 
@@ -688,3 +691,22 @@ def test_what_is_no_model_is_named() -> None:
         ATTS(3, HashModel("target"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tuple of 3"):
         ATTS((1, 2, 3), HashModel("target"))  # type: ignore[arg-type]
+
+
+def test_a_model_that_is_not_here_is_named_without_asking_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: Any, **__: Any) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("socket.getaddrinfo", ask)
+    for name in ("nowhere", "some/where", "no/such/folder"):
+        with pytest.raises(ValueError, match=f"^draft {name}: no model folder .*hf download {name}"):
+            ATTS(name, HashModel("target"))
+
+
+def test_a_model_that_was_fetched_before_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "models--a--b" / "refs").mkdir(parents=True)
+    (tmp_path / "models--a--b" / "refs" / "main").write_text("c" * 40)
+    shutil.copytree(folder("tiny-draft"), tmp_path / "models--a--b" / "snapshots" / ("c" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    fetched, embedded = ATTS("a/b", HashModel("target")).draft, connect("draft", "tiny-draft")
+    assert fetched.identity["tokenizer"] == embedded.identity["tokenizer"]

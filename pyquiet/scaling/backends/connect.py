@@ -3,11 +3,12 @@
 import os
 from typing import Any, cast
 
+from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pyquiet.scaling.backends.base import Backend
 from pyquiet.scaling.backends.huggingface import HFBackend
-from pyquiet.zoo import available, load
+from pyquiet.zoo import available, check_known, load
 
 Model = Backend | tuple[PreTrainedModel, PreTrainedTokenizerBase] | str | os.PathLike[str]
 
@@ -17,9 +18,9 @@ def connect(name: str, model: Model) -> Backend:
 
     Args:
         name: of the argument, for errors.
-        model: a backend; a model and its tokenizer; the name of an embedded model; the folder or name of a Hugging Face
-            model; or the address of an OpenAI-compatible server, as "http://host:port/v1" or, where it serves several
-            models, "http://host:port/v1#model".
+        model: a backend; a model and its tokenizer; the name of an embedded model; the folder of a Hugging Face model,
+            or the name of one that was fetched from the hub before; or the address of an OpenAI-compatible server, as
+            "http://host:port/v1" or, where it serves several models, "http://host:port/v1#model".
 
     Raises:
         TypeError, ValueError: it is none of these.
@@ -40,8 +41,23 @@ def connect(name: str, model: Model) -> Backend:
 
         address, _, served = text.partition("#")
         return OpenAIBackend(address, served or None)
-    return HFBackend(*(load(text) if text in available() else _pretrained(text)))
+    return HFBackend(*(load(text) if text in available() else _pretrained(_folder(name, text))))
 
 
-def _pretrained(path: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+def _folder(name: str, path: str) -> str:
+    """The folder itself, or where the model of that name lies that was fetched before: nobody is asked over the net."""
+    try:
+        check_known(name, path)
+    except ValueError as error:
+        try:
+            return str(snapshot_download(path, local_files_only=True))
+        except (OSError, ValueError):  # no model's name at all, or one that was not fetched
+            raise ValueError(
+                f"{error}, and not fetched from the Hugging Face hub before (hf download {path}); the address of a "
+                "server begins with http:// or https://"
+            ) from None
+    return path
+
+
+def _pretrained(folder: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
