@@ -72,8 +72,9 @@ class _Still(_Ours):
 class Pooled(_Still):
     """One bank of all scores of first chunks, each counting alike: the paper's marginal calibration.
 
-    For the questions that the bank is made of it is exact up to less than 1 / (n + 1). For a new question it promises
-    too much where scores of one question are alike: use `Hierarchical`.
+    For the questions that the bank is made of, all of them asked alike, it is exact up to less than 1 / (n + 1); of
+    some of them alone the target may take over all chunks, or none. For a new question it promises too much where
+    scores of one question are alike: use `Hierarchical`.
 
     Args:
         bank: scores of turn 0 (`fit` takes them out of a list). n_min: fewer are no bank.
@@ -99,7 +100,7 @@ class Pooled(_Still):
         if cell.turn:
             why = "the bank holds first chunks, and this is a later turn"
         elif known:
-            why = "first turn of a question that is in the bank"
+            why = "first turn of a question that is in the bank, if those of the bank are asked alike"
         else:
             why = "new question: scores of one question in the bank are alike, so its size is less than it looks"
         return rank(self.bank, score, uniform, guaranteed=known, why=why)
