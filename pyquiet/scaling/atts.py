@@ -261,8 +261,9 @@ class ATTS:
             turns: with "per_turn", so many turns get a bank each and with it a promise, from one T-th of the questions;
                 later ones are ranked in the last bank without a promise. None: banks for turns 0, 1, 2-3, 4-7 and 8-,
                 larger ones, of which those that turns share promise none of them its own rate.
-            n_min: fewer scores of a turn (questions, for hierarchical banks) are no bank: a later turn is then ranked
-                in the one before, without a promise; for a first turn see `on_cold`.
+            n_min: fewer scores of a turn (for hierarchical banks questions, each by the share of its chains that got so
+                far) are no bank: a later turn is then ranked in the one before, without a promise; for a first turn see
+                `on_cold`.
 
         Raises:
             ValueError: bad questions, or none of their chunks could be scored.
