@@ -40,11 +40,10 @@ struct Law {
   }
 };
 
-// Draws by float weights may follow where `draws`.
 template <class E>
-inline void read(Law<E>& law, bool draws, bool deterministic, int threads) {
-  survey_row(law.row, law.survey, draws && !law.row.filtered(), threads);
-  law.finish(draws, deterministic, threads);
+inline void read(Law<E>& law, bool deterministic, int threads) {
+  survey_row(law.row, law.survey, false, threads);
+  law.finish(false, deterministic, threads);
 }
 
 // Below that many ids a row is not worth sharing.

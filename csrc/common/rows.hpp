@@ -332,6 +332,9 @@ inline int64_t first_above(const Weight* weights, int n, Sum before, Sum thresho
   return lanes.at * kLanes + one.at;
 }
 
+// u times the sum of all weights, and below it.
+inline double below(double u, double total) { return std::min(u * total, std::nextafter(total, 0.0)); }
+
 // The weights of a row surveyed for draws, in the units of its CDF.
 template <class E>
 struct FloatWeights {
@@ -339,10 +342,9 @@ struct FloatWeights {
   using Sum = double;
   const Row<E>& row;
   const Survey& survey;
-  const Sum total = survey.cdf.back(), most = std::nextafter(total, 0.0);
 
   const std::vector<Sum>& cdf() const { return survey.cdf; }
-  Sum threshold(double u) const { return std::min(u * total, most); }
+  Sum threshold(double u) const { return below(u, survey.cdf.back()); }
 
   // Of the ids of a block, and their sum.
   Sum block(int64_t v, Weight* weights) const {
@@ -365,11 +367,12 @@ inline int64_t first_sum_above(const std::vector<Sum>& sums, Sum threshold) {
   return from - sums.data();
 }
 
-// The id at which the CDF of the weights comes above the threshold, in a part that has it.
+// The id at which the CDF of the weights comes above the threshold, in a part that has it; `before`: at its begin.
 template <class Weights, class Sum = typename Weights::Sum>
-inline int64_t draw_from_part(const Weights& of, int64_t part, Sum threshold, typename Weights::Weight* weights) {
+inline int64_t draw_from_part(const Weights& of, int64_t part, Sum before, Sum threshold,
+                              typename Weights::Weight* weights) {
   const int64_t begin = part * kPart, size = std::min<int64_t>(kPart, of.row.size - begin);
-  const auto block = Place<Sum>::find((size + kBlock - 1) / kBlock, part ? of.cdf()[part - 1] : Sum{0}, threshold,
+  const auto block = Place<Sum>::find((size + kBlock - 1) / kBlock, before, threshold,
                                       [&](int64_t i) { return of.block(begin + i * kBlock, weights + i * kBlock); });
   return begin + block.at * kBlock + first_above(weights + block.at * kBlock, kBlock, block.before, threshold);
 }
@@ -386,7 +389,10 @@ inline void draw(const Weights& of, int64_t k, Uniform uniform, Take take) {
     const int64_t n = std::min(kTogether, k - first);
     for (int64_t j = 0; j < n; ++j) thresholds[j] = of.threshold(uniform(first + j));
     for (int64_t j = 0; j < n; ++j) parts[j] = first_sum_above(of.cdf(), thresholds[j]);
-    for (int64_t j = 0; j < n; ++j) take(first + j, draw_from_part(of, parts[j], thresholds[j], weights));
+    for (int64_t j = 0; j < n; ++j) {
+      const auto before = parts[j] ? of.cdf()[parts[j] - 1] : typename Weights::Sum{0};
+      take(first + j, draw_from_part(of, parts[j], before, thresholds[j], weights));
+    }
   }
 }
 
@@ -395,6 +401,20 @@ inline int64_t draw(const Weights& of, double u) {
   int64_t id = 0;
   draw(of, 1, [&](int64_t) { return u; }, [&](int64_t, int64_t y) { id = y; });
   return id;
+}
+
+// One draw by float weights after a survey without parts: those of the chunk where it falls are read now.
+template <class E>
+inline int64_t draw_once(const Row<E>& row, Survey& survey, double u) {
+  const double threshold = below(u, survey.total);
+  const auto chunk =
+      Place<double>::find(row.chunks(), 0.0, threshold, [&](int64_t c) { return survey.sums[c] * survey.factors[c]; });
+  if_plain(row.plain(chunk.at), [&](auto plain) { survey_chunk<plain, true>(row, chunk.at, survey); });
+  const int64_t first = chunk.at * kParts;
+  const auto part = Place<double>::find(kParts, chunk.before, threshold,
+                                        [&](int64_t i) { return survey.cdf[first + i] * survey.factors[chunk.at]; });
+  alignas(64) float weights[kPart] = {};
+  return draw_from_part(FloatWeights<E>{row, survey}, first + part.at, part.before, threshold, weights);
 }
 
 // Sixteen (eight, four) tokens' noise from half as many blocks; token `v` is even.

@@ -55,7 +55,7 @@ struct Sequence {
     const bool is_bonus = d < 0, is_exact = a.first_is_exact && j == 0 && !is_bonus;
     const bool tests = !(is_bonus || is_exact || a.gumbel || q.greedy);
     if (tests) return test(q, j, d);
-    read(q, is_bonus, a.deterministic, threads);
+    read(q, a.deterministic, threads);
     if (!sound(q, j, false)) return {};
     int64_t y = d;
     if (q.greedy) {
@@ -64,8 +64,7 @@ struct Sequence {
       y = gumbel_argmax(q.row, a.stream.counter(b, j, kGumbel), a.stream.seed, threads);
     } else if (is_bonus) {
       const double u = uniform_at(a.stream, b, j, kBonus);
-      y = a.deterministic ? draw(FixedWeights<E>(q.row, q.survey.top, threads), u)
-                          : draw(FloatWeights<E>{q.row, q.survey}, u);
+      y = a.deterministic ? draw(FixedWeights<E>(q.row, q.survey.top, threads), u) : draw_once(q.row, q.survey, u);
     }
     return {y, q.greedy ? 0 : q.log_prob(y), y == d};
   }
@@ -73,7 +72,7 @@ struct Sequence {
   Choice test(Law<E>& q, int64_t j, int64_t d) {
     Law<E> p = draft(j);
     const bool given = a.draft_lse && !a.deterministic;
-    given ? read(q, false, false, threads) : read(q, p, a.deterministic, threads);
+    given ? read(q, false, threads) : read(q, p, a.deterministic, threads);
     if (!sound(q, j, false) || (!given && !sound(p, j, true))) return {};
     const double u = uniform_at(a.stream, b, j, kAccept);
     bool accepted;
@@ -85,7 +84,7 @@ struct Sequence {
       accepted = accepts(u, q.log_prob(d), log_p);
     }
     if (accepted) return {d, q.log_prob(d), true};
-    if (given) read(p, false, false, threads);
+    if (given) read(p, false, threads);
     if (!sound(p, j, true)) return {};
     const int64_t y = draw_residual(q, p, uniform_at(a.stream, b, j, kResidual), a.deterministic, threads);
     return {y, q.log_prob(y), false};

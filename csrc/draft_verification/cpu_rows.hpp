@@ -127,8 +127,7 @@ inline int64_t draw_residual(Law<E>& q, const Law<E>& p, double u, bool determin
     return total > kNoResidual;
   });
   if (y >= 0) return y;
-  survey_row(q.row, q.survey, true, threads);
-  return draw(FloatWeights<E>{q.row, q.survey}, u);
+  return draw_once(q.row, q.survey, u);
 }
 
 }  // namespace PYQUIET_ISA
