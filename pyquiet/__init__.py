@@ -1,6 +1,8 @@
-"""Hugging Face models that think before they speak, fill in any order and sample in parallel from the right law.
+"""Five ways to get more out of Hugging Face language models, on native kernels.
 
-Built on native kernels.
+Models that think before they speak (`quiet_star`), fill in any order from the exact joint law (`any_subset`) or write
+in parallel, corrected by an energy (`diffusion`); a small model that a large one helps at a promised rate (`scaling`);
+an optimiser for many small problems inside a large one (`bilevel`).
 """
 
 from importlib import import_module
