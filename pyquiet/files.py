@@ -57,11 +57,16 @@ def lock(file: int, path: str | os.PathLike[str]) -> None:
 
 
 def read_texts(files: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """What the files say, in UTF-8; ValueError names one that is something else, OSError one that cannot be read."""
+    """What the files say, in UTF-8.
+
+    Raises ValueError naming a file that is something else or holds no text, OSError for one that cannot be read.
+    """
     texts = []
     for file in files:
         try:
             texts.append(Path(file).read_text(encoding="utf-8"))
         except UnicodeDecodeError:
             raise ValueError(f"{file} is not UTF-8 text") from None
+        if not texts[-1].strip():
+            raise ValueError(f"{file} holds no text; leave it out")
     return texts

@@ -162,7 +162,9 @@ def encode_code(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """
     for space, name in _WHITE_SPACE.items():
         if getattr(tokenizer, name) is None:
-            raise ValueError(f"tokenizer has no {name}, by which code is written; take XLNet's, or leave code=True out")
+            raise ValueError(
+                f"code must have a tokenizer with {name}, by which its white space is written, as XLNet's has it"
+            )
         text = text.replace(space, getattr(tokenizer, name))
     return token_ids(tokenizer, text)
 

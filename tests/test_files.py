@@ -66,6 +66,14 @@ def test_what_is_no_text_is_named(tmp_path: Path) -> None:
         read_texts([tmp_path / "picture"])
 
 
+@pytest.mark.parametrize("nothing", ["", " \n"])
+def test_what_holds_no_text_is_named(tmp_path: Path, nothing: str) -> None:
+    (tmp_path / "full").write_text("words")
+    (tmp_path / "empty").write_text(nothing)
+    with pytest.raises(ValueError, match="empty holds no text"):
+        read_texts([tmp_path / "full", tmp_path / "empty"])
+
+
 def test_a_file_is_locked_by_one_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with path.open("ab") as first, path.open("ab") as second:

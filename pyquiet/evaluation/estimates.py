@@ -38,7 +38,7 @@ class Estimate:
         return {"mean": finite(self.mean), "standard_error": finite(self.error)}
 
     def __str__(self) -> str:
-        return f"{self.mean:.4g} +- {self.error:.2g}"
+        return f"{self.mean:.4g}" if math.isnan(self.error) else f"{self.mean:.4g} +- {self.error:.2g}"
 
 
 def mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:

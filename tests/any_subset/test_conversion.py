@@ -123,6 +123,9 @@ def test_code_is_written_with_the_tokens_of_the_release_and_read_back():
     assert tokenizer.pad_token_id not in three
     assert decode_code(tokenizer, three) == "\n  a"
     assert decode_code(tokenizer, [tokenizer.pad_token_id, *three[-1:]]) == "   a"
+    tokenizer.cls_token = None
+    with pytest.raises(ValueError, match="code must have a tokenizer with cls_token"):
+        encode_code(tokenizer, CODE)
 
 
 def test_a_tokenizer_that_keeps_white_space_has_no_need_of_it():

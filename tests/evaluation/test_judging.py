@@ -71,6 +71,7 @@ def test_perplexity_is_printed_with_entropy_in_both_units():
     judged = Judged(torch.tensor([10.0, 1000.0]), torch.tensor([4.0, 4.0]))
     perplexity = Estimate(100.0, 100 * math.log(1000 / 10) / 2)
     assert str(judged) == f"gen. PPL {perplexity}, entropy 4 +- 0 nats = {4 / math.log(2):.4g} +- 0 bits"
+    assert str(Estimate.of(torch.tensor([2.5]))) == "2.5"
 
 
 def test_texts_and_tokens_must_be_as_many(judge):
