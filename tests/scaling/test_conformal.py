@@ -144,6 +144,25 @@ def test_cut_points_are_where_labels_change(tail: Any) -> None:
             assert label == ("discard" if over(discard) else "takeover" if over(takeover) else "accept")
 
 
+@pytest.mark.parametrize("tail", ["budget", "coverage"])
+def test_the_prediction_set_is_what_lies_beyond_the_cut(tail: Any) -> None:
+    held, rule = bank(range(9)), Rule(0.4, tail, 0.1)
+    cut, _ = rule.cut_points(held)
+    scores = np.arange(9.5, -1.0, -0.5)
+    beyond = scores > cut if tail == "budget" else scores >= cut
+    assert rule.prediction_set(held, scores.tolist()) == np.flatnonzero(beyond).tolist()
+    assert 0 < beyond.sum() < len(scores)
+
+
+def test_the_smoothed_rule_has_no_cut_and_sets_what_no_draw_keeps() -> None:
+    rule = Rule(0.4, "smoothed")
+    with pytest.raises(ValueError, match="no cut points"):
+        rule.cut_points(bank(range(9)))
+    scores = [7.0, 6.0, 5.5, 5.0]
+    sure = [i for i, u in enumerate(scores) if p_smoothed(bank(range(9)), u, 1.0) <= 0.4]
+    assert rule.prediction_set(bank(range(9)), scores) == sure == [0, 1, 2]
+
+
 def clustered(rng: Any, questions: int, chains: int) -> tuple[Any, list[str]]:
     """Scores 63 % of whose variance is between questions."""
     means = rng.normal(size=questions) * 0.63**0.5
