@@ -42,6 +42,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="keeps every step; given again, the run goes on from it (a calibration goes to FILE.calibration.jsonl)",
     )
     _add_promise(parser)
+    _add_bank(parser)
     _add_chains(parser)
     add_json(parser)
     add_quiet(parser)
@@ -76,40 +77,44 @@ def _add_promise(parser: argparse.ArgumentParser) -> None:
     promise.add_argument(
         "--resamples", type=Whole(0), default=2, help="drafts of a turn that may be thrown away for another one"
     )
-    promise.add_argument("--calibration", metavar="DIR", help="bank that --save-calibration wrote")
-    promise.add_argument("--calibrate", metavar="FILE", help="questions to calibrate on first, as --questions")
-    promise.add_argument(
+
+
+def _add_bank(parser: argparse.ArgumentParser) -> None:
+    bank = parser.add_argument_group("the bank")
+    bank.add_argument("--calibration", metavar="DIR", help="bank that --save-calibration wrote")
+    bank.add_argument("--calibrate", metavar="FILE", help="questions to calibrate on first, as --questions")
+    bank.add_argument(
         "--calibrator",
         choices=("pooled", "hierarchical", "per_turn", "per_question", "online"),
         help="of --calibrate (default: per_turn); per_question: first chunks drafted for each question beforehand "
         "(default without --calibrate; the embedded pair brings a bank); online: one that grows with the run",
     )
-    promise.add_argument("--calibration-chains", type=Whole(), default=4, help="of a question, for each turn")
-    promise.add_argument(
+    bank.add_argument("--calibration-chains", type=Whole(), default=4, help="of a question, for each turn")
+    bank.add_argument(
         "--calibration-turns",
         type=Whole(),
         help="turns that get a bank and a promise each (default: banks for turns 0, 1, 2-3, 4-7, 8-)",
     )
-    promise.add_argument(
+    bank.add_argument(
         "--n-min", type=Whole(), help="fewer scores (questions, where those count) are no bank (default: 1)"
     )
-    promise.add_argument(
+    bank.add_argument(
         "--on-cold",
         default="takeover",
         choices=("takeover", "accept", "presample"),
         help="without a bank: call the target, keep the draft, or draft a bank for the question beforehand",
     )
-    promise.add_argument(
+    bank.add_argument(
         "--drift-level",
         type=Number(0, 1, open=True),
         metavar="P",
         help="watch for scores that leave the bank behind, with this probability of a false alarm (more where a small "
         "bank grows by several chains of a question)",
     )
-    promise.add_argument(
+    bank.add_argument(
         "--freeze-on-drift", action="store_true", help="at an alarm a bank that grows takes in nothing more"
     )
-    promise.add_argument("--save-calibration", metavar="DIR", help="where the bank goes")
+    bank.add_argument("--save-calibration", metavar="DIR", help="where the bank goes")
 
 
 def _add_chains(parser: argparse.ArgumentParser) -> None:
