@@ -54,7 +54,7 @@ from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.cold import ColdStart
 from pyquiet.scaling.records import Record
 from pyquiet.scaling.simulation import Delayed, Latency, run_simulated
-from pyquiet.zoo import folder
+from pyquiet.zoo import folder, load
 
 from .fake_models import HashModel
 
@@ -698,9 +698,21 @@ def test_a_model_that_is_not_here_is_named_without_asking_the_hub(monkeypatch: p
         raise AssertionError("the hub was asked")
 
     monkeypatch.setattr("socket.getaddrinfo", ask)
-    for name in ("nowhere", "some/where", "no/such/folder"):
+    for name in ("nowhere", "./some", "no/such/folder"):
         with pytest.raises(ValueError, match=f"^draft {name}: no model folder .*hf download {name}"):
             ATTS(name, HashModel("target"))
+
+
+def test_a_model_of_the_hub_is_fetched_as_transformers_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def fetch(name: str) -> Any:
+        asked.append(name)
+        return load("tiny-draft")
+
+    monkeypatch.setattr("pyquiet.scaling.backends.connect._pretrained", fetch)
+    assert ATTS("some/where", HashModel("target")).draft.identity == connect("draft", "tiny-draft").identity
+    assert asked == ["some/where"]
 
 
 def test_a_model_that_was_fetched_before_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

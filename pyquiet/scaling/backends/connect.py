@@ -19,8 +19,9 @@ def connect(name: str, model: Model) -> Backend:
     Args:
         name: of the argument, for errors.
         model: a backend; a model and its tokenizer; the name of an embedded model; the folder of a Hugging Face model,
-            or the name of one that was fetched from the hub before; or the address of an OpenAI-compatible server, as
-            "http://host:port/v1" or, where it serves several models, "http://host:port/v1#model".
+            or its name on the hub, "owner/name", from where it is fetched unless it was before; or the address of an
+            OpenAI-compatible server, as "http://host:port/v1" or, where it serves several models,
+            "http://host:port/v1#model".
 
     Raises:
         TypeError, ValueError: it is none of these.
@@ -45,13 +46,18 @@ def connect(name: str, model: Model) -> Backend:
 
 
 def _folder(name: str, path: str) -> str:
-    """The folder itself, or where the model of that name lies that was fetched before: nobody is asked over the net."""
+    """The folder itself, or where the model of that name lies that was fetched before; else the name as the hub has it.
+
+    Only `owner/name` is asked for over the net, as transformers does it.
+    """
     try:
         check_known(name, path)
     except ValueError as error:
         try:
             return str(snapshot_download(path, local_files_only=True))
         except (OSError, ValueError):  # no model's name at all, or one that was not fetched
+            if path.count("/") == 1 and not path.startswith(("/", "./", "~")):
+                return path
             raise ValueError(
                 f"{error}, and not fetched from the Hugging Face hub before (hf download {path}); the address of a "
                 "server begins with http:// or https://"
