@@ -2,8 +2,9 @@
 // cut in chunks of a fixed size, each of which is read into a buffer in L1 as scores and worked on there, and what
 // chunks yield is put together in their order; so the results do not depend on how many threads share the chunks.
 //
-// What the float mode costs: one reading from memory, one exp an element for the law; a draw looks again at one part of
-// a chunk. The residual reads both rows again, from L2, where one thread has just read them.
+// What the float mode costs: one reading from memory, one exp an element for the law; draws look again at one part of a
+// chunk each, or, where there is but one of them (draw_once), at one chunk. The residual reads both rows again, from
+// L2, where one thread has just read them.
 #pragma once
 
 #include <algorithm>
