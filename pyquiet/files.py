@@ -32,14 +32,16 @@ def check_target(path: str | os.PathLike[str]) -> Path:
 
 
 def check_writable(folder: str | os.PathLike[str], *, make: bool = False) -> None:
-    """OSError, before any work is done, if no file can be written to the folder, which is made if need be."""
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise NotADirectoryError(f"{folder} is no folder; give the name of one")
-    if not (make or os.path.isdir(folder)):
+    """OSError, before any work is done, if no file can be written to the folder or, to `make` it, to those above it."""
+    place = Path(folder).absolute()
+    while make and not os.path.lexists(place):
+        place = place.parent
+    if not os.path.lexists(place):
         raise FileNotFoundError(f"there is no folder {folder}; make it first")
+    if not place.is_dir():
+        raise NotADirectoryError(f"{place if make else folder} is no folder; give the name of one")
     try:
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         raise OSError(f"nothing can be written to the folder {folder} ({error.strerror}); name another") from None
 

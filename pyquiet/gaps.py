@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from pyquiet.tokens import opening_ids, token_ids
 
 State = TypeVar("State")
-_GAP = re.compile(r"\\([\\_])|_{3,}(?:(\d[\d-]*)_{3,})?")
+# All underscores behind a length close its gap, but where others of them open the next one, of a length too.
+_GAP = re.compile(r"\\([\\_])|_{3,}(?:(\d[\d-]*)(?:___(?=_{3,}\d[\d-]*___)|_{3,}))?")
 _WORD = "\u2581"  # with which SentencePiece begins one
 # In the order in which they are replaced: three spaces are two and one when their turn comes, as in the release.
 _WHITE_SPACE = {"\n": "cls_token", "\t": "sep_token", "  ": "unk_token", "   ": "pad_token"}

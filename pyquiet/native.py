@@ -18,9 +18,10 @@ __all__ = ["cpu", "cuda", "isa"]
 
 
 def _is_command() -> bool:
-    """Whether this process is the command `pyquiet` or `python -m pyquiet.cli`, whose errors are a line."""
+    """Whether this process is the command `pyquiet` or `python -m` of a module of ours, whose errors are a line."""
     name = sys.argv[0] if sys.argv else ""
-    return os.path.basename(name) == "pyquiet" or (name == "-m" and "pyquiet.cli" in sys.orig_argv)
+    ours = any(word.removeprefix("-m").split(".")[0] == "pyquiet" for word in sys.orig_argv)
+    return os.path.basename(name) == "pyquiet" or (name == "-m" and ours)
 
 
 if TYPE_CHECKING:

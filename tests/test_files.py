@@ -31,14 +31,16 @@ def test_looking_at_a_target_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["old.json"]
 
 
-def test_a_folder_is_made_on_request(tmp_path: Path) -> None:
+def test_a_folder_that_is_yet_to_be_made_is_looked_at_without_a_trace(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="make it first"):
         check_writable(tmp_path / "a" / "b")
     check_writable(tmp_path / "a" / "b", make=True)
-    assert (tmp_path / "a" / "b").is_dir()
+    assert not (tmp_path / "a").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="file is no folder"):
-        check_writable(tmp_path / "file", make=True)
+    (tmp_path / "nowhere").symlink_to("gone")
+    for name in ("file", "file/below", "nowhere"):
+        with pytest.raises(NotADirectoryError, match=f"{name.split('/')[0]} is no folder"):
+            check_writable(tmp_path / name, make=True)
     with pytest.raises(OSError, match="nothing can be written to the folder /proc/a"):
         check_writable("/proc/a", make=True)
 

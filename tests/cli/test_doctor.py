@@ -153,5 +153,5 @@ def test_unknown_command_and_help(capsys):
 
 
 def test_the_package_runs_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "pyquiet.cli", "doctor", "--json"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "pyquiet", "doctor", "--json"], capture_output=True, text=True)
     assert json.loads(done.stdout)["native"]["isa"] == native.isa(), done.stderr

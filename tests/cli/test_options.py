@@ -174,7 +174,7 @@ def test_without_a_command_there_is_help(capsys) -> None:
 
 @pytest.mark.slow
 def test_a_reader_who_has_seen_enough_is_no_error() -> None:
-    run = f"{sys.executable} -m pyquiet.cli doctor --json | true"
+    run = f"{sys.executable} -m pyquiet doctor --json | true"
     done = subprocess.run(["bash", "-c", f"{run}; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert done.stdout == "1\n"

@@ -1,5 +1,0 @@
-import sys
-
-from pyquiet.cli import main
-
-sys.exit(main())
