@@ -69,12 +69,12 @@ def parse_gaps(text: str, default: range) -> tuple[list[str], list[range]]:
     return parts, lengths
 
 
-def read_length(words: str) -> range:
-    """The lengths that "3" or "2-5" names; ValueError for anything else."""
+def read_length(words: str, name: str = "a gap's length") -> range:
+    """The lengths that "3" or "2-5" says; ValueError, which begins with the name, for anything else."""
     found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", words)
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= first <= last:
-        raise ValueError(f"a gap's length must be a number of tokens, 3, or a range, 2-5, from 1 on, got {words!r}")
+        raise ValueError(f"{name} must be a number of tokens, 3, or a range, 2-5, from 1 on, got {words!r}")
     return range(first, last + 1)
 
 

@@ -4,13 +4,14 @@ import argparse
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 
 from transformers.utils import logging
 
 from pyquiet import __version__
 from pyquiet.cli import bilevel, demo, diffuse, doctor, evaluate, infill, scale, think, train
-from pyquiet.cli.options import Parser
+from pyquiet.cli.options import Parser, add_commands
 
 COMMANDS = (demo, think, infill, diffuse, scale, bilevel, train, evaluate, doctor)
 
@@ -22,7 +23,7 @@ def command_line() -> Parser:
         description="Five ways to get more out of a language model. `pyquiet demo` shows them all.",
     )
     parser.add_argument("--version", action="version", version=f"pyquiet {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = add_commands(parser, "commands")
     for command in COMMANDS:
         command.add_parser(commands)
     return parser
@@ -31,12 +32,12 @@ def command_line() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. Bad input is one line on stderr and exit code 2, Ctrl-C exit code 130."""
     logging.disable_progress_bar()  # of loading weights
+    warnings.formatwarning = _warning
     args = argparse.Namespace()
     try:
-        words = sys.argv[1:] if argv is None else argv
-        command_line().parse_args(words or ["--help"], args)
+        command_line().parse_args(argv, args)
         code = int(args.run(args))
-        sys.stdout.flush()  # who reads may be gone
+        print(end="", flush=True)  # who reads may be gone
         return code
     except KeyboardInterrupt:
         print("pyquiet: stopped", file=sys.stderr)
@@ -47,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
         print(f"pyquiet: error: {_in_words(error, args)}", file=sys.stderr)
         return 2
+
+
+def _warning(message: Warning | str, *where: object, **line: object) -> str:
+    return f"pyquiet: warning: {' '.join(str(message).split())}\n"
 
 
 def _in_words(error: Exception, args: argparse.Namespace) -> str:

@@ -3,14 +3,14 @@
 import argparse
 from typing import Any
 
-from pyquiet.cli.options import Number, Whole, add_quiet, add_seed
+from pyquiet.cli.options import Number, Whole, add_commands, add_quiet, add_seed
 from pyquiet.cli.reports import add_json, check_json, give
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     what = "optimise many small problems inside a large one"
     parser = commands.add_parser("bilevel", help=what, description=f"BSVRB: {what}.")
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    actions = add_commands(parser, "actions")
     demo = actions.add_parser(
         "demo",
         help="find wrong labels by a few right ones",

@@ -150,9 +150,10 @@ def _in_words(samples: "list[list[tuple[str, bool]]]", out: "Diffusion") -> str:
     for sample in samples:
         anything_given = not all(is_filled for _, is_filled in sample)
         lines.append(in_marks([(part, is_filled and anything_given) for part, is_filled in sample]))
-    words = f"{_cost_in_words(_cost(out, int((out.reveal_step >= 0).sum())))}, depth {int(out.depth.max())}"
+    cost = _cost_in_words(_cost(out, int((out.reveal_step >= 0).sum())))
+    words = f"{cost}, depth {int(out.depth.max())} (passes that wait for one another)"
     if len(drawn := out.trace.candidates[out.trace.corrected].double()):
-        words += f", mean ESS {float(out.ess.nanmean()):.2f} of {float(drawn.mean()):.3g}"
+        words += f", ESS {float(out.ess.nanmean()):.2f} (that many of {float(drawn.mean()):.3g} candidates count)"
     return "\n".join([*lines, f"{words}, {out.seconds:.2f} s"])
 
 

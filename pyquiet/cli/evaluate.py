@@ -22,7 +22,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "diffusion, and what that takes.",
         epilog="Tasks of lm-evaluation-harness: python -m pyquiet.evaluation.lm_eval --model pyquiet ...",
     )
-    measures = parser.add_subparsers(title="measures", metavar="MEASURE", required=True)
+    measures = options.add_commands(parser, "measures")
     _add_thoughts(measures)
     _add_answers(measures)
     evaluate_infilling.add_parser(measures)

@@ -123,7 +123,7 @@ def _code(args: argparse.Namespace, how: dict[str, Any]) -> Found:
     from pyquiet.gaps import read_length
 
     target = check_target(args.output) if args.output else None
-    lengths = read_length(args.gap_tokens) if args.gap_tokens else None
+    lengths = read_length(args.gap_tokens, "gap_tokens") if args.gap_tokens else None
     problems = read_code_problems(args.humaneval)[: args.limit]
     how |= {"lengths": lengths, "execute": args.execute, "timeout": args.timeout}
     model, tokenizer = _filler(args)

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     check_json(args)
     prompts.check(args)
     how, device = law(args) | {"method": args.method}, options.usable_device(args.device)
-    default = read_length(args.gap_tokens)
+    default = read_length(args.gap_tokens, "gap_tokens")
     if args.prompts is not None:
         return _run_many(args, how, default, device)
     gaps = parse_gaps(options.given_text("--text", args.text, EXAMPLE), default)
@@ -137,10 +137,10 @@ def _sample(codec: "Codec", one: "Filled") -> "Row":
 
 def cost_in_words(took: "Cost") -> str:
     """The line on what `fill_gaps` says it took."""
-    calls = {kind: took[f"{kind}_calls"] for kind in ("target", "draft", "auxiliary")}
-    kinds = ", ".join(f"{count} {kind}" for kind, count in calls.items() if count)
+    names = {"target_calls": "exact", "draft_calls": "for drafts", "auxiliary_calls": "lookups of n-grams"}
+    kinds = ", ".join(f"{took[kind]} {name}" for kind, name in names.items() if took[kind])
     return (
-        f"{took['tokens']} tokens, {calls['target'] + calls['draft']} calls ({kinds}), "
+        f"{took['tokens']} tokens, {took['target_calls'] + took['draft_calls']} calls of the network ({kinds}), "
         f"{took['tokens'] / max(1, took['rounds']):.2f} tokens a round, {took['seconds']:.2f} s"
     )
 

@@ -126,10 +126,13 @@ def load_energy(name: str, denoiser: MaskedDenoiser, tokenizer: PreTrainedTokeni
     is_folder = name not in zoo.available()
     trained = is_folder and AutoConfig.from_pretrained(name).model_type == "pyquiet_energy"
     model, words = load_causal("--energy", name, AutoModel if trained else AutoModelForCausalLM)
-    check_tokenizers(tokenizer, words)
     model = model.to(denoiser.device)
-    if not isinstance(model, NCEEnergy):
-        return AREnergy(model, bos_id=words.bos_token_id, mask_id=denoiser.mask_id)
+    try:
+        check_tokenizers(tokenizer, words)
+        if not isinstance(model, NCEEnergy):
+            return AREnergy(model, bos_id=words.bos_token_id, mask_id=denoiser.mask_id)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--energy {name}: {error}") from None
     if model.mask_id != denoiser.mask_id:
         raise ValueError(f"--energy {name}: its mask has the id {model.mask_id}, the denoiser's {denoiser.mask_id}")
     return model

@@ -104,6 +104,17 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(words if message.startswith("argument ") else f"{words}; see {self.prog} --help")
 
 
+def add_commands(parser: argparse.ArgumentParser, title: str) -> "argparse._SubParsersAction[Any]":
+    """Adds commands, as the title calls them, to one that alone shows its help."""
+
+    def show(args: argparse.Namespace) -> int:
+        parser.print_help()
+        return 0
+
+    parser.set_defaults(run=show)
+    return parser.add_subparsers(title=title, metavar=title.upper().removesuffix("S"))
+
+
 def add_seed(parser: Any, what: str) -> None:
     parser.add_argument("--seed", type=Whole(-(2**63), 2**64), default=0, help=f"same seed, same {what}")
 
@@ -161,7 +172,7 @@ def usable_device(name: str) -> "torch.device":
     try:
         return torch.empty(1, device=Ranks.current().device(name)).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; --device cpu is always there") from None
 
 
 def dtype(args: argparse.Namespace) -> "torch.dtype | None":
@@ -175,10 +186,17 @@ def given_text(option: str, text: str | None, example: str) -> str:
     """What the option gives, or else standard input or, on a terminal, the example; ValueError if it is no text."""
     from pyquiet.checks import check_text
 
-    if text is None and sys.stdin.isatty():
+    if text is not None:
+        return check_text(option, text)
+    if sys.stdin is None:
+        raise ValueError(f"{option} is not given, and standard input is closed: give one of them")
+    if sys.stdin.isatty():
         print(f"{option} is not given; an example:", file=sys.stderr)
         return example
-    return check_text(option, sys.stdin.read().rstrip("\n") if text is None else text)
+    try:
+        return check_text("standard input", sys.stdin.read().rstrip("\n"))
+    except UnicodeDecodeError:
+        raise ValueError("standard input: not UTF-8 text") from None
 
 
 def check_needed(args: argparse.Namespace, other: str, *names: str) -> None:

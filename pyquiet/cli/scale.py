@@ -51,7 +51,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def _add_promise(parser: argparse.ArgumentParser) -> None:
     promise = parser.add_argument_group("the promise")
-    promise.add_argument("--takeover-rate", type=float, default=0.4, metavar="RHO", help="share of drafts taken over")
+    promise.add_argument(
+        "--takeover-rate", type=Number(0, 1), default=0.4, metavar="RHO", help="share of drafts taken over"
+    )
     promise.add_argument(
         "--discard-rate",
         type=Number(0, 1),

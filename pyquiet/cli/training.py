@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,9 @@ def add_options(parser: argparse.ArgumentParser, options: Options) -> None:
 def training_arguments(args: argparse.Namespace, kind: Any, options: Options, *words: str, **more: Any) -> Any:
     """The training arguments of this kind that the options say; ValueError names what transformers does not take."""
     from transformers import HfArgumentParser
+
+    if not find_spec("accelerate"):
+        raise ImportError('training needs accelerate: pip install "pyquiet[train]"')
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> None:

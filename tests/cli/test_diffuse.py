@@ -87,7 +87,7 @@ def test_a_fresh_text_and_what_it_took(folder, models, capsys):
     (parts,), out = expected(models, ["", ""], [9], steps=4)
     assert text == text_of(parts)
     assert line.startswith(
-        f"9 tokens, {int(out.denoiser_calls)} denoiser calls, 0 energy passes, depth {int(out.depth)}, "
+        f"9 tokens, {int(out.denoiser_calls)} denoiser calls, 0 energy passes, depth {int(out.depth)} (passes that "
     )
     assert "ESS" not in line
     assert re.search(r", \d+\.\d\d s$", line)
@@ -106,8 +106,8 @@ def test_a_prompt_is_continued_by_every_option(folder, models, capsys):
     calls, passes = int(out.denoiser_calls), int(out.energy_passes)
     assert passes == 5 * int(out.trace.corrected.sum())
     assert line.startswith(
-        f"8 tokens, {calls} denoiser calls, {passes} energy passes, depth {int(out.depth)}, "
-        f"mean ESS {float(out.ess):.2f} of 5, "
+        f"8 tokens, {calls} denoiser calls, {passes} energy passes, depth {int(out.depth)} (passes that wait for one "
+        f"another), ESS {float(out.ess):.2f} (that many of 5 candidates count), "
     )
 
 

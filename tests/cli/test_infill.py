@@ -78,7 +78,7 @@ def test_the_filled_parts_are_marked_and_what_it_took_is_told(folder, filler, ca
         assert (f"[{part.lstrip(' ')}]" in text) is is_filled
     calls = took["target_calls"] + took["draft_calls"]
     assert line.startswith(
-        f"6 tokens, {calls} calls ({took['target_calls']} target, {took['draft_calls']} draft), "
+        f"6 tokens, {calls} calls of the network ({took['target_calls']} exact, {took['draft_calls']} for drafts), "
         f"{6 / took['rounds']:.2f} tokens a round, "
     )
     assert line.endswith(" s")

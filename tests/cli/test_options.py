@@ -6,6 +6,7 @@ import inspect
 import io
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,7 @@ def test_types_take_their_bounds() -> None:
         (["think", "--think", "maybe"], "--think must be one of always, never, got 'maybe'"),
         (["think", "--device", "nonsense"], "--device nonsense: "),
         (["think", "--prompt"], "--prompt: expected one argument"),
+        (["infill", "--text", "___", "--gap-tokens", "x"], "--gap-tokens must be a number of tokens, 3, or a range"),
         (["train", "quiet-star", "--text", "x"], "the following arguments are required: --output; see "),
         (["bilevel", "demo", "--wrong", "2"], "--wrong must be in [0, 1], got 2"),  # checked by the library
         (["evaluate", "dreams"], "MEASURE must be one of thoughts, answers, infilling, diffusion, got 'dreams'"),
@@ -166,10 +168,17 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys) -> None:
     assert capsys.readouterr().err == "pyquiet: stopped\n"
 
 
-def test_without_a_command_there_is_help(capsys) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main([])
-    assert capsys.readouterr().out.startswith("usage: pyquiet ")
+@pytest.mark.parametrize("group", [(), ("bilevel",), ("train",), ("evaluate",)], ids=" ".join)
+def test_a_command_that_only_has_others_shows_them(group, capsys) -> None:
+    assert main(group) == 0
+    assert capsys.readouterr().out.startswith(f"usage: {' '.join(('pyquiet', *group))} ")
+
+
+def test_a_warning_is_a_line_as_an_error_is(monkeypatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", None)
+    assert main([]) == 0
+    line = warnings.formatwarning(UserWarning("two\nlines"), UserWarning, "file.py", 1)
+    assert line == "pyquiet: warning: two lines\n"
 
 
 @pytest.mark.slow
@@ -188,6 +197,12 @@ def test_a_text_is_the_options_or_standard_input_and_on_a_terminal_an_example(mo
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     assert given_text("--prompt", None, "an example") == "an example"
     assert capsys.readouterr().err == "--prompt is not given; an example:\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), "utf-8"))
+    with pytest.raises(ValueError, match=r"^standard input: not UTF-8 text$"):
+        given_text("--prompt", None, "an example")
+    monkeypatch.setattr(sys, "stdin", None)  # so Python has it where it is closed
+    with pytest.raises(ValueError, match=r"^--prompt is not given, and standard input is closed"):
+        given_text("--prompt", None, "an example")
 
 
 @pytest.mark.parametrize("command", ["think", "infill"])

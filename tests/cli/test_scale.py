@@ -177,7 +177,7 @@ def test_a_bank_that_grows_promises_what_comes_before_it_is_warm(capsys: pytest.
     ("options", "words"),
     [
         (["--slots", "1,2"], "--slots must be three numbers"),
-        (["--takeover-rate", "2"], "--takeover-rate must lie between 0 and 1"),
+        (["--takeover-rate", "2"], "--takeover-rate must be in [0, 1], got 2"),
         (["--questions", "missing.jsonl"], "missing.jsonl"),
         (["--draft-tokenizer", "tiny-draft"], "--draft-tokenizer is for servers; tiny-draft brings its own"),
         (
