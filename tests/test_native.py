@@ -17,9 +17,17 @@ needs_native = pytest.mark.skipif(native.cpu is None, reason="the native module 
 needs_cuda_module = pytest.mark.skipif(find_spec("pyquiet._cuda") is None, reason="the CUDA module is not built")
 
 
+# The package without what its own file imports, which has no part in this and would take most of the time.
+BARE = f"""
+import sys, types
+sys.modules["pyquiet"] = types.ModuleType("pyquiet")
+sys.modules["pyquiet"].__path__ = {pyquiet.__path__!r}
+"""
+
+
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "always", "-c", code],
+        [sys.executable, "-W", "always", "-c", BARE + code],
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -27,29 +35,23 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_native
-def test_the_best_supported_level_is_chosen():
-    supported = native.cpu.supported_isas()
-    assert [w for w in native.cpu.compiled_isas() if w in supported] == supported
-    done = python("from pyquiet import native; print(native.isa())", PYQUIET_ISA="")
-    assert done.stdout.split() == supported[-1:], done.stderr
-
-
-@needs_native
-def test_every_supported_level_can_be_forced_and_draws_the_same():
+def test_every_supported_level_can_be_forced_and_draws_the_same_and_the_best_is_the_default():
     code = """
 from pyquiet import native
 from pyquiet.randomness import Purpose, Stream, uniforms
 print(native.isa(), uniforms(Stream(5, Purpose.DRAFT), 3).tolist())"""
+    supported = native.cpu.supported_isas()
+    assert [w for w in native.cpu.compiled_isas() if w in supported] == supported
     outputs = set()
-    for word in native.cpu.supported_isas():
+    for word in ["", *supported]:
         isa, numbers = python(code, PYQUIET_ISA=word).stdout.split(maxsplit=1)
-        assert isa == word
+        assert isa == (word or supported[-1])
         outputs.add(numbers)
     assert len(outputs) == 1
 
 
 @needs_native
-@pytest.mark.parametrize("word", ["avx1024", "AVX2", "neon" if os.uname().machine == "x86_64" else "avx2"])
+@pytest.mark.parametrize("word", ["AVX2", "neon" if os.uname().machine == "x86_64" else "avx2"])
 def test_a_wrong_level_is_an_error_that_names_the_allowed_ones(word):
     done = python("from pyquiet import native", PYQUIET_ISA=word)
     assert done.returncode == 1
@@ -112,7 +114,7 @@ def test_the_stub_lists_what_the_module_has(module):
 
 
 def test_the_cuda_module_is_loaded_when_asked_for_and_no_earlier():
-    done = python("import sys, pyquiet.cli; print('pyquiet._cuda' in sys.modules)")
+    done = python("del sys.modules['pyquiet']; import pyquiet.cli; print('pyquiet._cuda' in sys.modules)")
     assert done.stdout.split() == ["False"], done.stderr
 
 
