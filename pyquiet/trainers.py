@@ -22,7 +22,8 @@ _SHIFT = 1  # the index, in a stream, of what strata are shifted by
 class SeededTrainer(Trainer):
     """A Trainer whose steps have the loss of the joint batch over micro-batches and processes.
 
-    Subclasses say in `_counts` what the means of a batch divide by, and add to the meter what they log.
+    Subclasses say in `_counts` what the means of a batch divide by, in `_loss` what is learned, adding to the meter
+    what they log, and in `_evaluated` what `metrics` is made of.
     """
 
     collator: type[TextCollator]  # where none is given
@@ -54,8 +55,19 @@ class SeededTrainer(Trainer):
         """What the means of a batch divide by; None where each micro-batch has its own."""
         raise NotImplementedError
 
+    def _loss(self, model: Any, inputs: dict[str, Any], counts: Tensor | None) -> tuple[Tensor, Any]:
+        """A micro-batch's loss, a part of the joint batch's where its counts are given, and all that the model says."""
+        raise NotImplementedError
+
+    def _evaluated(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any, Tensor]:
+        """The loss of a batch of evaluation, and predictions and labels for `metrics`."""
+        raise NotImplementedError
+
     def _draw_noise(self, batches: list[dict[str, Any]]) -> None:
         """Adds to the micro-batches of a step what is drawn for the whole of it."""
+
+    def _learner(self) -> nn.Module | None:
+        """The module whose forward is the loss, for all that wraps a module; None where the model's own is."""
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The micro-batches of an optimiser step, and what the means of their joint batch divide by."""
@@ -94,6 +106,29 @@ class SeededTrainer(Trainer):
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """Trainer's, the examples numbered."""
         return super().get_test_dataloader(numbered(test_dataset))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of a micro-batch, a part of the joint batch's where `num_items_in_batch` tells its counts."""
+        loss, out = self._loss(model, inputs, num_items_in_batch)
+        loss = self.joint(loss, num_items_in_batch)
+        return (loss, out) if return_outputs else loss
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """The loss of a batch, and what `metrics` is made of."""
+        loss, predictions, labels = self._evaluated(model, self._prepare_inputs(inputs))
+        return (loss, None, None) if prediction_loss_only else (loss, predictions, labels)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> Any:
+        """For training, what the accelerator makes of the learner, if there is one; `self.model` stays."""
+        learner = self._learner() if training and model is self.model else None
+        if learner is None:
+            return super()._wrap_model(model, training, dataloader)
+        return self.accelerator.prepare_model(learner)
 
     def joint(self, loss: Tensor, counts: Tensor | None) -> Tensor:
         """A part of a joint loss, scaled so that the mean of its gradients over processes is the whole's."""

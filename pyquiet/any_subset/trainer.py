@@ -82,35 +82,23 @@ class AnySubsetTrainer(SeededTrainer):
         targets: Tensor = tokens - prompt.sum().to(tokens.device)
         return targets
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The loss of a micro-batch, a part of the joint batch's where `num_items_in_batch` tells its targets."""
+    def _loss(self, model: Any, inputs: dict[str, Any], counts: Tensor | None) -> tuple[Tensor, Any]:
         batch = {name: inputs[name] for name in (*_TEXT, *_NOISE) if name in inputs}
-        out = model(**batch, draft_weight=self.args.draft_weight, target_count=num_items_in_batch)
+        out = model(**batch, draft_weight=self.args.draft_weight, target_count=counts)
         parts = {"joint_nll": out.joint_nll, "draft_nll": out.draft_nll}
         tokens = tokens_in(inputs)
         known = {name: part.detach() for name, part in parts.items() if part is not None}
-        self.meter.add({**known, "tokens": tokens}, joint=num_items_in_batch is not None)
+        self.meter.add({**known, "tokens": tokens}, joint=counts is not None)
         self.meter.add({"masked_fraction": self._counts(inputs) / tokens}, joint=False)
-        loss = self.joint(out.loss, num_items_in_batch)
-        return (loss, out) if return_outputs else loss
+        return out.loss, out
 
-    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        """For training, what the accelerator makes of the module whose forward is the loss; `self.model` stays."""
-        if not training or model is not self.model:
-            return model
-        learner: nn.Module = self.accelerator.prepare_model(SubsetLearner(model))
-        return learner
+    def _learner(self) -> nn.Module:
+        return SubsetLearner(self.model)
 
     # -- evaluation
 
-    @torch.no_grad()
-    def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Any, Any, Any]:
+    def _evaluated(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """The mean joint NLL, and the scores [B, rates, 2 + 2 REACH] of the texts at the fixed rates."""
-        inputs = self._prepare_inputs(inputs)
         text = {name: inputs[name] for name in _TEXT if name in inputs}
         scores, ids = [], inputs["sequence_ids"]
         for rate in self.args.eval_mask_rates:
@@ -120,8 +108,7 @@ class AnySubsetTrainer(SeededTrainer):
                 out = subset_scores(self.model, **text, order=order, prompt=prompt, reach=REACH)
             scores.append(torch.cat([out.joint_nll[:, None], out.targets[:, None], out.acceptance, out.drafts], 1))
         sums = torch.stack(scores, 1)
-        loss = (sums[..., 0].sum(0) / sums[..., 1].sum(0)).mean()
-        return loss, None if prediction_loss_only else sums, ids
+        return (sums[..., 0].sum(0) / sums[..., 1].sum(0)).mean(), sums, ids
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """The joint NLL and the acceptance of drafts at each rate, over all targets."""

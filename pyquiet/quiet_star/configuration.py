@@ -5,8 +5,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from pyquiet.checks import check_count as check_count
-from pyquiet.checks import check_number
+from pyquiet.checks import check_count, check_number
 
 
 class QuietStarConfig(PreTrainedConfig):

@@ -1,9 +1,12 @@
-"""Documents as pieces for a trainer of thinking models."""
+"""What the trainers of thinking models read: documents in pieces, and which tokens of a batch are to be predicted."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pyquiet.datasets import documents
+from torch import Tensor
+
+from pyquiet.datasets import IGNORED, documents
+from pyquiet.quiet_star.objective import next_token_targets
 
 
 def overlapping_pieces(ids: Sequence[int], max_length: int) -> list[Sequence[int]]:
@@ -30,3 +33,14 @@ def tokenize(texts: Iterable[str], tokenizer: Any, max_length: int) -> list[dict
     if not examples:
         raise ValueError("the texts hold no two tokens; give longer ones")
     return examples
+
+
+def targets_in(inputs: dict[str, Any]) -> Tensor:
+    """bool [B, T - 1] of a batch: there is a next token, and it is to be predicted."""
+    return next_token_targets(inputs["input_ids"], inputs.get("attention_mask"), inputs.get("labels"))
+
+
+def labels_in(inputs: dict[str, Any]) -> Tensor:
+    """int64 [B, T - 1] of a batch: the next token, -100 where none is to be predicted."""
+    following: Tensor = inputs["input_ids"][:, 1:]
+    return following.masked_fill(~targets_in(inputs), IGNORED)

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
-from pyquiet.datasets import IGNORED as IGNORED
+from pyquiet.datasets import IGNORED
 from pyquiet.quiet_star.configuration import QuietStarConfig
 
 

@@ -17,9 +17,10 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from pyquiet.checks import check_count
 from pyquiet.heads import apply_head, embedding_table, finish_logits, head_weight, log_prob
 from pyquiet.quiet_star.adapters import AdaptedBase, lay_out_adapters, record_adapters, settle_adapters, unwrapped
-from pyquiet.quiet_star.configuration import QuietStarConfig, check_count
+from pyquiet.quiet_star.configuration import QuietStarConfig
 from pyquiet.quiet_star.generation import ThinkingGeneration
 from pyquiet.quiet_star.inputs import check_context, check_inputs, check_no_nan, check_positions, real_tokens
 from pyquiet.quiet_star.objective import QuietStarObjective, ThinkingLoss

@@ -20,9 +20,10 @@ from tqdm import tqdm
 from transformers import EvalPrediction, TrainingArguments
 
 from pyquiet.checks import check_count
-from pyquiet.datasets import NumberedTexts, TextCollator
+from pyquiet.datasets import IGNORED, NumberedTexts, TextCollator
 from pyquiet.environment import fingerprint
 from pyquiet.files import replacing
+from pyquiet.quiet_star.data import labels_in, targets_in
 from pyquiet.quiet_star.distillation import (
     NextTokenLoss,
     NtpObjective,
@@ -31,11 +32,10 @@ from pyquiet.quiet_star.distillation import (
     mixed_nlls,
     next_token_loss,
 )
-from pyquiet.quiet_star.inputs import IGNORED, check_context
+from pyquiet.quiet_star.inputs import check_context
 from pyquiet.quiet_star.modeling import QuietStarForCausalLM
-from pyquiet.quiet_star.seeded_trainer import ThinkingTrainer, targets_in
 from pyquiet.randomness import epoch_seed
-from pyquiet.trainers import check_trainable, prepare_arguments
+from pyquiet.trainers import SeededTrainer, check_trainable, prepare_arguments, tokens_in
 
 _SAVE_EVERY = 60.0  # seconds
 
@@ -98,7 +98,7 @@ def next_token_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return {name: float(values.mean()) for name, values in means.items()}
 
 
-class NextTokenTrainer(ThinkingTrainer):
+class NextTokenTrainer(SeededTrainer):
     """Trains a model that answers at once on what a thinking teacher predicts; else as `transformers.Trainer`.
 
     The teacher is asked online, or long before (`teacher_nlls`, a column of the data). Its thoughts, and the actions
@@ -155,15 +155,11 @@ class NextTokenTrainer(ThinkingTrainer):
     def _counts(self, inputs: dict[str, Any]) -> Tensor:
         return targets_in(inputs).sum()
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The loss of a micro-batch, a part of the joint batch's where `num_items_in_batch` tells its count."""
-        out = self._grade(model, inputs, self.training_seed, num_items_in_batch)
+    def _loss(self, model: Any, inputs: dict[str, Any], counts: Tensor | None) -> tuple[Tensor, NextTokenLoss]:
+        out = self._grade(model, inputs, self.training_seed, counts)
         values = {name: getattr(out, name) for name in ("student_nll", "teacher_nll", "teacher_better")}
-        self.meter.add({**values, "tokens": inputs["attention_mask"].sum()}, joint=num_items_in_batch is not None)
-        loss = self.joint(out.loss, num_items_in_batch)
-        return (loss, out) if return_outputs else loss
+        self.meter.add({**values, "tokens": tokens_in(inputs)}, joint=counts is not None)
+        return out.loss, out
 
     def _grade(self, model: Any, inputs: dict[str, Any], seed: int, count: Any) -> NextTokenLoss:
         student = self.accelerator.unwrap_model(model)
@@ -185,9 +181,9 @@ class NextTokenTrainer(ThinkingTrainer):
         with self.accelerator.autocast():
             return _through(model, student, forward, inputs["input_ids"])
 
-    def _evaluated(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _evaluated(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         out = self._grade(model, inputs, self.evaluation_seed, targets_in(inputs).sum())
-        return out.loss, (out.student_nlls, out.teacher_nlls)
+        return out.loss, (out.student_nlls, out.teacher_nlls), labels_in(inputs)
 
 
 def teacher_nlls(

@@ -10,8 +10,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from pyquiet.quiet_star.configuration import check_count
-from pyquiet.quiet_star.inputs import IGNORED, check_no_nan, real_tokens
+from pyquiet.checks import check_count
+from pyquiet.datasets import IGNORED
+from pyquiet.quiet_star.inputs import check_no_nan, real_tokens
 
 Baseline = Literal["leave_one_out", "mean"]
 Reduction = Literal["sum", "mean"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyquiet.quiet_star.configuration import check_count
+from pyquiet.checks import check_count
 from pyquiet.quiet_star.thoughts import ThoughtCache, ThoughtLayout, run_rows
 from pyquiet.randomness import Purpose, Stream, check_sequence_ids, draw, process_logits, resolve_seed
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
-from pyquiet.datasets import TextCollator
+from pyquiet.datasets import IGNORED, TextCollator
 from pyquiet.evaluation import gain_by_decile
 from pyquiet.quiet_star.adapters import unwrapped
 from pyquiet.quiet_star.arguments import QuietStarTrainingArguments, Stage
-from pyquiet.quiet_star.inputs import IGNORED, check_context
+from pyquiet.quiet_star.data import labels_in, targets_in
+from pyquiet.quiet_star.inputs import check_context
 from pyquiet.quiet_star.modeling import QuietStarForCausalLM
 from pyquiet.quiet_star.objective import ThinkingLoss
-from pyquiet.quiet_star.seeded_trainer import ThinkingTrainer, targets_in
-from pyquiet.trainers import check_trainable
+from pyquiet.trainers import SeededTrainer, check_trainable, tokens_in
 
 DECILES = 10
 _HEAD, _META = "mixing_head.", ("start_embedding", "end_embedding")
@@ -40,7 +40,7 @@ def decile_gains(base: Tensor, mixed: Tensor) -> dict[str, Tensor]:
     return {f"gain_decile_{k}": gain for k, gain in enumerate(gains, 1)}
 
 
-class QuietStarTrainer(ThinkingTrainer):
+class QuietStarTrainer(SeededTrainer):
     """Trains a `QuietStarForCausalLM`; everything not said here is as in `transformers.Trainer`.
 
     Noise and crops depend on (seed, epoch, index of the example) alone: not on the batch, the number of processes or
@@ -99,14 +99,10 @@ class QuietStarTrainer(ThinkingTrainer):
         self._enter_stage(self.state.global_step)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The loss of a micro-batch, a part of the joint batch's where `num_items_in_batch` tells its counts."""
-        out = self._think(model, inputs, self.training_seed, num_items_in_batch)
-        self._record(out, inputs, joint=num_items_in_batch is not None)
-        loss = self.joint(out.loss, num_items_in_batch)
-        return (loss, out) if return_outputs else loss
+    def _loss(self, model: Any, inputs: dict[str, Any], counts: Tensor | None) -> tuple[Tensor, ThinkingLoss]:
+        out = self._think(model, inputs, self.training_seed, counts)
+        self._record(out, inputs, joint=counts is not None)
+        return out.loss, out
 
     def _think(self, model: Any, inputs: dict[str, Any], seed: int, counts: Tensor | None) -> ThinkingLoss:
         inputs = {name: x for name, x in inputs.items() if name in _INPUTS}
@@ -126,9 +122,7 @@ class QuietStarTrainer(ThinkingTrainer):
         base, mixed = out.base_nlls[targets], out.mixed_nlls[..., 0].mean(-1)[targets]
         deciles = decile_gains(base, mixed)
         none = {f"gain_decile_{k}": base.new_zeros(()) for k in range(1, DECILES + 1)}
-        mask = inputs.get("attention_mask")
-        tokens = inputs["input_ids"].new_tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
-        self.meter.add({**parts, "tokens": tokens}, joint=joint)
+        self.meter.add({**parts, "tokens": tokens_in(inputs)}, joint=joint)
         self.meter.add(local, joint=False)
         gain = (base - mixed).sum() / max(1, len(base))
         self.meter.add({"gain": gain}, joint=False, known=len(base) > 0)
@@ -190,10 +184,10 @@ class QuietStarTrainer(ThinkingTrainer):
 
     # -- evaluation
 
-    def _evaluated(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _evaluated(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         out = self._think(model, inputs, self.evaluation_seed, self._counts(inputs))
         mixed = -((-out.mixed_nlls[..., 0]).logsumexp(-1) - math.log(out.mixed_nlls.shape[2]))
-        return out.loss, (out.base_nlls, mixed)
+        return out.loss, (out.base_nlls, mixed), labels_in(inputs)
 
 
 def _thinker_in(model: Any) -> QuietStarForCausalLM:
