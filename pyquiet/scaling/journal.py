@@ -5,7 +5,6 @@ far, so that one that was changed, lost or moved is noticed. A line is with the 
 so that a process that is killed loses nothing, and on the disk within a second or 64 records.
 """
 
-import fcntl
 import json
 import os
 import threading
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 from zlib import crc32
 
-from pyquiet.files import check_target
+from pyquiet.files import check_target, lock
 from pyquiet.scaling.records import Record
 
 SYNC_SECONDS, SYNC_RECORDS = 1.0, 64
@@ -65,7 +64,7 @@ class Journal:
         except FileExistsError:
             raise FileExistsError(f"{target} exists; resume that run, or name another file") from None
         try:
-            _lock(file, target)
+            lock(file, target)
             return cls(target, file, _begin(file, target, line, crc))
         except BaseException:
             os.close(file)
@@ -82,7 +81,7 @@ class Journal:
         target, (line, crc) = Path(path), _line({"header": header}, 0)
         file = os.open(target, os.O_RDWR | os.O_APPEND)
         try:
-            _lock(file, target)
+            lock(file, target)
             if os.fstat(file).st_size < len(line) and line.startswith(target.read_bytes()):
                 os.ftruncate(file, 0)  # the header itself was cut short
                 return cls(target, file, _begin(file, target, line, crc))
@@ -233,14 +232,6 @@ def _begin(file: int, path: Path, line: bytes, crc: int) -> _Contents:
 def _write(file: int, line: bytes) -> None:
     while line:
         line = line[os.write(file, line) :]
-
-
-def _lock(file: int, path: Path) -> None:
-    # Not inherited by programs that are started, and gone with the process however that ends.
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BlockingIOError(f"{path} is being written by another run; wait for it, or name another file") from None
 
 
 def _check_header(path: Path, found: Any, given: Any, field: str = "") -> None:

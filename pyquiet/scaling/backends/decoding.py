@@ -42,11 +42,6 @@ class DecoderRunner:
         self._lanes: list[_Lane] = []
 
     @property
-    def shares(self) -> bool:
-        """Whether texts share a batch, and their keys and values are kept."""
-        return self._reader.layout is not None
-
-    @property
     def token_bytes(self) -> int | None:
         """Bytes of a token's keys and values; None where the cache is more than that."""
         return None if self._reader.layout is None else self._reader.layout.token_bytes
