@@ -4,15 +4,14 @@ Letters: B sequences, k drafts, V vocabulary; p the draft law, q the target law,
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyquiet.kernels.registration import Kernel, Tensors, check_tensor, cuda_stream, left_to_check, reads_natively
-from pyquiet.native import cpu, cuda
+from pyquiet.kernels.registration import Kernel, Tensors, check_tensor, left_to_check, reads_natively
 from pyquiet.randomness import (
     COUPLINGS,
     MAX_VOCABULARY,
@@ -139,6 +138,8 @@ def verify_draft(
     """
     if coupling not in COUPLINGS:
         raise ValueError(f"coupling must be one of {COUPLINGS}, got {coupling!r}")
+    if not isinstance(target_logits, Tensor):
+        raise TypeError(f"target_logits must be a tensor, got {type(target_logits).__name__}")
     tensors, words = counter_fields(stream, len(target_logits), target_logits.device)
     arguments = Arguments(
         target_logits,
@@ -247,25 +248,12 @@ def _invert(weights: Tensor, stream: Stream) -> int:
 
 
 def _forward(arguments: tuple[Any, ...], all_outputs: bool) -> Tensors:
-    target: Tensor = arguments[0]
-    if target.is_meta:
+    logits: Tensor = arguments[0]
+    if logits.is_meta:
         return _fake(arguments)
-    if not reads_natively(target):
+    if not reads_natively(logits):
         return reference(*arguments)
-    outputs = _fake(arguments)
-    if target.is_cpu:
-        on_cpu: Callable[..., int] = cpu.verify_draft
-        faults = on_cpu(*arguments, *outputs, torch.get_num_threads())
-        if faults:
-            _kernel.refuse(arguments) if faults < 0 else _raise_fault(Arguments(*arguments), outputs[-1])
-        return outputs
-    module, (B, k) = cuda(), arguments[2].shape
-    floats = module.verify_draft_workspace(B, k, *target.shape[1:])
-    workspace = target.new_empty(floats, dtype=torch.float32)
-    with torch.cuda.device(target.device):
-        if not module.verify_draft(*arguments, *outputs, workspace, cuda_stream()):
-            _kernel.refuse(arguments)
-    return outputs
+    return _kernel.read_rows(arguments, _fake(arguments), (*arguments[2].shape, *logits.shape[1:]), _raise_fault)
 
 
 def _fake(arguments: tuple[Any, ...]) -> Tensors:
@@ -288,9 +276,10 @@ _kernel = Kernel(
 )
 
 
-def _raise_fault(a: Arguments, fault: Tensor) -> None:
+def _raise_fault(arguments: tuple[Any, ...], fault: Tensor) -> None:
     """Raises what is wrong with the first row that a kernel marked (contract.hpp says how)."""
     if fault.any():
+        a = Arguments(*arguments)
         b = int(fault.nonzero()[0])
         if fault[b] < 0:  # an index out of range, which on CUDA the kernel is the first to see
             _check(a)
@@ -301,7 +290,7 @@ def _raise_fault(a: Arguments, fault: Tensor) -> None:
 def _check(a: Arguments) -> None:
     target = a.target_logits
     for name, value in zip(a._fields[:6], a[:6], strict=True):
-        if not isinstance(value, Tensor) and not (value is None and name not in ("target_logits", "draft_tokens")):
+        if not isinstance(value, Tensor) and (value is not None or name == "draft_tokens"):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if not target.is_floating_point():
         raise TypeError(f"target_logits must be floating point, got {target.dtype}")

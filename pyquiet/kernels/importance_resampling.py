@@ -4,7 +4,7 @@ Letters: R rows, V vocabulary, k candidates, d hidden size, u a uniform, w a wei
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pyquiet.checks import check_count
-from pyquiet.kernels.registration import Kernel, Tensors, check_tensor, cuda_stream, left_to_check, reads_natively
-from pyquiet.native import cpu, cuda
+from pyquiet.kernels.registration import Kernel, Tensors, check_tensor, left_to_check, reads_natively
 from pyquiet.randomness import (
     MAX_VOCABULARY,
     Purpose,
@@ -159,6 +158,8 @@ def draw_candidates_from_hidden(
 
     The rest, and what is raised, as in `draw_candidates`.
     """
+    if not (isinstance(hidden, Tensor) and isinstance(weight, Tensor)):
+        raise TypeError(f"hidden and weight must be tensors, got {_described(hidden)} and {_described(weight)}")
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be [R, d] and weight [V, d], got {list(hidden.shape)} and {list(weight.shape)}; "
@@ -269,19 +270,7 @@ def _forward(arguments: tuple[Any, ...], all_outputs: bool) -> Tensors:
         return _fake(arguments)
     if not reads_natively(logits):
         return reference(*arguments)
-    outputs = _fake(arguments)
-    if logits.is_cpu:
-        on_cpu: Callable[..., int] = cpu.draw_candidates
-        faults = on_cpu(*arguments, *outputs, torch.get_num_threads())
-        if faults:
-            _kernel.refuse(arguments) if faults < 0 else _raise_fault(Arguments(*arguments), outputs[-1])
-        return outputs
-    module = cuda()
-    workspace = logits.new_empty(module.draw_candidates_workspace(*logits.shape), dtype=torch.float32)
-    with torch.cuda.device(logits.device):
-        if not module.draw_candidates(*arguments, *outputs, workspace, cuda_stream()):
-            _kernel.refuse(arguments)
-    return outputs
+    return _kernel.read_rows(arguments, _fake(arguments), logits.shape, _raise_fault)
 
 
 def _fake(arguments: tuple[Any, ...]) -> Tensors:
@@ -308,9 +297,10 @@ _kernel = Kernel(
 )
 
 
-def _raise_fault(a: Arguments, fault: Tensor, first: int = 0) -> None:
+def _raise_fault(arguments: tuple[Any, ...], fault: Tensor, first: int = 0) -> None:
     """Raises what is wrong with the first row that a kernel marked; `first`: what the caller counts rows from."""
     if fault.any():
+        a = Arguments(*arguments)
         row = int(fault.nonzero()[0])
         if fault[row] < 0:  # an address out of range, which on CUDA the kernel is the first to see
             uniforms(a.stream(), len(a.logits), a.logits.device)

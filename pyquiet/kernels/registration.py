@@ -56,7 +56,7 @@ class Kernel:
         inputs: int = 0,
         backward: Callable[[Tensor, Tensors, Arguments], Tensors] | None = None,
     ) -> None:
-        self.forward, self.check, self.inputs = forward, check, inputs
+        self.name, self.forward, self.check, self.inputs = name, forward, check, inputs
         fields = signature.__annotations__
         self.tensors = tensors = sum(kind in (Tensor, Tensor | None) for kind in fields.values())
         assert all(kind in (Tensor, Tensor | None) for kind in list(fields.values())[:tensors]), "tensors come first"
@@ -90,28 +90,40 @@ class Kernel:
         backward_op: Callable[..., Tensors] = getattr(torch.ops.pyquiet, f"{name}_backward")
         torch.library.register_autograd(f"pyquiet::{name}_backward", refuse, lib=_LIBRARY)
 
-        def save(ctx: Any, arguments: Arguments, results: Tensors) -> None:
-            ctx.save_for_backward(*results, *arguments[:tensors])
-            ctx.constants = arguments[tensors:]
-            ctx.mark_non_differentiable(*results[1:])
+        def save(ctx: Any, inputs: Arguments, output: Tensors) -> None:
+            ctx.save_for_backward(*output, *inputs[:tensors])
+            ctx.constants = inputs[tensors:]
+            ctx.mark_non_differentiable(*output[1:])
             ctx.set_materialize_grads(False)
 
-        def gradients(ctx: Any, run: Callable[..., Tensors], d_out: Tensor | None) -> Sequence[Tensor | None]:
-            none = [None] * len(fields)
-            if d_out is None:
-                return none
-            d_inputs = run(d_out, *ctx.saved_tensors, *ctx.constants)
-            wanted = [d if ctx.needs_input_grad[i] else None for i, d in enumerate(d_inputs)]
-            return [*wanted, *none[inputs:]]
+        def pulled_back(run: Callable[..., Tensors]) -> Callable[..., tuple[Tensor | None, ...]]:
+            """The backward of a function whose gradients `run` computes."""
 
-        torch.library.register_autograd(
-            f"pyquiet::{name}",
-            lambda ctx, d_out, *_: tuple(gradients(ctx, backward_op, d_out)),
-            setup_context=lambda ctx, inputs, output: save(ctx, inputs, output),
-            lib=_LIBRARY,
+            def pull_back(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+                if d_out is None:
+                    return (None,) * len(fields)
+                d_inputs = run(d_out, *ctx.saved_tensors, *ctx.constants)
+                wanted = (d if ctx.needs_input_grad[i] else None for i, d in enumerate(d_inputs))
+                return *wanted, *(None,) * (len(fields) - inputs)
+
+            return pull_back
+
+        torch.library.register_autograd(f"pyquiet::{name}", pulled_back(backward_op), setup_context=save, lib=_LIBRARY)
+
+        def run_and_save(ctx: Any, *arguments: Any) -> Tensors:
+            results = self.forward(arguments, True)
+            save(ctx, arguments, results)
+            return results
+
+        # Of eager code, which spares the dispatcher; and of torch.func, which cannot pass the gradients of ops.
+        gradient = _function(forward=lambda ctx, *rest: flat_backward(*rest), backward=refuse)
+        self._direct = _function(forward=run_and_save, backward=pulled_back(gradient.apply))
+        gradient = _function(
+            forward=backward_op, setup_context=lambda *_: None, backward=refuse, generate_vmap_rule=True
         )
-        self._direct = _direct_function(self.forward, flat_backward, save, gradients, refuse)
-        self._transformed = _transformed_function(self.op, backward_op, save, gradients, refuse)
+        self._transformed = _function(
+            forward=self.op, setup_context=save, backward=pulled_back(gradient.apply), generate_vmap_rule=True
+        )
 
     def __call__(self, arguments: Arguments, all_outputs: bool = True) -> Tensors:
         try:
@@ -137,6 +149,31 @@ class Kernel:
         except (AttributeError, TypeError, RuntimeError):  # pybind11 says RuntimeError of what it cannot convert
             self.check(arguments)
             raise
+
+    def read_rows(
+        self,
+        arguments: Arguments,
+        outputs: Tensors,
+        sizes: Sequence[int],
+        raise_fault: Callable[[Arguments, Tensor], None],
+    ) -> Tensors:
+        """Has native code that reads rows of logits, the first input, fill the outputs, the last of which marks faults.
+
+        `sizes` are those of the workspace on a device, `raise_fault` raises what is wrong with a row that is marked.
+        """
+        logits: Tensor = arguments[0]
+        if logits.is_cpu:
+            faults: int = getattr(cpu, self.name)(*arguments, *outputs, torch.get_num_threads())
+            if faults:
+                self.refuse(arguments) if faults < 0 else raise_fault(arguments, outputs[-1])
+            return outputs
+        module = cuda()
+        floats = getattr(module, f"{self.name}_workspace")(*sizes)
+        workspace = logits.new_empty(floats, dtype=torch.float32)
+        with torch.cuda.device(logits.device):
+            if not getattr(module, self.name)(*arguments, *outputs, workspace, cuda_stream()):
+                self.refuse(arguments)
+        return outputs
 
     def refuse(self, arguments: Arguments) -> NoReturn:
         """Raises what is wrong with arguments that native code did not take."""
@@ -199,61 +236,10 @@ def empty_rows_like(x: Tensor) -> Tensor:
     return out if out.stride(-1) == 1 else x.new_empty(x.shape)
 
 
-def _direct_function(
-    forward: Callable[[Arguments, bool], Tensors],
-    backward: Callable[..., Tensors],
-    save: Callable[[Any, Arguments, Tensors], None],
-    gradients: Callable[..., Sequence[Tensor | None]],
-    refuse: Callable[..., None],
-) -> type[torch.autograd.Function]:
-    """The function of eager code, which spares the dispatcher."""
-
-    class Gradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Tensors:
-            return backward(*arguments)
-
-        backward = staticmethod(refuse)
-
-    class Direct(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Tensors:
-            results = forward(arguments, True)
-            save(ctx, arguments, results)
-            return results
-
-        @staticmethod
-        def backward(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> Any:
-            return tuple(gradients(ctx, Gradient.apply, d_out))
-
-    return Direct
-
-
-def _transformed_function(
-    op: Callable[..., Tensors],
-    backward_op: Callable[..., Tensors],
-    save: Callable[[Any, Arguments, Tensors], None],
-    gradients: Callable[..., Sequence[Tensor | None]],
-    refuse: Callable[..., None],
-) -> type[torch.autograd.Function]:
-    """The function of torch.func, which cannot pass the gradients of ops."""
-
-    class Gradient(torch.autograd.Function):
-        generate_vmap_rule = True
-        forward, backward = staticmethod(backward_op), staticmethod(refuse)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Arguments, output: Tensors) -> None: ...
-
-    class Transformed(torch.autograd.Function):
-        generate_vmap_rule = True
-        forward, setup_context = staticmethod(op), staticmethod(save)  # type: ignore[assignment]
-
-        @staticmethod
-        def backward(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> Any:
-            return tuple(gradients(ctx, Gradient.apply, d_out))
-
-    return Transformed
+def _function(**parts: Any) -> type[torch.autograd.Function]:
+    """An autograd.Function of these static methods and flags."""
+    members = {name: staticmethod(part) if callable(part) else part for name, part in parts.items()}
+    return type("KernelFunction", (torch.autograd.Function,), members)
 
 
 def _define(

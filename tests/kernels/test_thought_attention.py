@@ -87,21 +87,6 @@ def test_native_equals_reference(shape):
         torch.testing.assert_close(a.double(), e, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_native_equals_reference_at_random_shapes(seed):
-    g = torch.Generator().manual_seed(seed)
-    pick = lambda *choices: choices[int(torch.randint(len(choices), (1,), generator=g))]  # noqa: E731
-    G, Q = pick(1, 2, 3), pick(1, 2, 3, 7, 8, 9)
-    shape = (pick(1, 2), G * pick(1, 2, 5), G, pick(1, 2, 13, 50), Q + pick(0, 1, 4), Q)
-    shape += (
-        8 * pick(1, 2, 3, 5, 8, 9),
-        pick(0, 1, 8, 63, 64, 65, 129),
-        pick(None, 1, 9),
-        pick(None, 1.5),
-    )
-    test_native_equals_reference((*shape, pick(True, False)))
-
-
 @pytest.mark.skipif(native.cpu is None, reason="the native module is not built")
 @pytest.mark.parametrize("isa", native.cpu.supported_isas() if native.cpu else [])
 def test_every_instruction_set(isa):
@@ -126,17 +111,6 @@ def test_the_thread_count_changes_no_bit():
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def test_rows_do_not_depend_on_their_neighbours():
-    """A position's result is the same to the last few bits alone, and in any order of positions."""
-    tensors, options = make(1, 2, 2, 40, 3, 3, 16, 50, None, None, False)
-    whole = thought_attention(*tensors, **options)
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
-    q, tk, tv, pk, pv = tensors
-    options["text_limits"] = options["text_limits"][:, order]
-    shuffled = thought_attention(q[:, :, order], tk, tv, pk[:, :, order], pv[:, :, order], **options)
-    torch.testing.assert_close(shuffled, whole[:, :, order], rtol=0, atol=2e-6)
 
 
 def test_strided_views_need_no_copy():
@@ -188,29 +162,13 @@ def test_large_scores_do_not_overflow():
     torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-6 * expected_lse.abs().max().item())
 
 
-def test_gradients_flow_through_the_reference():
-    tensors, options = make(1, 2, 1, 3, 2, 2, 8, 4, None, 2.0, False, dtype=torch.float64)
-    for x in tensors:
-        x.requires_grad_()
-    assert torch.autograd.gradcheck(lambda *x: thought_attention(*x, **options), tensors)
-    out, lse = thought_attention(*tensors, **options, return_lse=True)
-    assert out.requires_grad
-    assert not lse.requires_grad
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_takes_the_reference(dtype):
+def test_half_precision_equals_the_reference(dtype):
     tensors, options = make(1, 2, 1, 5, 2, 2, 16, 7, None, None, False, dtype=dtype)
     out = thought_attention(*tensors, **options)
     expected = reference(*[x.double() for x in tensors], **options)[0]
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
-
-
-def test_op_passes_opcheck():
-    (q, tk, tv, pk, pv), o = make(2, 4, 2, 3, 2, 2, 16, 5, 4, 3.0, True)
-    arguments = (q, tk, tv, pk, pv, o["text_limits"], o["text_start"], o["scale"], 4, 3.0)
-    torch.library.opcheck(torch.ops.pyquiet.thought_attention, arguments)
 
 
 def test_compiles_without_a_graph_break():
@@ -301,17 +259,6 @@ def test_an_overlapping_query_gives_a_dense_output():
     tensors, options = make(2, 4, 2, 60, 2, 2, 16, 20, None, None, False)
     out = thought_attention(query, *tensors[1:], **options)
     assert torch.equal(out, thought_attention(query.contiguous(), *tensors[1:], **options))
-
-
-def test_compiles_with_gradients():
-    tensors, options = make(1, 2, 1, 3, 2, 2, 8, 4, None, None, False)
-    tensors[0].requires_grad_()
-
-    def total(*x):
-        return thought_attention(*x, **options).sum()
-
-    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*tensors), total(*tensors))
 
 
 def a_call():
