@@ -65,7 +65,7 @@ class Stream:
     index: Tensor | int = 0
 
     def __post_init__(self) -> None:
-        _check_seed(self.seed)
+        object.__setattr__(self, "seed", _check_seed(self.seed))  # an int, whatever integer it was
         for name, limit in _LIMITS.items():
             value = getattr(self, name)
             if isinstance(value, Tensor):
@@ -325,6 +325,8 @@ def row_maxima(scores: Tensor, first_row: int, name: str = "logits: row {}") -> 
 
 
 def _check_logits(logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a tensor [R, V], got {type(logits).__name__}")
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.dim() != 2 or logits.shape[1] == 0:
@@ -351,6 +353,8 @@ def check_processing(
         raise ValueError(f"top_k must be at least 1, or None to keep all ids, got {top_k}")
     if top_p is not None and not 0 < check_number("top_p", top_p) <= 1:
         raise ValueError(f"top_p must be in (0, 1], or None to keep all ids, got {top_p}")
+    if not isinstance(banned, Tensor | None):
+        raise TypeError(f"banned must be a bool tensor [V], or None, got {type(banned).__name__}")
     if banned is not None and (banned.dtype != torch.bool or banned.shape != (vocabulary,)):
         raise ValueError(
             f"banned must be bool of shape [V] = [{vocabulary}], got {banned.dtype} of shape {list(banned.shape)}"

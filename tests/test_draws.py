@@ -244,6 +244,7 @@ def test_temperature_that_overflows_the_logits_is_refused():
         ({"top_p": "1"}, TypeError, "top_p must be a number, got str '1'"),
         ({"banned": torch.zeros(3, dtype=torch.bool)}, ValueError, r"banned .* \[V\] = \[4\]"),
         ({"banned": torch.zeros(4)}, ValueError, "banned must be bool"),
+        ({"banned": [False] * 4}, TypeError, "banned must be a bool tensor .* got list"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options, error, message):
@@ -257,5 +258,7 @@ def test_logits_of_wrong_shape_or_dtype_are_refused():
         draw(torch.zeros(4), stream=answers())
     with pytest.raises(ValueError, match=r"logits must have shape \[R, V\].*got \[2, 0\]"):
         draw(torch.zeros(2, 0), stream=answers())
+    with pytest.raises(TypeError, match=r"logits must be a tensor \[R, V\], got list"):
+        draw([[0.0]], stream=answers())
     with pytest.raises(TypeError, match=r"logits must be floating point, got torch\.int64"):
         draw(torch.zeros(2, 3, dtype=torch.int64), stream=answers())

@@ -1,5 +1,6 @@
 """The generator, its counters and the uniforms that `pyquiet.randomness` promises."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -144,6 +145,12 @@ def test_fields_out_of_range_are_named(route, field, limit):
             answers(**{field: wrong})
         with pytest.raises(ValueError, match=rf"stream\.{field} .*got {wrong} at row 1"):
             uniforms(answers(**{field: torch.tensor([0, wrong])}), 2)
+
+
+def test_integers_of_numpy_are_integers(route):
+    for seed in (np.int64(-5), np.uint64(2**63 + 1)):
+        numpys, pythons = (Stream(kind(seed), Purpose.ANSWER, step=kind(np.int64(2))) for kind in (lambda x: x, int))
+        assert torch.equal(uniforms(numpys, 3), uniforms(pythons, 3))
 
 
 def test_bad_streams_are_refused(route):

@@ -242,6 +242,7 @@ def test_rows_that_are_no_law_are_named(fault, deterministic, options, dtype):
         ({"top_k": 0}, ValueError, "top_k must be at least 1"),
         ({"top_k": 1.5}, TypeError, "top_k must be an integer"),
         ({"top_p": 0.0}, ValueError, "top_p must be in"),
+        ({"banned": [False] * 9}, TypeError, "banned must be a bool tensor .* got list"),
         ({"banned": torch.zeros(9)}, ValueError, "banned must be bool"),
         ({"banned": torch.zeros(8, dtype=torch.bool)}, ValueError, r"banned must be bool of shape \[V\] = \[9\]"),
         ({"banned": torch.ones(9, dtype=torch.bool)}, ValueError, "row 0 has no id left"),
@@ -335,3 +336,5 @@ class TestFromHidden:
     def test_shapes_that_do_not_fit_are_named(self, shape):
         with pytest.raises(ValueError, match=r"hidden must be \[R, d\] and weight \[V, d\], got"):
             draw_candidates_from_hidden(torch.zeros(shape), torch.zeros(30, 8), 2, stream=STREAM)
+        with pytest.raises(TypeError, match="hidden and weight must be tensors, got list and shape"):
+            draw_candidates_from_hidden([[0.0]], torch.zeros(30, 8), 2, stream=STREAM)
