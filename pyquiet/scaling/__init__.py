@@ -2,20 +2,13 @@
 
 from pyquiet.scaling.atts import ATTS
 from pyquiet.scaling.backends.base import Backend, BackendError, ContextOverflowError, GoneError, RefusedError
-from pyquiet.scaling.calibration import (
-    Adaptive,
-    Calibrator,
-    Hierarchical,
-    Online,
-    PerQuestion,
-    PerTurn,
-    Pooled,
-)
+from pyquiet.scaling.calibration import Calibrator, Hierarchical, PerQuestion, PerTurn, Pooled
 from pyquiet.scaling.calibration_files import load_calibrator, save_calibrator
 from pyquiet.scaling.calls import Retry
 from pyquiet.scaling.conformal import Bank, Budget, Rule
 from pyquiet.scaling.drift import DriftMonitor
 from pyquiet.scaling.journal import Journal, read_journal
+from pyquiet.scaling.learning import Adaptive, Online
 from pyquiet.scaling.limits import TakeoverLimit
 from pyquiet.scaling.plan import Plan, Pools, Sampling
 from pyquiet.scaling.policy import (

@@ -45,12 +45,6 @@ def check_together(plan: Plan, policy: Policy | None, calibration: Any, drift: D
         )
 
 
-def fills_banks(policy: Policy | None, calibration: Any) -> bool:
-    """Whether a run fills banks of its questions first, as large as there are chains."""
-    decides = policy.calibrator if isinstance(policy, ConformalPolicy) else calibration
-    return (isinstance(decides, PerQuestion) and not decides.banks) or (policy is None and calibration is None)
-
-
 def _instance(kind: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, kind)
 

@@ -9,14 +9,14 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from pyquiet.checks import check_count
 from pyquiet.scaling import answers
 from pyquiet.scaling.answers import Vote
-from pyquiet.scaling.arguments import check_kinds, check_together, fills_banks
+from pyquiet.scaling.arguments import check_kinds, check_together
 from pyquiet.scaling.backends.connect import Model, connect
-from pyquiet.scaling.calibration import BUCKETS, Calibrator, Hierarchical, Kind, PerQuestion, PerTurn, Pooled, fit
+from pyquiet.scaling.calibrating import Filling
+from pyquiet.scaling.calibration import Calibrator, Kind, PerQuestion
 from pyquiet.scaling.calibration_files import check_taxonomy, load_calibrator, save_calibrator
 from pyquiet.scaling.calls import Retry
 from pyquiet.scaling.cells import Cell
@@ -28,14 +28,7 @@ from pyquiet.scaling.identity import header, made_with, taxonomy
 from pyquiet.scaling.journal import Journal
 from pyquiet.scaling.limits import TakeoverLimit
 from pyquiet.scaling.panel import Panel
-from pyquiet.scaling.plan import (
-    OnScoreFailure,
-    OnTakeover,
-    Plan,
-    check_on_score_failure,
-    check_on_takeover,
-    check_resamples,
-)
+from pyquiet.scaling.plan import OnScoreFailure, OnTakeover, Plan, check_resamples, check_word
 from pyquiet.scaling.policy import AcceptAll, ConformalPolicy, Policy
 from pyquiet.scaling.questions import Asked, as_questions
 from pyquiet.scaling.records import Question, Record
@@ -43,8 +36,7 @@ from pyquiet.scaling.report import Report, Tally
 from pyquiet.scaling.result import ATTSResult, Promises, QuestionResult
 from pyquiet.scaling.running import blocking, interruptible, journalled
 from pyquiet.scaling.score import MeanNLL, ScoreFn
-from pyquiet.scaling.session import Session, Setting
-from pyquiet.scaling.spent import Spent
+from pyquiet.scaling.session import Degrade, Session, Setting
 from pyquiet.scaling.table import Table
 from pyquiet.scaling.views import Template, Views
 
@@ -129,24 +121,21 @@ class ATTS:
         retry: Retry | None = None,
         limit: TakeoverLimit | None = None,
         drift: DriftMonitor | None = None,
-        degrade: Literal["stop", "draft_only"] = "stop",
+        degrade: Degrade = "stop",
     ) -> None:
         check_kinds({
             "calibration": calibration, "policy": policy, "score": score, "plan": plan, "template": template,
             "system": system, "extract": extract, "retry": retry, "limit": limit, "drift": drift,
         })  # fmt: skip
-        if select not in ("majority", "weighted", "first"):
-            raise ValueError(f'select must be "majority", "weighted" or "first", got {select!r}')
+        check_word("select", select, Select)
         if select == "weighted" and not getattr(policy, "scored", True):
             raise ValueError('select="weighted" weighs votes by scores: use AcceptAll(scored=True)')
-        check_on_takeover(on_takeover)
-        check_on_score_failure(on_score_failure)
-        if on_cold not in get_args(OnCold):
-            raise ValueError(f'on_cold must be "takeover", "accept" or "presample", got {on_cold!r}')
+        check_word("on_takeover", on_takeover, OnTakeover)
+        check_word("on_score_failure", on_score_failure, OnScoreFailure)
+        check_word("on_cold", on_cold, OnCold)
+        check_word("degrade", degrade, Degrade)
         if preset not in (None, "paper"):
             raise ValueError(f'preset must be "paper" or None, got {preset!r}')
-        if degrade not in ("stop", "draft_only"):
-            raise ValueError(f'degrade must be "stop" or "draft_only", got {degrade!r}')
         plan = plan or Plan()
         chains, turns = plan.chains if chains is None else chains, plan.turns if turns is None else turns
         self.plan = replace(plan, chains=chains, turns=turns)
@@ -163,8 +152,6 @@ class ATTS:
         self._calibration = Table()  # what `calibrate` did, for reports of runs
         self.score, self.extract, self.select = score or MeanNLL(), extract, select
         self.template, self.system = template, system
-        if fills_banks(policy, calibration):
-            getattr(policy, "rule", self.rule).warn_if_idle(self.plan.chains)
         self._retry, self.limit, self._degrade = retry or Retry(), limit, degrade
         self.draft, self.target = connect("draft", draft), connect("target", target)
 
@@ -220,12 +207,12 @@ class ATTS:
             calibrator = PerQuestion() if self.calibrator is None else self.calibrator
             policy = self.policy or self._policy(calibrator, self.drift)
             self._check_bank(policy)
+            self._warn_if_idle(policy)
             begin = header(self, asked, policy, engine)
             with journalled(journal, begin) as (file, records), _kept(policy, lambda: len(done) == len(asked)):
                 tally = Tally(begin)
                 listeners = [tally.add, promises.add, *([on_record] if on_record else [])]
-                for record, listen in itertools.product(records, listeners):
-                    listen(record)
+                _tell(records, listeners)
                 session = self._session(policy, file, records, listeners, take)
                 with interruptible(session, grace):
                     for batch in _batches(asked, policy):
@@ -266,7 +253,7 @@ class ATTS:
                 `on_cold`.
 
         Raises:
-            ValueError: bad questions, or none of their chunks could be scored.
+            ValueError: bad questions, or none of their chunks could be scored; a policy decides in place of banks.
         """
         work = self.acalibrate(
             questions, kind=kind, chains=chains, turns=turns, n_min=n_min, journal=journal, on_record=on_record
@@ -285,49 +272,28 @@ class ATTS:
         on_record: OnRecord | None = None,
     ) -> Calibrator:
         """`calibrate` in a running event loop."""
-        asked = as_questions(questions)
+        if self.policy is not None:
+            raise ValueError(
+                f"policy: {type(self.policy).__name__} decides, and would not use a bank that is filled here; leave it "
+                "out to calibrate, and give it the bank, as in ConformalPolicy(bank, Rule())"
+            )
         kind = kind or ("pooled" if self.preset == "paper" else "per_turn")
-        check_count("chains", chains, least=1)
-        check_count("n_min", n_min, least=1)
-        if turns is not None and kind != "per_turn":
-            raise ValueError(f'turns goes with kind="per_turn", got turns={turns} with {kind!r}')
-        calibrated = check_count("turns", self.plan.turns if turns is None else turns, least=1)
-        calibrated = min(calibrated, self.plan.turns) if kind == "per_turn" else 1
-        buckets = BUCKETS if turns is None else range(turns + 1)
-        collected, done = list[tuple[float, Cell]](), Table()
-        known = {question.id: question for question in asked}
-
-        def collect(record: Record) -> None:
-            done.add(record)
-            reason = "" if record.decision is None else record.decision.reason
-            if record.key.phase == "calibrate" and reason == "calibration" and record.score is not None:
-                collected.append((record.score, Cell.of(known[record.key.question], record.key.turn)))
-            if on_record is not None:
-                on_record(record)
-
+        longest = self.plan.turns
+        filling = Filling(as_questions(questions), kind, chains=chains, turns=turns, n_min=n_min, longest=longest)
+        listeners = [filling.add, *([on_record] if on_record else [])]
         async with self._open():
-            made = {"kind": kind, "chains": chains, "n_min": n_min} | ({} if turns is None else {"turns": turns})
-            begin = header(self, asked, None, "async") | {"calibration": made}
+            begin = header(self, filling.questions, None, "async") | {"calibration": filling.made}
             with journalled(journal, begin) as (file, records):
-                calibrator: Pooled | Hierarchical | PerTurn | None = None
-                for turn in range(calibrated):
-                    before = len(collected)
-                    for record in records:
-                        if record.key.turn == turn:
-                            collect(record)
-                    policy = AcceptAll() if calibrator is None else self._policy(calibrator)
-                    numbers, mine = range(turn * chains, (turn + 1) * chains), asked[turn::calibrated]
-                    ids = {question.id for question in mine}
-                    filed = [record for record in records if record.key.question in ids]  # its clock goes on from these
-                    session = self._session(policy, file, filed, [collect], None)
-                    panels = (Panel(q, i, numbers, phase="calibrate", last_score=turn) for i, q in enumerate(mine))
-                    await run_async(session, panels)
-                    if len(collected) > before:
-                        calibrator = fit(kind, collected, buckets=buckets, n_min=n_min, chains=chains)
-        if calibrator is None:
-            raise ValueError("questions: none of the drafts could be scored (too short?), so there is no bank")
-        calibrator.taxonomy, calibrator.spent = made_with(self, calibrator), Spent.of(done)
-        self.calibrator, self._calibration = calibrator, done
+                for turn in filling.turns:
+                    _tell((record for record in records if record.key.turn == turn), listeners)
+                    policy = AcceptAll() if filling.calibrator is None else self._policy(filling.calibrator)
+                    filed = filling.filed(turn, records)  # its clock goes on from these
+                    session = self._session(policy, file, filed, listeners, None)
+                    await run_async(session, filling.panels(turn))
+                    filling.fit()
+        calibrator = filling.filled()
+        calibrator.taxonomy = made_with(self, calibrator)
+        self.calibrator, self._calibration = calibrator, filling.table
         return calibrator
 
     def save_calibration(self, folder: str | os.PathLike[str]) -> None:
@@ -356,10 +322,17 @@ class ATTS:
         own = self.policy if isinstance(self.policy, ConformalPolicy) else None
         check_taxonomy(getattr(bank, "taxonomy", {}), taxonomy(self, own), "calibration")
 
+    def _warn_if_idle(self, policy: Policy) -> None:
+        """Warns where the banks that a run fills first, of a question's chains, let the target never be called."""
+        if not isinstance(policy, ConformalPolicy):
+            return
+        bank = policy.calibrator
+        cold = isinstance(bank, ColdStart) and not is_warm(bank.base, Cell("", "", 0))
+        if cold or (isinstance(bank, PerQuestion) and not bank.banks):
+            policy.rule.warn_if_idle(self.plan.chains)
+
     def _policy(self, calibrator: Calibrator, drift: DriftMonitor | None = None) -> ConformalPolicy:
         if self.on_cold == "presample" and not isinstance(calibrator, PerQuestion):
-            if not is_warm(calibrator, Cell("", "", 0)):
-                self.rule.warn_if_idle(self.plan.chains)
             calibrator = ColdStart(calibrator)
         return ConformalPolicy(
             calibrator,
@@ -388,10 +361,6 @@ class ATTS:
         listeners: Sequence[OnRecord],
         on_panel: Callable[[Panel], None] | None,
     ) -> Session:
-        def tell(record: Record) -> None:
-            for listen in listeners:
-                listen(record)
-
         filled = presampled(policy.calibrator) if isinstance(policy, ConformalPolicy) else None
         setting = Setting(
             self.plan,
@@ -406,7 +375,7 @@ class ATTS:
             **({} if filled is None else _presampling(filled, self.plan.chains)),
             limit=self.limit,
             degrade=self._degrade,
-            on_record=tell,
+            on_record=lambda record: _tell([record], listeners),
             on_panel=on_panel,
         )
         return Session(setting, journal, done)
@@ -431,6 +400,12 @@ class ATTS:
             if self._saved is not None and self.calibrator is None:
                 self.calibrator = load_calibrator(self._saved, self.taxonomy())
             yield
+
+
+def _tell(records: Iterable[Record], listeners: Sequence[OnRecord]) -> None:
+    for record in records:
+        for listen in listeners:
+            listen(record)
 
 
 def _presampling(filled: PerQuestion | ColdStart, chains: int) -> dict[str, Any]:

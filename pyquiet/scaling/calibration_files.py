@@ -12,18 +12,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from pyquiet.files import replacing
-from pyquiet.scaling.calibration import (
-    Adaptive,
-    Calibrator,
-    Hierarchical,
-    Online,
-    PerQuestion,
-    PerTurn,
-    Pooled,
-    hashed,
-)
+from pyquiet.scaling.calibration import Calibrator, Hierarchical, PerQuestion, PerTurn, Pooled, hashed
 from pyquiet.scaling.cold import spent_on
 from pyquiet.scaling.conformal import Bank
+from pyquiet.scaling.learning import Adaptive, Online
 from pyquiet.scaling.spent import Spent
 
 Arrays = dict[str, NDArray[np.float64]]

@@ -1,20 +1,12 @@
 """Cold start: what a chunk is ranked among while the bank holds too few scores."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from pyquiet.scaling.calibration import (
-    Adaptive,
-    Calibrator,
-    Hierarchical,
-    Online,
-    PerQuestion,
-    PerTurn,
-    Pooled,
-    hashed,
-    keep,
-)
+from pyquiet.scaling.calibration import Calibrator, Hierarchical, PerQuestion, PerTurn, Pooled, hashed, keep
 from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.conformal import PValue
+from pyquiet.scaling.learning import Adaptive, Online
 from pyquiet.scaling.spent import Spent
 
 
@@ -62,7 +54,7 @@ class ColdStart:
         if p is None or self._settled or not p.guaranteed:
             return p
         why = "which questions are ranked among first chunks of their own depends on the clock"
-        return PValue(p.low, p.high, p.smoothed, p.n, p.version, False, why)
+        return replace(p, guaranteed=False, why=why)
 
     def observe(self, score: float, cell: Cell, took_over: bool) -> None:
         self.base.observe(score, cell, took_over)

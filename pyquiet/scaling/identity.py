@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from pyquiet.scaling.calibration import Adaptive, Calibrator, PerTurn
+from pyquiet.scaling.calibration import Calibrator, PerTurn
 from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.cold import ColdStart, is_warm
+from pyquiet.scaling.learning import Adaptive
 from pyquiet.scaling.policy import ConformalPolicy, Policy
 from pyquiet.scaling.records import Question
 

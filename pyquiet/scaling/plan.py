@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pyquiet.checks import check_count, check_number
 
@@ -10,11 +10,15 @@ OnTakeover = Literal["continue", "replace", "resample"]
 OnScoreFailure = Literal["takeover", "accept", "fail"]
 Order = Literal["fifo", "oldest", "deepest"]
 
+T = TypeVar("T")
 
-def check_on_takeover(value: str) -> None:
-    """Raises ValueError unless the value is an `OnTakeover`."""
-    if value not in get_args(OnTakeover):
-        raise ValueError(f'on_takeover must be "continue", "replace" or "resample", got {value!r}')
+
+def check_word(name: str, value: T, kind: Any) -> T:
+    """The value, if it is one of the words of a `Literal`; else a ValueError that names it."""
+    *first, last = (f'"{word}"' for word in get_args(kind))
+    if value not in get_args(kind):
+        raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {value!r}")
+    return value
 
 
 def check_resamples(resamples: int, on_takeover: OnTakeover) -> int:
@@ -22,12 +26,6 @@ def check_resamples(resamples: int, on_takeover: OnTakeover) -> int:
     if check_count("resamples", resamples, least=0) == 0 and on_takeover == "resample":
         raise ValueError('resamples must be at least 1 with on_takeover="resample", got 0: no chunk would be replaced')
     return resamples
-
-
-def check_on_score_failure(value: str) -> None:
-    """Raises ValueError unless the value is an `OnScoreFailure`."""
-    if value not in get_args(OnScoreFailure):
-        raise ValueError(f'on_score_failure must be "takeover", "accept" or "fail", got {value!r}')
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,7 @@ class Pools:
     def __post_init__(self) -> None:
         for name in ("draft", "score", "target", "inflight"):
             check_count(f"pools.{name}", getattr(self, name), least=1)
-        if self.order not in ("fifo", "oldest", "deepest"):
-            raise ValueError(f'pools.order must be "fifo", "oldest" or "deepest", got {self.order!r}')
+        check_word("pools.order", self.order, Order)
 
 
 @dataclass(frozen=True)

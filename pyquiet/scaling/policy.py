@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 from pyquiet.checks import check_count, check_fraction
-from pyquiet.scaling.calibration import Adaptive, Calibrator, keep
+from pyquiet.scaling.calibration import Calibrator, keep
 from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.conformal import NEAR, Bank, Label, PValue, Rule
 from pyquiet.scaling.drift import DriftMonitor
-from pyquiet.scaling.plan import OnScoreFailure, OnTakeover, check_on_score_failure, check_on_takeover, check_resamples
+from pyquiet.scaling.learning import Adaptive
+from pyquiet.scaling.plan import OnScoreFailure, OnTakeover, check_resamples, check_word
 from pyquiet.scaling.records import TAKEOVERS, Action, Decision, Key
 
 Takeover = Literal["continue", "replace"]
@@ -102,22 +103,20 @@ class ConformalPolicy(_Alone):
         resamples: int = 2,
         on_cold: OnCold = "takeover",
         on_score_failure: OnScoreFailure = "takeover",
-        on_short: Literal["takeover", "accept"] = "accept",
+        on_short: OnCold = "accept",
         drift: DriftMonitor | None = None,
     ) -> None:
-        check_on_takeover(on_takeover)
-        check_on_score_failure(on_score_failure)
-        for name, value in (("on_cold", on_cold), ("on_short", on_short)):
-            if value not in ("takeover", "accept"):
-                raise ValueError(f'{name} must be "takeover" or "accept", got {value!r}')
         if drift is not None:
             check_watched(calibrator)
-        self.calibrator, self.rule, self.on_takeover = calibrator, rule, on_takeover
-        self.on_cold: OnCold = on_cold
-        self.on_score_failure, self.fail_unscored = on_score_failure, on_score_failure == "fail"
+        self.calibrator, self.rule = calibrator, rule
+        self.on_takeover = check_word("on_takeover", on_takeover, OnTakeover)
+        self.on_cold = check_word("on_cold", on_cold, OnCold)
+        self.on_score_failure = check_word("on_score_failure", on_score_failure, OnScoreFailure)
+        self.fail_unscored = on_score_failure == "fail"
         self.resamples, self.drift = check_resamples(resamples, on_takeover), drift
         for n in getattr(calibrator, "sizes", ()):
             rule.warn_if_idle(n)
+        check_word("on_short", on_short, OnCold)
         self._without = {"cold": on_cold, "failed": on_score_failure, "short": on_short, "empty": on_short}
 
     @property
@@ -224,7 +223,7 @@ class OfficialPolicy(_Alone):
         if not bank.size:
             raise ValueError("bank must hold at least one score, got none")
         self.bank, self.threshold = bank, check_fraction("threshold", threshold)
-        self.on_takeover: Takeover = _check_takeover(on_takeover)
+        self.on_takeover = check_word("on_takeover", on_takeover, Takeover)
         self.identity = {"bank": bank.version, "threshold": threshold, "on_takeover": on_takeover}
 
     def decide(self, chunk: Chunk, uniform: float) -> Decision:
@@ -247,7 +246,7 @@ class RankPolicy:
 
     def __init__(self, takeovers: int, *, on_takeover: Takeover = "continue") -> None:
         self.takeovers = check_count("takeovers", takeovers, least=0)
-        self.on_takeover: Takeover = _check_takeover(on_takeover)
+        self.on_takeover = check_word("on_takeover", on_takeover, Takeover)
         self.identity = {"takeovers": takeovers, "on_takeover": on_takeover}
 
     def decide(self, chunk: Chunk, uniform: float) -> Decision:
@@ -308,12 +307,6 @@ def check_watched(calibrator: object) -> None:
             "drift has nothing to watch with Adaptive, which keeps its rate in the long run whatever drifts: leave "
             "drift out, or use the calibrator inside alone"
         )
-
-
-def _check_takeover(action: str) -> Takeover:
-    if action not in TAKEOVERS:
-        raise ValueError(f'on_takeover must be "continue" or "replace", got {action!r}')
-    return action  # type: ignore[return-value]
 
 
 def _over(taken: bool, action: Takeover) -> Action:

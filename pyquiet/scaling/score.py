@@ -9,10 +9,12 @@ from typing import Any, Literal, Protocol
 
 from pyquiet.checks import check_count, check_fraction
 from pyquiet.scaling.backends.base import NO_USAGE, Backend, Choose, Prompt, RefusedError, Score, Scored, Usage
+from pyquiet.scaling.plan import check_word
 from pyquiet.scaling.records import Question
 from pyquiet.scaling.views import encode_after
 
 Reason = Literal["", "short", "empty"]
+Per = Literal["token", "byte", "sum"]
 RewardFn = Callable[[Question, str, str], float | Awaitable[float]]
 
 
@@ -101,11 +103,9 @@ class MeanNLL(_OfTokens):
         min_tokens: a chunk of fewer has no score.
     """
 
-    def __init__(self, per: Literal["token", "byte", "sum"] = "token", min_tokens: int = 8) -> None:
-        if per not in ("token", "byte", "sum"):
-            raise ValueError(f'per must be "token", "byte" or "sum", got {per!r}')
+    def __init__(self, per: Per = "token", min_tokens: int = 8) -> None:
+        self.per = check_word("per", per, Per)
         super().__init__(min_tokens)
-        self.per = per
 
     @property
     def name(self) -> str:

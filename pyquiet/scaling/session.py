@@ -21,6 +21,7 @@ from pyquiet.scaling.score import ChunkView, Graded, ScoreFn
 from pyquiet.scaling.views import Views
 
 T = TypeVar("T")
+Degrade = Literal["stop", "draft_only"]
 
 
 class Stopped(Exception):  # noqa: N818  no error: the run was asked to end
@@ -54,7 +55,7 @@ class Setting:
     has_bank: Callable[[Cell], bool] = lambda cell: False
     take_presampled: Callable[[str, Sequence[float]], None] = lambda name, scores: None
     limit: TakeoverLimit | None = None
-    degrade: Literal["stop", "draft_only"] = "stop"
+    degrade: Degrade = "stop"
     on_record: Callable[[Record], None] | None = None
     on_panel: Callable[[Panel], None] | None = None
 

@@ -633,6 +633,16 @@ def test_a_rate_that_no_bank_can_give_is_warned_of(options: dict[str, Any], n: i
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         atts(takeover_rate=0.15, calibration=Online(BIG.bank, n_min=9), on_cold="presample").run(ASKED[:1])
+        calibrated = atts(takeover_rate=0.15)  # not before it is known which bank will serve
+        calibrated.calibrate(BANK[:2], kind="pooled")
+        calibrated.run(ASKED[:1])
+
+
+def test_no_bank_is_filled_that_a_policy_would_not_use() -> None:
+    runner = atts(policy=AcceptAll())
+    with pytest.raises(ValueError, match="policy: AcceptAll decides, and would not use a bank"):
+        runner.calibrate(BANK)
+    assert runner.draft.requests == []
 
 
 def test_a_rate_adapts_in_banks_that_the_run_fills(tmp_path: Path) -> None:

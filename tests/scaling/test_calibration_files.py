@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyquiet.scaling.calibration import Adaptive, Calibrator, Online, PerQuestion, PerTurn, fit
+from pyquiet.scaling.calibration import Calibrator, PerQuestion, PerTurn, fit
 from pyquiet.scaling.calibration_files import load_calibrator, save_calibrator
 from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.conformal import Bank
+from pyquiet.scaling.learning import Adaptive, Online
 
 SCORES = [(float(i), Cell(f"q{i % 3}", "", i % 2)) for i in range(12)]
 CELLS = [Cell("q1", "", 0), Cell("q1", "", 1), Cell("new", "", 5)]

@@ -9,14 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pyquiet.scaling.calibration import (
-    Adaptive,
-    Hierarchical,
-    Online,
-    PerTurn,
-    Pooled,
-    fit,
-)
+from pyquiet.scaling.calibration import Hierarchical, PerTurn, Pooled, fit
 from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.conformal import (
     Bank,
@@ -30,6 +23,7 @@ from pyquiet.scaling.conformal import (
     p_smoothed,
     rank,
 )
+from pyquiet.scaling.learning import Adaptive, Online
 from pyquiet.scaling.policy import Chunk, ConformalPolicy, OfficialPolicy, RankPolicy, RSDPolicy, SpecReasonPolicy
 from pyquiet.scaling.records import Key
 

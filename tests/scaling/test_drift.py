@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pyquiet.scaling.calibration import Online, PerTurn
+from pyquiet.scaling.calibration import PerTurn
 from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.conformal import Bank, Rule, rank
 from pyquiet.scaling.drift import DriftMonitor
+from pyquiet.scaling.learning import Online
 from pyquiet.scaling.policy import Chunk, ConformalPolicy
 from pyquiet.scaling.records import Key
 
