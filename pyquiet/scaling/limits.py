@@ -7,7 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 from pyquiet.checks import check_count, check_number
+from pyquiet.scaling.plan import check_word
 from pyquiet.scaling.records import TAKEOVERS, Record
+
+WhenEmpty = Literal["wait", "accept"]
 
 
 @dataclass
@@ -21,7 +24,7 @@ class TakeoverLimit:
 
     per_question: int | None = None
     per_minute: float | None = None
-    when_empty: Literal["wait", "accept"] = "wait"
+    when_empty: WhenEmpty = "wait"
     _taken: Counter[str] = field(default_factory=Counter, init=False, repr=False)
     _tokens: float = field(default=0.0, init=False, repr=False)
     _filled: float | None = field(default=None, init=False, repr=False)
@@ -33,8 +36,7 @@ class TakeoverLimit:
             check_number("per_minute", self.per_minute)
             if not self.per_minute > 0:
                 raise ValueError(f"per_minute must be above 0, got {self.per_minute}; for none use per_question=0")
-        if self.when_empty not in ("wait", "accept"):
-            raise ValueError(f'when_empty must be "wait" or "accept", got {self.when_empty!r}')
+        check_word("when_empty", self.when_empty, WhenEmpty)
 
     def fresh(self, done: Iterable[Record] = ()) -> Self:
         """The same cap for a run of its own in the running event loop, with what records of its journal have taken.
@@ -84,7 +86,11 @@ class TakeoverLimit:
         self._fill(self.per_minute)
         self._tokens -= 1  # below 0: the place in the queue
         if self._tokens < 0:
-            await asyncio.sleep(-self._tokens * 60 / self.per_minute)
+            try:
+                await asyncio.sleep(-self._tokens * 60 / self.per_minute)
+            except asyncio.CancelledError:
+                self._tokens += 1  # what is not sent takes nothing
+                raise
 
     def _fill(self, per_minute: float) -> None:
         now = asyncio.get_running_loop().time()

@@ -3,8 +3,11 @@
 import asyncio
 from typing import Any
 
+import pytest
+
 from pyquiet.scaling.limits import TakeoverLimit
 from pyquiet.scaling.records import Decision, Key, Record, Timing
+from pyquiet.scaling.simulation import run_simulated
 
 
 def taken(question: str, at: float, stage: Any = "score") -> Record:
@@ -47,3 +50,17 @@ def test_the_bucket_goes_on_where_it_stood() -> None:
 
     assert asyncio.run(waits()) == [False] * 3
     assert asyncio.run(waits(taken("a", 0), taken("a", 0, "target"), taken("b", 1))) == [False, False, True]
+
+
+def test_one_that_is_cancelled_while_it_waits_takes_nothing() -> None:
+    async def waited() -> float:
+        limit, loop = TakeoverLimit(per_minute=1).fresh(), asyncio.get_running_loop()
+        await limit.wait()
+        gone = asyncio.ensure_future(limit.wait())
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        await limit.wait()
+        return loop.time()
+
+    assert run_simulated(waited()) == pytest.approx(60)
