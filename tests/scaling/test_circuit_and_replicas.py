@@ -82,7 +82,7 @@ class Server:
     outstanding: int = 0
     trouble: str = "refused"
 
-    def attach(self, replicas: "list[Replicas[Server]]") -> None:
+    def attach(self, replicas: list[Replicas]) -> None:
         self.circuit = Circuit(self.health, every=0.001, changed=lambda: replicas[0].changed())
 
     def lose(self) -> None:
@@ -90,8 +90,8 @@ class Server:
             self.circuit.failed()
 
 
-def group(*servers: Server, give_up_s: float = 30.0) -> Replicas[Server]:
-    box: list[Replicas[Server]] = []
+def group(*servers: Server, give_up_s: float = 30.0) -> Replicas:
+    box: list[Replicas] = []
     for server in servers:
         server.attach(box)
     box.append(Replicas(servers, give_up_s=give_up_s))

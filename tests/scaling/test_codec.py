@@ -20,6 +20,7 @@ def test_ids_and_the_characters_they_stand_for() -> None:
     encoded = codec.encode("abé")
     assert [("abé"[b:e]) for b, e in encoded.offsets] == ["ab", "é", "é"]
     assert codec.decode(encoded.ids) == "abé"
+    assert codec.size == 2 + 256 + 1
 
 
 def test_nothing_is_put_before_a_text_but_by_opening() -> None:

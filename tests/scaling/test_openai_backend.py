@@ -277,6 +277,16 @@ def test_ids_that_are_fewer_than_paid_for_are_no_text(dialect: str):
     against(use, dialect)
 
 
+@pytest.mark.parametrize("wrong", [-1, 150])
+def test_ids_that_the_tokenizer_does_not_know_are_no_text(wrong: int):
+    async def use(backend: OpenAIBackend, server: Loopback) -> None:
+        answering(backend, f'{{"choices": [{{{CHOICE}}}], {USAGE}}}'.replace("[1, 2]", f"[2, {wrong}]"))
+        with pytest.raises(TransientError, match=f"{wrong} is no token of the tokenizer"):
+            await ask(backend, "generate")()
+
+    against(use, "vllm")
+
+
 def ask(backend: OpenAIBackend, kind: str) -> Callable[[], Awaitable[Any]]:
     if kind == "generate":
         return lambda: backend.generate(writing(seed=3))

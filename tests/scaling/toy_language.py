@@ -25,7 +25,7 @@ LAWS, CONTEXT = 128, 6
 class ToyCodec:
     """Reads the longest word first; what is no character of the language is read as "?"."""
 
-    fingerprint = "toy"
+    fingerprint, size = "toy", len(WORDS)
     has_template = True
     _pattern = re.compile("|".join(map(re.escape, sorted(WORDS, key=len, reverse=True))) + "|.", re.DOTALL)
 

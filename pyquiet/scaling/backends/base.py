@@ -111,7 +111,10 @@ class Encoded:
 
 
 class TextCodec(Protocol):
-    """A tokenizer as chains need it. Nothing is put before or behind a text but by `opening`."""
+    """A tokenizer as chains need it. Nothing is put before or behind a text but by `opening`.
+
+    If it has an attribute `size`, which all ids are below, a server's answer with another one is sent for again.
+    """
 
     @property
     def fingerprint(self) -> str:

@@ -3,9 +3,11 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
+FAILURES = 5
+
 
 class Circuit:
-    """Open after `failures` connections in a row that failed, until `probe` says that the server is well.
+    """Open after `FAILURES` connections in a row that failed, until `probe` says that the server is well.
 
     Args:
         probe: asks the server for its health; raises nothing. every: seconds between two probes; one runs at a time.
@@ -17,11 +19,10 @@ class Circuit:
         probe: Callable[[], Awaitable[bool]],
         *,
         every: float,
-        failures: int = 5,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self.closed = True
-        self._probe, self._every, self._limit, self._changed = probe, every, failures, changed
+        self._probe, self._every, self._changed = probe, every, changed
         self._failures = 0
         self._watch: asyncio.Task[None] | None = None
 
@@ -32,7 +33,7 @@ class Circuit:
     def failed(self) -> None:
         """No connection, or one that broke."""
         self._failures += 1
-        if self._failures >= self._limit:
+        if self._failures >= FAILURES:
             self.lose()
 
     def lose(self) -> None:

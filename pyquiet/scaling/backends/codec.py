@@ -43,6 +43,11 @@ class HFCodec:
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     @cached_property
+    def size(self) -> int:
+        """What all ids are below."""
+        return 1 + max(self._fast.get_vocab().values())
+
+    @cached_property
     def opening(self) -> tuple[int, ...]:
         """Ids that the tokenizer puts before a text: BOS for most, for some none."""
         return tuple(opening_ids(self._tokenizer))

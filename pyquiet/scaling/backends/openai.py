@@ -20,7 +20,6 @@ from pyquiet.scaling.backends.base import (
     Score,
     Scored,
     TextCodec,
-    TransientError,
     Usage,
 )
 from pyquiet.scaling.backends.circuit import Circuit
@@ -30,6 +29,7 @@ from pyquiet.scaling.backends.prompt_log_probs import scored
 from pyquiet.scaling.backends.replicas import Replicas
 from pyquiet.scaling.backends.wire import Endpoint, new_client
 from pyquiet.scaling.calls import together
+from pyquiet.scaling.plan import check_word
 
 if TYPE_CHECKING:
     import httpx
@@ -74,8 +74,7 @@ class OpenAIBackend:
         self._urls = [_address(url) for url in ([base_url] if isinstance(base_url, str) else base_url)]
         if not self._urls or len(set(self._urls)) < len(self._urls):
             raise ValueError(f"base_url must name at least one server and none twice, got {base_url!r}")
-        if dialect not in ("auto", "vllm", "sglang", "openai"):
-            raise ValueError(f'dialect must be "auto", "vllm", "sglang" or "openai", got {dialect!r}')
+        check_word("dialect", dialect, Name)
         for name, seconds in (
             ("generate_timeout", generate_timeout),
             ("score_timeout", score_timeout),
@@ -90,7 +89,7 @@ class OpenAIBackend:
         self._generate_timeout, self._score_timeout = generate_timeout, score_timeout
         self._give_up_s, self._probe_every, self._tolerance = give_up_s, probe_every, tolerance
         self._client: httpx.AsyncClient | None = None
-        self._replicas: Replicas[Endpoint] | None = None
+        self._replicas: Replicas | None = None
         self._found: Negotiated | None = None
         self._unseen: set[Endpoint] = set()  # lost before it could be asked
 
@@ -144,10 +143,9 @@ class OpenAIBackend:
         dialect = self._negotiated.dialect
         call = dialect.write(request)
         server = self._servers.pick(request.chain)
-        new = await server.ask(
-            call.path, call.body, self._generate_timeout, lambda answer: dialect.wrote(answer, request)
+        return await server.ask(
+            call.path, call.body, self._generate_timeout, lambda answer: self._known(dialect.wrote(answer, request))
         )
-        return new if self.codec is not None else replace(new, ids=None)
 
     async def score(self, request: Score) -> Scored:
         """Log-probs of the end of a prompt, asked for once.
@@ -216,7 +214,7 @@ class OpenAIBackend:
         return self._found
 
     @property
-    def _servers(self) -> Replicas[Endpoint]:
+    def _servers(self) -> Replicas:
         if self._replicas is None:
             raise RuntimeError("open() the backend first")
         return self._replicas
@@ -260,11 +258,11 @@ class OpenAIBackend:
             return await self._joins(server, prober)
         try:
             root = str((await prober.entry(found.model)).get("root") or "")
-        except TransientError as error:
-            server.trouble = str(error)
-            return False
         except RefusedError:
             root = ""  # a server without a list of models
+        except BackendError as error:
+            server.trouble = str(error)
+            return False
         if root != found.root:
             server.trouble = f"it was {found.root!r} of {found.model!r} and came back as {root!r}"
         return root == found.root
@@ -278,6 +276,16 @@ class OpenAIBackend:
             return False
         self._unseen.remove(server)
         return True
+
+    def _known(self, new: Generated) -> Generated:
+        """A text with ids only if there is a tokenizer; ValueError for one that it does not know: no model could read
+        on behind it."""
+        if self.codec is None:
+            return replace(new, ids=None)
+        size = getattr(self.codec, "size", 2**31)
+        if (wrong := next((i for i in new.ids or () if not 0 <= i < size), None)) is not None:
+            raise ValueError(f"{wrong} is no token of the tokenizer, whose ids are below {size}")
+        return new
 
     async def _law(self, request: Choose) -> tuple[Law, Usage]:
         dialect = self._negotiated.dialect

@@ -3,44 +3,28 @@
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
-from typing import Generic, Protocol, TypeVar
 
 from pyquiet.scaling.backends.base import GoneError, TransientError
-from pyquiet.scaling.backends.circuit import Circuit
+from pyquiet.scaling.backends.wire import Endpoint
 
 
-class Replica(Protocol):
-    """A server as the choice among several sees it; `outstanding` requests are on the wire to it.
-
-    `trouble` says why a lost one is not back.
-    """
-
-    url: str
-    outstanding: int
-    trouble: str
-    circuit: Circuit
-
-
-R = TypeVar("R", bound=Replica)
-
-
-class Replicas(Generic[R]):
+class Replicas:
     """A chain stays where its prefix is cached; a new one, or one whose server is lost, goes where least is to do.
 
     Args:
         give_up_s: seconds without any server after which `ready` raises GoneError.
     """
 
-    def __init__(self, members: Sequence[R], *, give_up_s: float) -> None:
+    def __init__(self, members: Sequence[Endpoint], *, give_up_s: float) -> None:
         self.members = tuple(members)
         self._give_up_s = give_up_s
-        self._homes: dict[str, R] = {}
+        self._homes: dict[str, Endpoint] = {}
         self._chains: Counter[int] = Counter()
         self._up = asyncio.Event()
         self._up.set()
         self._deadline = 0.0
 
-    def pick(self, chain: str) -> R:
+    def pick(self, chain: str) -> Endpoint:
         """The chain's server; TransientError if all are lost, so that the caller waits in `ready`."""
         home = self._homes.get(chain)
         if home is None or not home.circuit.closed:

@@ -48,6 +48,9 @@ def new_client(key: str | None) -> "httpx.AsyncClient":
 class Endpoint:
     """A server at `url`, which ends before "/v1".
 
+    Attributes:
+        outstanding: requests that are on the wire to it. trouble: why it is not back, where it was lost.
+
     Args:
         key: kept out of every message, also where the server repeats it.
     """
