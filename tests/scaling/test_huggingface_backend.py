@@ -102,6 +102,19 @@ def test_a_cancelled_request_leaves_and_others_go_on() -> None:
     assert answer == using(llama(), lambda backend: backend.generate(wants(2, max_tokens=20)))
 
 
+def test_a_backend_that_was_closed_before_it_was_opened_opens() -> None:
+    async def work() -> Generated:
+        backend = HFBackend(llama(), TOKENIZER)
+        await backend.close()
+        await backend.open()
+        try:
+            return await backend.generate(wants(0))
+        finally:
+            await backend.close()
+
+    assert asyncio.run(work()).ids
+
+
 def test_what_cannot_be_is_refused_before_anything_runs() -> None:
     async def work(backend: HFBackend) -> None:
         backend._worker.submit = None  # type: ignore[assignment,method-assign]

@@ -184,8 +184,8 @@ class HFBackend:
 
     async def close(self) -> None:
         """Ends the thread; open requests are cancelled."""
-        self._worker.close()
-        if self._worker.is_alive():
+        if self._worker.started:  # one that never was begins when the backend is opened
+            self._worker.close()
             await asyncio.to_thread(self._worker.join)
 
     def _new_worker(self) -> Worker:
