@@ -13,7 +13,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from pyquiet.checks import check_count
-from pyquiet.diffusion.energy import Energy, check_candidates, check_mask_id, leftward
+from pyquiet.diffusion.energy import Energy, check_candidates, check_mask_id
+from pyquiet.diffusion.padding import leftward
 from pyquiet.heads import cache_argument, finish_logits, head_weight, log_prob
 
 _TOKENS = 1 << 15  # of texts that go through the model at once, unless `microbatch` says otherwise

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pyquiet.diffusion.padding import where_real
+
 
 class Energy(ABC):
     """An energy E(x0, x, t); give its class `__call__`, and set what of the flags holds.
@@ -80,8 +82,7 @@ class _Function(Energy):
     ) -> Tensor:
         more = {}
         if self._masks:
-            everywhere = torch.ones_like(input_ids, dtype=torch.bool)
-            more["attention_mask"] = everywhere if attention_mask is None else attention_mask != 0
+            more["attention_mask"] = where_real(input_ids, attention_mask)
         energies = self.function(candidates, input_ids, time, log_mu, **more)
         found = list(energies.shape) if isinstance(energies, Tensor) else type(energies).__name__
         if isinstance(energies, Tensor) and energies.is_complex():
@@ -119,14 +120,12 @@ def check_candidates(candidates: Tensor, input_ids: Tensor, attention_mask: Tens
             "candidates must be [B, k, T] and input_ids [B, T] with the same B and T, got "
             f"{list(candidates.shape)} and {list(input_ids.shape)}"
         )
-    if attention_mask is None:
-        return torch.ones_like(input_ids, dtype=torch.bool)
-    if attention_mask.shape != input_ids.shape:
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask must have the shape of input_ids, {list(input_ids.shape)}, got "
             f"{list(attention_mask.shape)}"
         )
-    return attention_mask != 0
+    return where_real(input_ids, attention_mask)
 
 
 def check_mask_id(mask_id: int, input_ids: Tensor, masked: Tensor) -> None:
@@ -134,8 +133,3 @@ def check_mask_id(mask_id: int, input_ids: Tensor, masked: Tensor) -> None:
     other = input_ids[masked & (input_ids != mask_id)]
     if len(other):
         raise ValueError(f"energy: its mask_id is {mask_id}, but the denoiser's is {int(other[0])}; build it with that")
-
-
-def leftward(keep: Tensor) -> Tensor:
-    """The places int64 [B, T] that gather each row's kept positions, bool [B, T], to its left, in their order."""
-    return (~keep).byte().argsort(dim=1, stable=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from pyquiet.checks import check_count, check_fraction, check_number
 from pyquiet.diffusion.energy import Energy, as_energy
 from pyquiet.diffusion.modeling import Denoiser
+from pyquiet.diffusion.padding import places_of, where_real
 from pyquiet.diffusion.schedule import Schedule
 from pyquiet.kernels.importance_resampling import SCHEMES
 from pyquiet.randomness import process_logits, resolve_sequence_ids
@@ -100,7 +101,7 @@ def read_texts(
         tokens = _empty(denoiser, length, num_samples, mask, attention_mask)
     else:
         tokens = _given(denoiser, input_ids, length)
-    real = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    real = where_real(tokens, attention_mask)
     fill = tokens == denoiser.mask_id if mask is None else mask
     for name, value in (("mask", fill), ("attention_mask", real)):
         if value.dtype != torch.bool or value.shape != tokens.shape:
@@ -119,8 +120,17 @@ def read_texts(
         if len(tokens) > 1:
             raise ValueError(f"num_samples={num_samples} goes with one text, got {len(tokens)} in input_ids")
         tokens, fill, real = (x.repeat(num_samples, 1) for x in (tokens, fill, real))
-    places = (real.cumsum(1) - 1).clamp(min=0)
-    return Texts(tokens, fill, real, places, resolve_sequence_ids(sequence_ids, len(tokens)))
+    return Texts(tokens, fill, real, places_of(real), resolve_sequence_ids(sequence_ids, len(tokens)))
+
+
+def check_clean(denoiser: Denoiser, tokens: Tensor, where: str = "") -> None:
+    """Raises ValueError, which says where, unless clean tokens int64 [n] are the denoiser's, and none its mask."""
+    wrong = tokens[(tokens == denoiser.mask_id) | (tokens < 0) | (tokens >= denoiser.vocab_size)]
+    if len(wrong):
+        raise ValueError(
+            f"input_ids hold {int(wrong[0])}{where}; give clean texts of ids in 0..{denoiser.vocab_size - 1} other "
+            f"than the mask's, {denoiser.mask_id}"
+        )
 
 
 def check_context(denoiser: Denoiser, columns: int) -> None:
@@ -197,55 +207,28 @@ def read_energy(energy: Any) -> Energy | None:
     return None if energy is None else as_energy(energy)
 
 
-def read_options(
-    denoiser: Denoiser,
-    *,
-    energy: Energy | None,
-    candidates: int,
-    window: float,
-    energy_temperature: float,
-    proposal: dict[str, Any],
-    correct: bool,
-    mode: str,
-    ess_target: float | None,
-    max_candidates: int,
-    scheme: str,
-    seed: int,
-    energy_microbatch: int | None,
-) -> Options:
-    """The options of a call, checked.
+def read_options(denoiser: Denoiser, options: Options) -> Options:
+    """The options of a call, with what is banned on the denoiser's device.
 
     Raises:
         TypeError, ValueError: one is out of range.
     """
-    check_count("candidates", candidates, least=1)
-    check_fraction("window", window)
-    if not 0 < check_number("energy_temperature", energy_temperature) < math.inf:
-        raise ValueError(f"energy_temperature must be positive and finite, got {energy_temperature}")
-    for name, value, known in (("mode", mode, MODES), ("scheme", scheme, SCHEMES)):
+    o, most = options, options.max_candidates
+    check_count("candidates", o.candidates, least=1)
+    check_fraction("window", o.window)
+    if not 0 < check_number("energy_temperature", o.energy_temperature) < math.inf:
+        raise ValueError(f"energy_temperature must be positive and finite, got {o.energy_temperature}")
+    for name, value, known in (("mode", o.mode, MODES), ("scheme", o.scheme, SCHEMES)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    check_count("max_candidates", max_candidates, least=1)
-    if ess_target is not None and not 1 <= check_number("ess_target", ess_target) <= max_candidates:
-        raise ValueError(f"ess_target must be in [1, max_candidates] = [1, {max_candidates}], got {ess_target}")
-    if ess_target is not None and candidates > max_candidates:
-        raise ValueError(f"candidates={candidates} must be at most max_candidates={max_candidates} with an ess_target")
-    if energy_microbatch is not None:
-        check_count("energy_microbatch", energy_microbatch, least=1)
-    return Options(
-        energy,
-        candidates,
-        window,
-        energy_temperature,
-        _checked_proposal(denoiser, **proposal),
-        correct,
-        mode,
-        ess_target,
-        max_candidates,
-        scheme,
-        seed,
-        energy_microbatch,
-    )
+    check_count("max_candidates", most, least=1)
+    if o.ess_target is not None and not 1 <= check_number("ess_target", o.ess_target) <= most:
+        raise ValueError(f"ess_target must be in [1, max_candidates] = [1, {most}], got {o.ess_target}")
+    if o.ess_target is not None and o.candidates > most:
+        raise ValueError(f"candidates={o.candidates} must be at most max_candidates={most} with an ess_target")
+    if o.energy_microbatch is not None:
+        check_count("energy_microbatch", o.energy_microbatch, least=1)
+    return replace(options, proposal=_checked_proposal(denoiser, **o.proposal))
 
 
 def _checked_proposal(denoiser: Denoiser, banned: Tensor | None, **options: Any) -> dict[str, Any]:

@@ -23,7 +23,16 @@ from tqdm import tqdm
 from pyquiet.checks import check_count
 from pyquiet.diffusion import plan as plans
 from pyquiet.diffusion.energy import Energy
-from pyquiet.diffusion.inputs import Options, Texts, check_context, check_energy, read_energy, read_schedule, read_texts
+from pyquiet.diffusion.inputs import (
+    Options,
+    Texts,
+    check_clean,
+    check_context,
+    check_energy,
+    read_energy,
+    read_schedule,
+    read_texts,
+)
 from pyquiet.diffusion.modeling import Denoiser, as_denoiser
 from pyquiet.diffusion.partition import Side, log_z
 from pyquiet.diffusion.schedule import Schedule
@@ -311,12 +320,7 @@ def _read(
     tokens = input_ids[texts.fill.to(input_ids.device)]
     if not len(tokens):
         raise ValueError("mask leaves no token of any text to be graded; set it where one is")
-    wrong = tokens[(tokens == denoiser.mask_id) | (tokens < 0) | (tokens >= denoiser.vocab_size)]
-    if len(wrong):
-        raise ValueError(
-            f"input_ids hold {int(wrong[0])} where a token is to be graded; give clean texts of ids in "
-            f"0..{denoiser.vocab_size - 1} other than the mask's, {denoiser.mask_id}"
-        )
+    check_clean(denoiser, tokens, " where a token is to be graded")
     return texts
 
 

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from pyquiet.diffusion.energy import leftward
+from pyquiet.diffusion.padding import leftward, where_real
 from pyquiet.heads import run_standing_in, stand_in
 from pyquiet.kernels.registration import reads_natively
 
@@ -173,8 +173,7 @@ def as_denoiser(model: Any) -> Denoiser:
 
 def masked_positions(input_ids: Tensor, mask_id: int, attention_mask: Tensor | None = None) -> Tensor:
     """Where texts [B, T] are masked and no padding, bool [B, T]."""
-    masked = input_ids == mask_id
-    return masked if attention_mask is None else masked & (attention_mask != 0)
+    return where_real(input_ids, attention_mask) & (input_ids == mask_id)
 
 
 def backbone(
@@ -202,7 +201,7 @@ def backbone(
         intermediate_size=intermediate_size,
         max_position_embeddings=max_position_embeddings,
         layer_types=["full_attention"] * num_hidden_layers,
-        rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+        rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": _ROPE_BASE}},
         pad_token_id=pad_token_id,
         bos_token_id=bos_token_id,
         eos_token_id=eos_token_id,
@@ -211,6 +210,5 @@ def backbone(
         tie_word_embeddings=True,
         initializer_range=hidden_size**-0.5,
     )
-    config.rope_parameters["full_attention"]["rope_theta"] = _ROPE_BASE
     config.mask_token_id = mask_token_id
     return ModernBertForMaskedLM(config)

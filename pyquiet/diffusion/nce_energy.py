@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from pyquiet.diffusion.energy import Energy, check_candidates, check_mask_id, leftward
+from pyquiet.diffusion.energy import Energy, check_candidates, check_mask_id
 from pyquiet.diffusion.modeling import MaskedDenoiser, as_denoiser, longest_text
+from pyquiet.diffusion.padding import leftward, where_real
 from pyquiet.heads import embedding_table
 
 Pool = Literal["sum_masked", "mean"]
@@ -113,7 +114,7 @@ class NCEEnergy(PreTrainedModel, Energy):
     def check(self, input_ids: Tensor, masked: Tensor, attention_mask: Tensor | None = None) -> None:
         check_mask_id(self.mask_id, input_ids, masked)
         known = len(embedding_table(self.trunk))
-        given = input_ids[~masked if attention_mask is None else ~masked & (attention_mask != 0)]
+        given = input_ids[where_real(input_ids, attention_mask) & ~masked]
         if len(given) and int(given.max()) >= known:
             raise ValueError(f"energy: a text holds the id {int(given.max())}, but its trunk knows {known}")
         most = longest_text(self.trunk)

@@ -169,11 +169,11 @@ def diffuse(
     check_count("steps", steps, least=1)
     texts = read_texts(denoiser, input_ids, mask, attention_mask, length, num_samples, sequence_ids)
     proposal = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "banned": banned}
-    options = read_options(
-        denoiser, energy=energy, candidates=candidates, window=window, energy_temperature=energy_temperature,
-        proposal=proposal, correct=correct, mode=mode, ess_target=ess_target, max_candidates=max_candidates,
-        scheme=scheme, seed=resolve_seed(seed), energy_microbatch=energy_microbatch,
+    given = Options(
+        energy, candidates, window, energy_temperature, proposal, correct, mode, ess_target, max_candidates, scheme,
+        resolve_seed(seed), energy_microbatch,
     )  # fmt: skip
+    options = read_options(denoiser, given)
     stride = stride or max(1, (context or 1) // 2)
     check_texts(denoiser, energy if options.weighs else None, texts, context, stride)
     # No gradients, and no autocast, which would change the law.

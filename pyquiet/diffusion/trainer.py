@@ -38,9 +38,16 @@ class NoiseTrainer(AveragingTrainer):
         if args.max_length > most:
             raise ValueError(f"args: max_length={args.max_length} is more than the {most} that the model was made for")
 
+    @property
+    def _objective(self) -> str:
+        """How texts are masked, see `random_masks`."""
+        return "continuous"
+
     def _masks(self, level: Tensor, inputs: dict[str, Any], seed: int) -> Masks:
         """What is masked at these levels of noise [B]."""
-        raise NotImplementedError
+        args, ids = self.args, inputs["sequence_ids"]
+        options: dict[str, Any] = {"objective": self._objective, "schedule": args.schedule, "min_time": args.min_time}
+        return random_masks(level, **self._text(inputs), seed=seed, sequence_ids=ids, **options)
 
     def _draw_noise(self, batches: list[dict[str, Any]]) -> None:
         for number, batch in enumerate(batches):
@@ -106,46 +113,33 @@ class DiffusionTrainer(NoiseTrainer):
         low, high = self.args.levels(self.state.global_step)
         return low + (high - low) * u
 
-    def _masks(self, level: Tensor, inputs: dict[str, Any], seed: int) -> Masks:
-        args, ids = self.args, inputs["sequence_ids"]
-        options: dict[str, Any] = {"objective": args.objective, "schedule": args.schedule, "min_time": args.min_time}
-        return random_masks(level, **self._text(inputs), seed=seed, sequence_ids=ids, **options)
+    @property
+    def _objective(self) -> str:
+        return self.args.objective
 
     def _counts(self, inputs: dict[str, Any]) -> Tensor:
         return tokens_in(inputs)
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The loss of a micro-batch, a part of the joint batch's where `num_items_in_batch` tells its tokens."""
+    def _loss(self, model: Any, inputs: dict[str, Any], counts: Tensor | None) -> tuple[Tensor, Any]:
         masked, weight = inputs["masked"], inputs["weight"]
-        out = model(**self._text(inputs), masked=masked, weight=weight, token_count=num_items_in_batch)
+        out = model(**self._text(inputs), masked=masked, weight=weight, token_count=counts)
         tokens = tokens_in(inputs)
-        self.meter.add({"nelbo": out.loss.detach(), "tokens": tokens}, joint=num_items_in_batch is not None)
+        self.meter.add({"nelbo": out.loss.detach(), "tokens": tokens}, joint=counts is not None)
         self.meter.add({"masked_fraction": masked.sum() / tokens}, joint=False)
-        loss = self.joint(out.loss, num_items_in_batch)
-        return (loss, out) if return_outputs else loss
+        return out.loss, out
 
-    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        """For training, what the accelerator makes of the module whose forward is the loss; `self.model` stays."""
-        if not training or model is not self.model:
-            return model
-        learner: nn.Module = self.accelerator.prepare_model(DenoiserLearner(self.denoiser))
-        return learner
+    def _learner(self) -> nn.Module:
+        return DenoiserLearner(self.denoiser)
 
-    @torch.no_grad()
-    def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Any, Any, Any]:
+    def _evaluated(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, and the NELBO and the tokens of each text, [B, 2]."""
-        inputs = self._prepare_inputs(inputs)
         masks = self._evaluation_masks(inputs)
         with self.accelerator.autocast():
             out = nelbo(self.denoiser, **self._text(inputs), masked=masks.masked, weight=masks.weight)
         ids = inputs["input_ids"]
         tokens = inputs.get("attention_mask", torch.ones_like(ids)).sum(1)
         sums = torch.stack([out.text.double(), tokens.double()], 1)
-        return out.loss, None if prediction_loss_only else sums, inputs["sequence_ids"]
+        return out.loss, sums, inputs["sequence_ids"]
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """The NELBO over all tokens, its standard error over the texts, and the perplexity that it bounds."""
@@ -207,11 +201,6 @@ class NCETrainer(NoiseTrainer):
         if isinstance(self.denoiser, nn.Module):
             self.denoiser.to(args.device)
 
-    def _masks(self, level: Tensor, inputs: dict[str, Any], seed: int) -> Masks:
-        args, ids = self.args, inputs["sequence_ids"]
-        options: dict[str, Any] = {"objective": "continuous", "schedule": args.schedule, "min_time": args.min_time}
-        return random_masks(level, **self._text(inputs), seed=seed, sequence_ids=ids, **options)
-
     def _counts(self, inputs: dict[str, Any]) -> Tensor:
         return torch.tensor(len(inputs["input_ids"]), device=inputs["input_ids"].device)
 
@@ -229,38 +218,30 @@ class NCETrainer(NoiseTrainer):
         out: Tensor = model(candidates, noisy, time, attention_mask=text.get("attention_mask"))
         return out
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The loss of a micro-batch, a part of the joint batch's where `num_items_in_batch` tells its texts."""
+    def _loss(self, model: Any, inputs: dict[str, Any], counts: Tensor | None) -> tuple[Tensor, Tensor]:
         energies = self._energies(model, inputs, inputs["masked"], inputs["time"], self.training_seed)
         positive, negative = energies[:, 0], energies[:, 1:]
-        count = len(energies) if num_items_in_batch is None else num_items_in_batch
+        count = len(energies) if counts is None else counts
         loss = nce_loss(positive, negative).sum() / count
         found = energies.detach().double()
         parts = {"accuracy": _accuracy(found).sum() / count, "tokens": tokens_in(inputs)}
-        self.meter.add(parts, joint=num_items_in_batch is not None)
+        self.meter.add(parts, joint=counts is not None)
         for name, part in _by_time(inputs["time"].to(found.device)).items():
             mean = (-found[part, 1:]).clamp(max=_LARGEST).exp().mean() if part.any() else found.new_zeros(())
             self.meter.add({name: mean}, joint=False, known=bool(part.any()))
-        loss = self.joint(loss, num_items_in_batch)
-        return (loss, energies) if return_outputs else loss
+        return loss, energies
 
     def _readings(self, means: dict[str, float]) -> dict[str, float]:
         return {name: math.log(x) if name.startswith("log_z") else x for name, x in means.items()}
 
-    @torch.no_grad()
-    def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Any, Any, Any]:
+    def _evaluated(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """The mean loss, and the time and the energies of each text and its completions, [B, 2 + nu]."""
-        inputs = self._prepare_inputs(inputs)
         masks = self._evaluation_masks(inputs)
         with self.accelerator.autocast():
             energies = self._energies(self.model, inputs, masks.masked, masks.time, self.evaluation_seed)
         loss = nce_loss(energies[:, 0], energies[:, 1:]).mean()
         found = torch.cat([masks.time.to(energies.device)[:, None], energies.double()], 1)
-        return loss, None if prediction_loss_only else found, inputs["sequence_ids"]
+        return loss, found, inputs["sequence_ids"]
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """The accuracy, and log Z by time, over all texts."""

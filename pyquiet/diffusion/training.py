@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyquiet.checks import check_fraction
-from pyquiet.diffusion.modeling import Denoiser, as_denoiser, native_head
+from pyquiet.diffusion.inputs import check_clean
+from pyquiet.diffusion.modeling import as_denoiser, native_head
+from pyquiet.diffusion.padding import places_of, where_real
 from pyquiet.diffusion.schedule import Schedule
 from pyquiet.kernels.importance_resampling import draw_candidates
 from pyquiet.losses import LOGITS, token_nlls
@@ -64,9 +66,9 @@ def random_masks(
         ValueError, TypeError: an argument is out of range or of the wrong shape.
     """
     schedule = schedule or Schedule()
-    level, real = level.cpu().double(), _real(input_ids, attention_mask).cpu()
+    level, real = level.cpu().double(), where_real(input_ids, attention_mask).cpu()
     _check(level, input_ids, sequence_ids, objective, min_time)
-    places = _places(real)
+    places = places_of(real)
     sequences = sequence_ids.cpu()[:, None].expand_as(places)
     stream = Stream(seed, Purpose.REVEAL, sequences.flatten(), places.flatten(), index=_PLACES)
     u = uniforms(stream, places.numel()).view(places.shape)
@@ -109,29 +111,14 @@ def nelbo(
             f"masked must be [B, T] = {list(input_ids.shape)} and weight [B], got {list(masked.shape)} and "
             f"{list(weight.shape)}"
         )
-    nlls = masked_nlls(denoiser, input_ids, masked, attention_mask)
+    real = where_real(input_ids, attention_mask)
+    check_clean(denoiser, input_ids[real])
+    hidden = denoiser.hidden(input_ids.masked_fill(masked, denoiser.mask_id), attention_mask)
+    nlls = token_nlls(denoiser.head, hidden[masked], input_ids[masked], denoiser.vocab_size)
     row = masked.nonzero()[:, 0]
     text = nlls.new_zeros(len(input_ids)).index_add_(0, row, nlls * weight.to(nlls.dtype)[row])
-    count = _real(input_ids, attention_mask).sum() if token_count is None else token_count
+    count = real.sum() if token_count is None else token_count
     return Nelbo(text.sum() / count, text)
-
-
-def masked_nlls(denoiser: Denoiser, input_ids: Tensor, masked: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """NLLs [n] of the masked ones of the clean tokens [B, T], text by text."""
-    _check_clean(denoiser, input_ids, attention_mask)
-    hidden = denoiser.hidden(input_ids.masked_fill(masked, denoiser.mask_id), attention_mask)
-    return token_nlls(denoiser.head, hidden[masked], input_ids[masked], denoiser.vocab_size)
-
-
-def _check_clean(denoiser: Denoiser, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    """Raises ValueError unless the texts hold the denoiser's tokens, and its mask nowhere."""
-    wrong = (input_ids == denoiser.mask_id) | (input_ids < 0) | (input_ids >= denoiser.vocab_size)
-    found = input_ids[wrong & _real(input_ids, attention_mask)]
-    if len(found):
-        raise ValueError(
-            f"input_ids hold {int(found[0])}; give clean texts of ids in 0..{denoiser.vocab_size - 1} other than the "
-            f"mask's, {denoiser.mask_id}"
-        )
 
 
 class DenoiserLearner(nn.Module):
@@ -183,10 +170,11 @@ def completions(
         ValueError: a text holds the mask token or what is no token.
     """
     denoiser = as_denoiser(denoiser)
-    _check_clean(denoiser, input_ids, attention_mask)
+    real = where_real(input_ids, attention_mask)
+    check_clean(denoiser, input_ids[real])
     masked = masked.to(input_ids.device)
     row, column = masked.nonzero(as_tuple=True)
-    position = _places(_real(input_ids, attention_mask))[row, column]
+    position = places_of(real)[row, column]
     sequence = sequence_ids.to(input_ids.device)[row]
     with _evaluating(denoiser):
         hidden = denoiser.hidden(input_ids.masked_fill(masked, denoiser.mask_id), attention_mask)[row, column]
@@ -211,15 +199,6 @@ def _evaluating(denoiser: Any) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
-
-
-def _places(real: Tensor) -> Tensor:
-    """The number of each position int64 [B, T] among those of its text that are no padding."""
-    return (real.long().cumsum(1) - 1).clamp(min=0)
-
-
-def _real(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    return torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
 
 
 def _check(level: Tensor, input_ids: Tensor, sequence_ids: Tensor, objective: str, min_time: float) -> None:

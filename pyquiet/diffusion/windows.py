@@ -13,6 +13,7 @@ from torch import Tensor
 from pyquiet.diffusion.energy import Energy
 from pyquiet.diffusion.inputs import Texts, check_context, check_energy
 from pyquiet.diffusion.modeling import Denoiser
+from pyquiet.diffusion.padding import leftward
 from pyquiet.diffusion.plan import schedule_first
 from pyquiet.diffusion.session import Session
 
@@ -23,7 +24,7 @@ def windows(texts: Texts, context: int, stride: int) -> Iterator[tuple[int, Tens
     Windows begin every `stride` positions, padding not counted; the last one is the first that reaches the end.
     """
     # Padding goes last, so that windows of all texts stand in the same columns.
-    columns, left = (~texts.real).byte().argsort(dim=1, stable=True), texts.fill.clone()
+    columns, left = leftward(texts.real), texts.fill.clone()
     longest = int(texts.real.sum(1).max())
     for number, start in enumerate(range(0, max(longest - context + stride, 1), stride)):
         where = columns[:, start : start + context]

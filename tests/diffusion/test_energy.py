@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pyquiet.diffusion.energy import Energy, as_energy, check_candidates, leftward
+from pyquiet.diffusion.energy import Energy, as_energy, check_candidates
+from pyquiet.diffusion.padding import leftward
 
 
 class Constant(Energy):

@@ -148,31 +148,6 @@ def test_padding_is_not_filled_whatever_stands_there():
 # -- calls and rows
 
 
-@pytest.mark.parametrize("length", [1, 8, 40])
-def test_calls_of_each_sampler(length):
-    texts, steps = 300, 10
-    denoiser = Product(torch.rand(length, 4, generator=torch.Generator().manual_seed(0)).double().log_softmax(-1).exp())
-
-    def run(sampler):
-        denoiser.calls = 0
-        out = diffuse(denoiser, length=length, num_samples=texts, steps=steps, sampler=sampler, seed=5)
-        assert int(out.denoiser_calls.sum()) == denoiser.calls
-        return out.denoiser_calls.double(), out
-
-    sigma = lambda calls: 3 * float(calls.std()) / math.sqrt(texts) + 1e-9  # noqa: E731
-    some = 1 - (1 - 1 / steps) ** length
-    calls, _ = run("schedule_first")
-    assert abs(float(calls.mean()) - steps * some) < sigma(calls)
-    calls, uncached = run("ancestral")
-    assert (calls == steps).all()
-    calls, cached = run("cached")
-    assert abs(float(calls.mean()) - (1 + (steps - 1) * some)) < sigma(calls)
-    assert torch.equal(cached.tokens, uncached.tokens)
-    calls, one_by_one = run("first_hitting")
-    assert (calls == length).all()
-    assert torch.equal(one_by_one.reveal_step.sort(1).values, torch.arange(length).expand(texts, -1))
-
-
 def test_a_network_that_looks_at_its_input_gives_the_same_from_the_cache(denoiser):
     ids, real = ragged("left")
     options = {"input_ids": ids, "attention_mask": real, "steps": 20, "candidates": 5, "seed": 2}

@@ -1,4 +1,4 @@
-"""What a text becomes, and what it costs, does not depend on the batch that it is in; and the counts have their law."""
+"""What noise a text draws from, and what it costs: the counts have their law (alone = in a batch: test_sampling.py)."""
 
 import pytest
 import torch
@@ -14,80 +14,27 @@ COUNTS = torch.tensor([[(1.0 + (3 * i + 2 * j) % 7) ** 2 for j in range(S)] for 
 CHAIN = MarkovChain(COUNTS / COUNTS.sum(1, keepdim=True))
 DENOISER, ENERGY = MarkovDenoiser(CHAIN, MASK), MarkovEnergy(CHAIN, MASK)
 SAMPLERS = ("schedule_first", "ancestral", "cached", "first_hitting", "semi_autoregressive")
-FIELDS = ("tokens", "reveal_step", "denoiser_calls", "energy_passes", "depth", "ess", "log_normalizer", "degenerate")
 
 
-def texts(rows=B):
+def texts():
     """Of one length with other prompts, one of them complete, one empty."""
     generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(3, S + 1, (rows, T), generator=generator)
-    hidden = torch.rand(rows, T, generator=generator) < 0.6
+    ids = torch.randint(3, S + 1, (B, T), generator=generator)
+    hidden = torch.rand(B, T, generator=generator) < 0.6
     hidden[1], hidden[2] = True, False
     return ids.masked_fill(hidden, MASK)
 
 
-def run(ids, energy=ENERGY, sampler="schedule_first", **options):
+def run(ids, sampler="schedule_first", **options):
     options = {"steps": 6, "candidates": K, "seed": 11} | options
     extra = {"context": 4, "stride": 2} if sampler == "semi_autoregressive" else {}
-    return diffuse(DENOISER, energy, input_ids=ids, sampler=sampler, **extra | options)
-
-
-def assert_same(a, b):
-    for field in FIELDS:
-        x, y = getattr(a, field), getattr(b, field)
-        if x.is_floating_point():
-            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6, equal_nan=True)
-        else:
-            assert torch.equal(x, y), field
-
-
-class Part:
-    """Some rows of a result."""
-
-    def __init__(self, out, rows):
-        self.__dict__ = {field: getattr(out, field)[rows] for field in FIELDS}
+    return diffuse(DENOISER, ENERGY, input_ids=ids, sampler=sampler, **extra | options)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("energy", [None, ENERGY], ids=["plain", "energy"])
-def test_five_texts_together_are_five_alone(sampler, energy):
+def test_prompts_never_change(sampler):
     ids = texts()
-    together = run(ids, energy, sampler)
-    for b in range(B):
-        alone = run(ids[b : b + 1], energy, sampler, sequence_ids=torch.tensor([b]))
-        assert_same(Part(together, [b]), alone)
-    assert len(together.tokens.unique(dim=0)) == B
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_their_order_does_not_matter(sampler):
-    ids, order = texts(), torch.tensor([3, 0, 4, 1, 2])
-    assert_same(Part(run(ids, sampler=sampler), order), run(ids[order], sampler=sampler, sequence_ids=order))
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_does_not_matter(sampler, side):
-    ids = texts()
-    plain = run(ids, sampler=sampler)
-    for width in (1, 4):
-        pad = (width, 0) if side == "left" else (0, width)
-        padded, attended = (
-            torch.nn.functional.pad(x, pad, value=v) for x, v in ((ids, MASK), (torch.ones_like(ids), 0))
-        )
-        out = run(padded, sampler=sampler, attention_mask=attended)
-        part = slice(width, None) if side == "left" else slice(0, T)
-        assert (out.tokens[attended == 0] == MASK).all()  # padding is what it was
-        assert torch.equal(out.tokens[:, part], plain.tokens)
-        assert torch.equal(out.reveal_step[:, part], plain.reveal_step)
-        assert torch.equal(out.denoiser_calls, plain.denoiser_calls)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("mode", ["standard", "reveal_set"])
-def test_prompts_never_change(sampler, mode):
-    ids = texts()
-    out = run(ids, sampler=sampler, mode=mode)
+    out = run(ids, sampler=sampler, mode="reveal_set")
     given = ids != MASK
     assert torch.equal(out.tokens[given], ids[given])
     assert (out.reveal_step[given] == -1).all()
@@ -99,17 +46,10 @@ def test_prompts_never_change(sampler, mode):
     assert (out.energy_passes[full] == 0).all()
 
 
-def test_a_mask_may_name_what_to_fill_whatever_stands_there():
-    ids = texts()
-    mask = ids == MASK
-    other = ids.masked_fill(mask, 4)
-    assert_same(run(ids), diffuse(DENOISER, ENERGY, input_ids=other, mask=mask, steps=6, candidates=K, seed=11))
-
-
 def test_the_seed_and_the_id_name_the_noise():
     ids = torch.full((4, T), MASK)
     first = run(ids)
-    assert_same(first, run(ids))
+    assert torch.equal(first.tokens, run(ids).tokens)
     assert not torch.equal(first.tokens, run(ids, seed=12).tokens)
     moved = run(ids, sequence_ids=torch.tensor([2, 3, 4, 5]))
     assert torch.equal(moved.tokens[:2], first.tokens[2:])
@@ -146,19 +86,6 @@ def test_the_picks_of_a_text_are_independent():
         picks.append(hits.long().argmax(1))
     counts = torch.bincount(picks[0] * k + picks[1], minlength=k * k)
     assert goodness_of_fit(counts, torch.full((k * k,), 1 / (k * k))).p_value > 1e-4
-
-
-def test_small_batches_of_the_energy_change_nothing():
-    sizes = []
-
-    class Listening(MarkovEnergy):
-        def __call__(self, candidates, input_ids, time, log_mu, **kwargs):
-            sizes.append(candidates.shape[0] * candidates.shape[1])
-            return super().__call__(candidates, input_ids, time, log_mu, **kwargs)
-
-    ids = texts()
-    assert_same(run(ids), run(ids, Listening(CHAIN, MASK), energy_microbatch=3))
-    assert max(sizes) <= 3
 
 
 # Counts.
@@ -237,10 +164,3 @@ def test_counters_are_what_the_networks_saw(sampler):
     assert (out.depth == out.denoiser_calls + out.energy_passes // K).all()
     if sampler == "first_hitting":
         assert torch.equal(out.denoiser_calls, (ids == MASK).sum(1))
-
-
-def test_plain_diffusion_asks_the_head_for_a_row_a_token():
-    for sampler in ("schedule_first", "first_hitting"):
-        denoiser, ids = MarkovDenoiser(CHAIN, MASK), texts()
-        diffuse(denoiser, input_ids=ids, steps=6, sampler=sampler)
-        assert denoiser.rows == (ids == MASK).sum()
