@@ -198,7 +198,7 @@ def test_ever_more_steps_tend_to_one_position_at_a_time():
         float(
             (enumerate_diffusion(Table(), free_of_time, input_ids=ids, steps=K, candidates=2).exp() - limit).abs().sum()
         )
-        for K in (8, 16, 32)
+        for K in (4, 8, 16)
     ]
     assert off[0] > 1.7 * off[1] > 2.9 * off[2] > 0
 
