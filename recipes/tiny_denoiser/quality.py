@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
+from pyquiet.bilevel.demonstration import auc
 from pyquiet.datasets import packed, read_dataset
 from pyquiet.diffusion import MaskedDenoiser
 from pyquiet.diffusion.training import completions, nelbo, random_masks
@@ -91,10 +92,8 @@ def share_right(found: Tensor) -> float:
 
 def area_under_curve(found: Tensor) -> float:
     """How often a text has a lower energy than a completion, of any text, of energies [W, 1 + count]."""
-    texts, others = found[:, 0].contiguous(), found[:, 1:].flatten().sort().values
-    above = len(others) - torch.searchsorted(others, texts, right=True)
-    equal = torch.searchsorted(others, texts, right=True) - torch.searchsorted(others, texts)
-    return ((above + equal / 2).double().mean() / len(others)).item()
+    is_text = torch.arange(found.shape[1]) == 0
+    return auc(-found.flatten(), is_text.repeat(len(found)))
 
 
 def main() -> None:

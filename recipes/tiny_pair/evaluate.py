@@ -23,6 +23,8 @@ from problems import Problem
 from texts import IGNORED, held_out, padded
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pyquiet.bilevel.demonstration import auc
+
 BATCH = 50
 NEW_TOKENS = 200
 TABLE_HEAD = """| model | way | right | 3 steps | 4 | 5 | 6 | lines wrong | of these false equations |
@@ -91,8 +93,7 @@ def line_nlls(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]) -> l
 
 def area_under_curve(wrong: Sequence[float], right: Sequence[float]) -> float:
     """P(a wrong line's score is above a right line's), ties counting half."""
-    differences = torch.tensor(wrong)[:, None] - torch.tensor(right)
-    return ((differences > 0).double() + 0.5 * (differences == 0)).mean().item()
+    return auc(torch.tensor([*wrong, *right]), torch.arange(len(wrong) + len(right)) < len(wrong))
 
 
 def accuracy_row(name: str, way: str, problems: Sequence[Problem], written: Sequence[str]) -> str:

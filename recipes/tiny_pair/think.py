@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from evaluate import TABLE_HEAD, accuracy_row, load, solutions
 from texts import Texts, held_out
-from transformers.trainer_utils import get_last_checkpoint
 
 import pyquiet
+from pyquiet.trainers import last_checkpoint
 
 ROWS = 8  # texts a step
 LONGEST = 384  # tokens, more than any text has
@@ -43,7 +43,7 @@ def train(draft: Path, work: Path, steps: int) -> None:
     )
     texts = Texts(tokenizer, steps * ROWS)
     trainer = pyquiet.QuietStarTrainer(model, arguments, train_dataset=texts, processing_class=tokenizer)
-    trainer.train(resume_from_checkpoint=work.is_dir() and get_last_checkpoint(str(work)) is not None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(work))
     trainer.save_model()
 
 

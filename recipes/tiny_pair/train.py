@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from texts import BOS, CONTEXT, EOS, PAD, VOCABULARY, Texts, make_tokenizer, padded
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+
+from pyquiet.trainers import last_checkpoint
 
 ROWS = 16  # texts a step
 
@@ -72,7 +73,7 @@ def train(name: str, work: Path, steps: int, save_every: int) -> None:
     # Every text is read once.
     texts = Texts(tokenizer, steps * ROWS)
     trainer = Trainer(model, arguments, data_collator=padded, train_dataset=texts, processing_class=tokenizer)
-    trainer.train(resume_from_checkpoint=work.is_dir() and get_last_checkpoint(str(work)) is not None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(work))
     trainer.save_model()
 
 
