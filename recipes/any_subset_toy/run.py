@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ import torch
 from stdlib_bytes import windows
 from torch import Tensor
 from transformers import XLNetConfig, XLNetLMHeadModel, set_seed
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tiny_any_subset"))
+from evaluate import calls, score
 
 RATES = (0.5, 0.95)
 SAMPLERS = (("assd", 3), ("assd", 5), ("assd", 8), ("one_call", 1), ("one_call", 2), ("one_call", 4))
@@ -65,34 +69,15 @@ def train(name: str, work: Path, steps: int | None = None) -> XLNetLMHeadModel:
     return model.eval()
 
 
-def scores(model: Any, texts: Tensor) -> dict[str, Any]:
-    """At each mask rate the joint NLL in nats a byte and the acceptance of drafts +1, +2 and +3, over the texts."""
-    from pyquiet.any_subset.training import random_order, subset_scores
-
-    ids, found = torch.arange(len(texts)), {}
-    for rate in RATES:
-        order, prompt = random_order(torch.full((len(texts),), rate), texts, seed=1, sequence_ids=ids)
-        parts = [slice(start, start + 32) for start in range(0, len(texts), 32)]
-        out = [subset_scores(model, texts[part], order=order[part], prompt=prompt[part]) for part in parts]
-        nll, targets, accepted, drafts = (torch.cat(x).double().sum(0) for x in zip(*out, strict=True))
-        found[f"{rate:.0%}"] = {"joint_nll": (nll / targets).item(), "acceptance": (accepted / drafts).tolist()}
-    return found
+def evaluated(model: Any, texts: Tensor) -> dict[str, Any]:
+    """At each mask rate the joint NLL in nats a byte and the acceptance of drafts +1, +2 and +3."""
+    found = {f"{rate:.0%}": score(model, texts, rate, seed=1) for rate in RATES}
+    return {rate: {"joint_nll": x.joint_nll, "acceptance": x.acceptance} for rate, x in found.items()}
 
 
-def calls(model: Any, texts: Tensor) -> dict[str, float]:
-    """Calls a byte of each sampler that fills 95 % of the texts, and of the sequential one: 1."""
-    import pyquiet
-    from pyquiet.any_subset.training import random_order
-
-    order, prompt = random_order(torch.full((len(texts),), 0.95), texts, seed=1, sequence_ids=torch.arange(len(texts)))
-    mask = torch.zeros_like(texts, dtype=torch.bool)
-    for row, (places, m) in enumerate(zip(order, prompt.tolist(), strict=True)):
-        mask[row, places[m:]] = True
-    found = {}
-    for method, k in SAMPLERS:
-        out = pyquiet.infill(model, texts, mask=mask, method=method, k=k, seed=0, bonus=False)
-        found[f"{method} k={k}"] = float(sum(int(x.sum()) for x in out.calls.values()) / int(mask.sum()))
-    return found
+def costs(model: Any, texts: Tensor) -> dict[str, float]:
+    """Calls a byte of each sampler that fills 95 % of the texts; of the sequential one it would be 1."""
+    return {f"{m} k={k}": calls(model, texts, 0.95, m, k, seed=1, bonus=False) for m, k in SAMPLERS}
 
 
 def check(results: dict[str, Any]) -> None:
@@ -119,7 +104,7 @@ def main() -> None:
     results = {}
     for name in VARIANTS:
         model = train(name, args.work)
-        results[name] = {**scores(model, held_out), "calls": calls(model, held_out[:64])}
+        results[name] = {**evaluated(model, held_out), "calls": costs(model, held_out[:64])}
         print(name, json.dumps(results[name], indent=1))
     (args.work / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if args.check:

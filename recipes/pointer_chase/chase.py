@@ -21,12 +21,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from pyquiet.datasets import IGNORED
+
 SYMBOLS = "abcdef"
 QUERIES = 4
 WORDS = [f"{a}>{b}" for a in SYMBOLS for b in SYMBOLS] + [*SYMBOLS, "?1", "?3", "---"]
 IDS = {word: i for i, word in enumerate(WORDS)}
 FIRST_SYMBOL, THINK = IDS[SYMBOLS[0]], IDS["---"]
-IGNORED = -100
 
 
 class Form(Enum):

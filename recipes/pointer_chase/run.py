@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
 from pyquiet import QuietStarForCausalLM
+from pyquiet.files import replacing
 
 # The NLL of the three-hop answer, in nats, must lie in these, whatever the seed.
 BOUNDS = {"plain": (0.70, math.inf), "no-reinforce": (0.35, 0.60), "full": (0.0, 0.15)}
@@ -75,9 +75,8 @@ class Work:
         """Evaluates a model and writes its scores down; `nll` is the one that its training was about."""
         scores = asdict(evaluate(model, self.settings.evaluation_rows))
         self.runs[run] = {"nll": scores["mixed" if thinks else "base"], **scores, "seconds": seconds}
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(self.results, indent=1) + "\n")
-        os.replace(partial, self.file)
+        with replacing(self.file) as partial:
+            partial.write_text(json.dumps(self.results, indent=1) + "\n")
 
     def of(self, name: str) -> list[dict[str, Any]]:
         """The runs of a variant, by seed."""

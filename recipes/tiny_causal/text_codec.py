@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from corpus import PARAGRAPH_BREAK, Book, Section
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from pyquiet.files import replacing
 
 VOCABULARY = 2048
 SPECIALS = ("<pad>", "<bos>", "<eos>")
@@ -54,9 +55,8 @@ def load_or_train_tokenizer(file: Path, books: list[Book]) -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", BOS)]
     )
-    partial = file.with_suffix(".partial")
-    tokenizer.save(str(partial), pretty=False)
-    os.replace(partial, file)
+    with replacing(file) as partial:
+        tokenizer.save(str(partial), pretty=False)
     return tokenizer
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -28,6 +27,8 @@ from torch import Tensor
 from torch.nn import Module
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pyquiet.files import replacing
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "story_world"))
 from texts import story_rows
@@ -138,9 +139,8 @@ def save_checkpoint(
         tensors[f"exp_avg/{name}"] = state["exp_avg"]
         tensors[f"exp_avg_sq/{name}"] = state["exp_avg_sq"]
     metadata = {"step": str(step), "settings": json.dumps(asdict(settings))}
-    partial = file.with_suffix(".partial")
-    save_file(tensors, partial, metadata)
-    os.replace(partial, file)
+    with replacing(file) as partial:
+        save_file(tensors, partial, metadata)
 
 
 def load_checkpoint(file: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, settings: Settings) -> int:

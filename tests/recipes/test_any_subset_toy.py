@@ -10,7 +10,7 @@ from .modules import modules
 
 @pytest.fixture
 def toy():
-    with modules("any_subset_toy") as recipe:
+    with modules("any_subset_toy", "tiny_any_subset") as recipe:
         yield recipe.run
 
 
@@ -31,7 +31,7 @@ def test_a_short_run_is_evaluated_and_refused(toy, tmp_path):
         assert not model.training
         assert torch.equal(toy.train(name, tmp_path).lm_loss.weight, model.lm_loss.weight)  # as it was saved
         texts = toy.windows()[1][:4]
-        results[name] = {**toy.scores(model, texts), "calls": toy.calls(model, texts[:1])}
+        results[name] = {**toy.evaluated(model, texts), "calls": toy.costs(model, texts[:1])}
     torch.set_num_threads(threads)
     assert set(results["joint"]) == {"50%", "95%", "calls"}
     assert all(0 < cost <= 1 for cost in results["joint"]["calls"].values())
