@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from pyquiet.scaling.backends.base import (
     Choose,
@@ -96,3 +97,17 @@ class HashModel:
 
     def _law(self, ids: Sequence[int] | None, seed: int) -> random.Random:
         return random.Random(hashlib.blake2b(repr((self._name, ids, seed)).encode()).digest())
+
+
+class Faulty(HashModel):
+    """Fails with an error, if it has one, at its `at`-th request."""
+
+    def __init__(self, name: str, error: Exception | None = None, at: int = 0, **options: Any) -> None:
+        super().__init__(name, **options)
+        self.error, self.at = error, at
+
+    async def _travel(self, kind: str) -> None:
+        number = len(self.requests) + 1
+        await super()._travel(kind)
+        if self.error is not None and number == self.at:
+            raise self.error

@@ -17,24 +17,10 @@ from pyquiet.scaling.backends.base import ContextOverflowError, GoneError, Refus
 from pyquiet.scaling.records import Record
 from pyquiet.scaling.score import MeanNLL
 
-from .fake_models import HashModel
+from .fake_models import Faulty, HashModel
 
 PLAN = Plan(chains=4, turns=4, draft=Sampling(40), target=Sampling(40), pools=Pools(4, 3, 2, 8))
 ASKED = [f"Asked {i}?" for i in range(6)]
-
-
-class Faulty(HashModel):
-    """Fails with an error at its `at`-th request, or, without one, at a share of them."""
-
-    def __init__(self, name: str, error: Exception | None = None, at: int = 0, **options: Any) -> None:
-        super().__init__(name, **options)
-        self.error, self.at = error, at
-
-    async def _travel(self, kind: str) -> None:
-        number = len(self.requests) + 1
-        await super()._travel(kind)
-        if self.error is not None and number == self.at:
-            raise self.error
 
 
 def tried(records: list[Record]) -> Counter[str]:

@@ -460,12 +460,17 @@ def test_connections_that_break_now_and_then_open_no_circuit():
     against(use, probe_every=60.0)
 
 
+async def lose(backend: OpenAIBackend, server: Loopback) -> None:
+    """The server dies, and so many requests fail that it counts as lost."""
+    await server.die()
+    for _ in range(5):
+        with pytest.raises(TransientError):
+            await ask(backend, "score")()
+
+
 def test_a_server_that_stays_away_is_gone():
     async def use(backend: OpenAIBackend, server: Loopback) -> None:
-        await server.die()
-        for _ in range(5):
-            with pytest.raises(TransientError):
-                await ask(backend, "score")()
+        await lose(backend, server)
         with pytest.raises(GoneError, match="resume"):
             await backend.ready()
 
@@ -474,10 +479,7 @@ def test_a_server_that_stays_away_is_gone():
 
 def test_closing_ends_the_probes_of_a_lost_server():
     async def use(backend: OpenAIBackend, server: Loopback) -> None:
-        await server.die()
-        for _ in range(5):
-            with pytest.raises(TransientError):
-                await ask(backend, "score")()
+        await lose(backend, server)
         await backend.close()
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
@@ -486,10 +488,7 @@ def test_closing_ends_the_probes_of_a_lost_server():
 
 def test_a_server_that_comes_back_with_another_model_does_not_count():
     async def use(backend: OpenAIBackend, server: Loopback) -> None:
-        await server.die()
-        for _ in range(5):
-            with pytest.raises(TransientError):
-                await ask(backend, "score")()
+        await lose(backend, server)
         server.root = "other-weights"
         await server.start()
         with pytest.raises(GoneError, match="came back as 'other-weights'"):

@@ -43,7 +43,7 @@ from pyquiet.scaling.backends.base import ContextOverflowError, GoneError, Refus
 from pyquiet.scaling.records import TAKEOVERS, Record
 from pyquiet.scaling.simulation import run_simulated
 
-from .fake_models import HashModel
+from .fake_models import Faulty, HashModel
 from .test_accounts import check
 
 ASKED = [
@@ -74,18 +74,10 @@ class CrashError(Exception):
     """Of who listens to a run."""
 
 
-class Model(HashModel):
-    """Overflows behind `context` tokens, and fails for good with `error` at its `at`-th request."""
+class Model(Faulty):
+    """Overflows behind `context` tokens, besides."""
 
     context = 10**6
-    error: Exception | None = None
-    at = 0
-
-    async def _travel(self, kind: str) -> None:
-        number = len(self.requests) + 1
-        await super()._travel(kind)
-        if self.error is not None and number == self.at:
-            raise self.error
 
     async def generate(self, request: Any) -> Any:
         text = await super().generate(request)
