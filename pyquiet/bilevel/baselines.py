@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyquiet.bilevel.method import BlockMethod, Rate, check_positive, check_rate, check_share, rate
+from pyquiet.bilevel.method import BlockMethod, Rate, at_least, check_positive, check_rate, check_share, rate
 from pyquiet.bilevel.problem import Derivatives, Problem
 from pyquiet.checks import check_count
 
@@ -124,7 +124,7 @@ class RSVRB(BlockMethod):
             scale = (1 / chance).to(now).view(-1, *[1] * (now.ndim - 1))
             fields[name] *= keep if self.steps else 0.0
             fields[name][rows] += scale * (now - keep * before if self.steps else now)
-        H = _at_least(fields["H"][rows], self.floor)
+        H, _ = at_least(fields["H"][rows], self.floor)
         points = ((self._x, fields["y"]), (self._x_before, self._y_before))
         directions = []
         for x, y in points:
@@ -159,9 +159,3 @@ def _jacobians(at: Derivatives, gradient: Tensor) -> Tensor:
     units = torch.eye(blocks * d, dtype=gradient.dtype, device=gradient.device).view(-1, blocks, d)
     (J,) = torch.autograd.grad(gradient, at.x, units, retain_graph=True, materialize_grads=True, is_grads_batched=True)
     return J.view(blocks, d, -1)
-
-
-def _at_least(H: Tensor, floor: float) -> Tensor:
-    values, vectors = torch.linalg.eigh((H + H.mT) / 2)
-    projected: Tensor = vectors @ (values.clamp_min(floor)[..., None] * vectors.mT)
-    return projected

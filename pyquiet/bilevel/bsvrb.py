@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyquiet.bilevel.method import BlockMethod, Rate, check_positive, check_rate, check_share, guard, rate
+from pyquiet.bilevel.method import BlockMethod, Rate, at_least, check_positive, check_rate, check_share, rate
 from pyquiet.bilevel.problem import Derivatives, Problem
 
 VARIANTS = ("auto", "v1", "v2")
@@ -228,7 +228,7 @@ class BSVRB(BlockMethod):
         # A tracker without this step's samples, or their product would be biased; a new block has none.
         tracker = row["H"]
         if (fresh := _untracked(tracker)) is not None:
-            tracker = torch.where(fresh[..., None, None], self._project(H)[0], tracker)
+            tracker = torch.where(fresh[..., None, None], at_least(H, self.floor)[0], tracker)
         jv, _ = at.pull(gradient, torch.linalg.solve(tracker, gy), weights)
         return gx - jv, gn, H
 
@@ -240,7 +240,8 @@ class BSVRB(BlockMethod):
         s = _corrected(row["s"], new[1], old[1], self.alpha, factors.gamma, blocks.new)
         if self.inverts:
             fresh = _untracked(row["H"])
-            H, clipped = self._project(_corrected(row["H"], new[2], old[2], self.alpha_bar, factors.gamma_bar, fresh))
+            H = _corrected(row["H"], new[2], old[2], self.alpha_bar, factors.gamma_bar, fresh)
+            H, clipped = at_least(H, self.floor)
             return {"y": row["y"], "s": s, "H": H}, clipped
         u = _corrected(row["u"], new[2], old[2], self.alpha_bar, factors.gamma_bar, blocks.new)
         return {"y": row["y"], "v": row["v"], "s": s, "u": u}, blocks.outside
@@ -284,16 +285,6 @@ class BSVRB(BlockMethod):
         if v.numel():
             shown = (hv.square().sum(-1) / v.square().sum(-1).clamp_min(1e-30)).nan_to_num_(0, 0, 0)
             self._smoothness = max(self._smoothness, float(shown.max()) ** 0.5)
-
-    def _project(self, H: Tensor) -> tuple[Tensor, float]:
-        """The nearest symmetric matrices with eigenvalues of at least `floor`, and the share that had to move."""
-        H = (H + H.mT) / 2
-        eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
-        wrong = torch.linalg.cholesky_ex(H - self.floor * eye).info > 0
-        if wrong.any():
-            values, vectors = torch.linalg.eigh(H[wrong])
-            H[wrong] = vectors @ (values.clamp_min(self.floor)[..., None] * vectors.mT)
-        return H, int(wrong.sum()) / max(1, wrong.numel())
 
     def _in_ball(self, v: Tensor) -> tuple[Tensor, float]:
         """The nearest v_i in the ball, and the share that had to move."""
@@ -364,6 +355,21 @@ def _gamma(gamma: str | float, alpha: float, chance: Tensor) -> Tensor:
     if gamma == "msvr":
         return (1 / chance - 1) / (1 - alpha) + (1 - alpha)
     return torch.full_like(chance, float(gamma))
+
+
+def guard(gamma: float, tau: float, smoothness: float, name: str) -> float:
+    """gamma tau L: from 2 on the extrapolated steps diverge.
+
+    Raises:
+        ValueError: it is 2 or more.
+    """
+    product = gamma * tau * smoothness
+    if product >= 2:
+        raise ValueError(
+            f"{name}={tau:g} is too large: gamma tau L = {product:.3g} (L = {smoothness:.3g} is the largest curvature "
+            f"of a batch), and from 2 on the method diverges; take {name} <= {tau / product:.3g}, or a smaller gamma"
+        )
+    return product
 
 
 def _largest_curvature(at: Derivatives, gradient: Tensor) -> float:

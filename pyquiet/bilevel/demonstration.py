@@ -138,7 +138,7 @@ def auc(scores: Tensor, positive: Tensor) -> float:
 
 def _regression(features: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """The weights of a logistic regression on weighed rows, slightly regularised."""
-    w = torch.zeros(features.shape[1], requires_grad=True)
+    w = torch.zeros(features.shape[1], dtype=features.dtype, requires_grad=True)
     fit = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:

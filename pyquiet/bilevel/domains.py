@@ -23,6 +23,24 @@ from pyquiet.heads import log_prob
 _TEXTS = 8  # a pass of the model, while its thoughts are cached
 
 
+@dataclass(frozen=True)
+class Part:
+    """Cached rows of a model: `logits` [n, V], the right ids `labels` int64 [n], `domains` int64 [n]; for mixing heads
+    also the logits behind a thought [n, V] and the `features` [n, d] that say how much of it to take."""
+
+    logits: Tensor
+    labels: Tensor
+    domains: Tensor
+    thought_logits: Tensor | None = None
+    features: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("labels", "domains", "thought_logits", "features"):
+            value = getattr(self, name)
+            if value is not None and len(value) != len(self.logits):
+                raise ValueError(f"{name} must have a row for each of the {len(self.logits)} logits, got {len(value)}")
+
+
 class Rows(NamedTuple):
     """Rows of each block's data int64 [I, B], and what each counts [I, B]; 0 at padding."""
 
@@ -62,16 +80,17 @@ class DomainData:
 class SharedPrior(Problem):
     """Domains whose numbers y_i are drawn to a shared mean: x = {"mean": [d], "log_strength": []}.
 
-    g_i = mean loss of y_i on the domain's rows + exp(log_strength) / 2 |y_i - mean|^2, f_i the mean loss on its
-    held-out rows. Subclasses say what the loss of a row is.
+    g_i = mean NLL of the domain's rows under y_i + exp(log_strength) / 2 |y_i - mean|^2, f_i that of its held-out rows.
+    Subclasses say what logits y_i makes of a row.
     """
 
-    def __init__(self, train: DomainData, held_out: DomainData, dim_y: int) -> None:
-        self.m, self.dim_y, self.train, self.held_out = len(train.members), dim_y, train, held_out
+    def __init__(self, train: Part, held_out: Part, dim_y: int) -> None:
+        self.m, self.dim_y, self.parts = _domains(train), dim_y, (train, held_out)
+        self.train, self.held_out = (DomainData(part.domains, self.m) for part in self.parts)
 
     @abstractmethod
-    def losses(self, Y: Tensor, rows: Tensor, held_out: bool) -> Tensor:
-        """The losses [I, B] of rows int64 [I, B] under Y [I, d], convex in Y."""
+    def logits(self, Y: Tensor, part: Part, rows: Tensor) -> Tensor:
+        """The logits [I, B, V] of rows int64 [I, B] of a part under Y [I, d], in which their NLLs are convex."""
 
     def sample(self, idx: Tensor, samples: int | None, generator: torch.Generator) -> Rows:
         return self.train.sample(idx, samples, generator)
@@ -80,12 +99,19 @@ class SharedPrior(Problem):
         return self.held_out.sample(idx, samples, generator)
 
     def lower(self, x: Any, Y: Tensor, idx: Tensor, batch: Rows) -> Tensor:
-        fit = (self.losses(Y, batch.rows, False) * batch.weight).sum(1)
         apart: Tensor = x["log_strength"].exp() / 2 * (Y - x["mean"]).square().sum(1)
-        return fit + apart
+        return self._nll(Y, self.parts[0], batch) + apart
 
     def upper(self, x: Any, Y: Tensor, idx: Tensor, batch: Rows) -> Tensor:
-        return (self.losses(Y, batch.rows, True) * batch.weight).sum(1)
+        return self._nll(Y, self.parts[1], batch)
+
+    def _nll(self, Y: Tensor, part: Part, batch: Rows) -> Tensor:
+        return (_nlls(self.logits(Y, part, batch.rows), part, batch.rows) * batch.weight).sum(1)
+
+
+def _nlls(logits: Tensor, part: Part, rows: Tensor) -> Tensor:
+    """The NLLs [I, B] of rows int64 [I, B] of a part by their logits [I, B, V]."""
+    return cross_entropy(logits.flatten(0, 1), part.labels[rows].flatten(), reduction="none").view(rows.shape)
 
 
 @dataclass(frozen=True)
@@ -103,48 +129,17 @@ class SharedFit:
 class _Temperatures(SharedPrior):
     """y_i is the inverse temperature, in which the NLL is convex."""
 
-    def __init__(self, parts: "tuple[Part, Part]", m: int) -> None:
-        self.parts = parts
-        super().__init__(DomainData(parts[0].domains, m), DomainData(parts[1].domains, m), 1)
-
-    def losses(self, Y: Tensor, rows: Tensor, held_out: bool) -> Tensor:
-        part = self.parts[held_out]
-        logits = part.logits[rows] * Y[:, None]
-        return cross_entropy(logits.flatten(0, 1), part.labels[rows].flatten(), reduction="none").view(rows.shape)
+    def logits(self, Y: Tensor, part: Part, rows: Tensor) -> Tensor:
+        return part.logits[rows] * Y[:, None]
 
 
 class _Mixing(SharedPrior):
     """y_i are the weights w of log-linear mixing: logits + (w . features) (thought logits - logits)."""
 
-    def __init__(self, parts: "tuple[Part, Part]", m: int) -> None:
-        self.parts = parts
-        features = cast(Tensor, parts[0].features)
-        super().__init__(DomainData(parts[0].domains, m), DomainData(parts[1].domains, m), features.shape[1])
-
-    def losses(self, Y: Tensor, rows: Tensor, held_out: bool) -> Tensor:
-        part = self.parts[held_out]
+    def logits(self, Y: Tensor, part: Part, rows: Tensor) -> Tensor:
         features, thought = cast(Tensor, part.features), cast(Tensor, part.thought_logits)
         share = (features[rows] * Y[:, None]).sum(-1, keepdim=True)
-        mixed = part.logits[rows] + share * (thought[rows] - part.logits[rows])
-        return cross_entropy(mixed.flatten(0, 1), part.labels[rows].flatten(), reduction="none").view(rows.shape)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Cached rows of a model: `logits` [n, V], the right ids `labels` int64 [n], `domains` int64 [n]; for mixing heads
-    also the logits behind a thought [n, V] and the `features` [n, d] that say how much of it to take."""
-
-    logits: Tensor
-    labels: Tensor
-    domains: Tensor
-    thought_logits: Tensor | None = None
-    features: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("labels", "domains", "thought_logits", "features"):
-            value = getattr(self, name)
-            if value is not None and len(value) != len(self.logits):
-                raise ValueError(f"{name} must have a row for each of the {len(self.logits)} logits, got {len(value)}")
+        return part.logits[rows] + share * (thought[rows] - part.logits[rows])
 
 
 def calibrate_temperatures(
@@ -159,7 +154,7 @@ def calibrate_temperatures(
     Raises:
         ValueError: a domain has no rows in either part.
     """
-    return _fit(_Temperatures((train, held_out), _domains(train)), torch.ones(1), steps, seed, options)
+    return _fit(_Temperatures(train, held_out, 1), torch.ones(1), steps, seed, options)
 
 
 def domain_mixing_heads(
@@ -180,7 +175,7 @@ def domain_mixing_heads(
     for name, part in (("train", train), ("held_out", held_out)):
         if part.thought_logits is None or part.features is None:
             raise ValueError(f"{name} needs thought_logits [n, V] and features [n, d], to mix thoughts by")
-    problem = _Mixing((train, held_out), _domains(train))
+    problem = _Mixing(train, held_out, cast(Tensor, train.features).shape[1])
     begin = torch.zeros(problem.dim_y) if start is None else start.float()
     if begin.shape != (problem.dim_y,):
         raise ValueError(f"start must be [{problem.dim_y}], a weight for each feature, got {list(begin.shape)}")
@@ -198,7 +193,7 @@ def thought_part(
     seed: int = 0,
     **thoughts: Any,
 ) -> Part:
-    """The rows of `domain_mixing_heads` from a thinking model's own thoughts, with the features (1, w).
+    """The rows of `domain_mixing_heads` from a thinking model's own thoughts, with the features (1, w); on the CPU.
 
     A head (a, b) on them weighs a thought by a + b w where the model itself has w: (0, 1) is the model as it is, and
     `mixed_by` the model with another head. Each thought before a token that the text has is a row.
@@ -218,6 +213,7 @@ def thought_part(
     if domains.shape != (B,):
         raise ValueError(f"domains must be [{B}], one for each text, got {list(domains.shape)}")
     columns = torch.arange(check_count("the length of input_ids", T, least=2) - 1) if positions is None else positions
+    columns, domains = columns.to(input_ids.device), domains.to(input_ids.device)
     if columns.ndim != 1:
         raise ValueError(f"positions must be [K], the same columns of all texts, got {list(columns.shape)}")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -245,7 +241,8 @@ def thought_part(
                 "log-linear in a head"
             )
         domain = domains[rows][:, None].expand_as(ends)[ends].repeat_interleave(N)
-        kept.append((logits, labels, domain, thought, torch.stack([torch.ones_like(weight), weight], 1)))
+        features = torch.stack([torch.ones_like(weight), weight], 1)
+        kept.append(tuple(x.cpu() for x in (logits, labels, domain, thought, features)))
     return Part(*(torch.cat(pieces) for pieces in zip(*kept, strict=True)))
 
 
@@ -296,8 +293,7 @@ class DomainReweighting(Problem):
 
     def _losses(self, part: Part, Y: Tensor, rows: Tensor) -> Tensor:
         heads = Y.view(len(Y), self.classes, -1)
-        logits = cast(Tensor, part.features)[rows] @ heads.mT
-        return cross_entropy(logits.flatten(0, 1), part.labels[rows].flatten(), reduction="none").view(rows.shape)
+        return _nlls(cast(Tensor, part.features)[rows] @ heads.mT, part, rows)
 
 
 def reweight_domains(

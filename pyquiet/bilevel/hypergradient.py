@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyquiet.bilevel.problem import Derivatives, Flat, Problem
+from pyquiet.bilevel.problem import Derivatives, Flat, Problem, check_precise
 
 _NEWTON, _PRODUCTS = 100, 2000  # steps of Newton's method and of conjugate gradients, at most
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # of a block's gradient, where the lower problem is solved
@@ -19,8 +19,10 @@ def solve_lower(problem: Problem, x: Any, Y: Tensor, *, tolerance: float | None 
         tolerance: of a block's gradient, in units of 1 + its first size; None: 1e-10, in float32 1e-5.
 
     Raises:
+        TypeError, ValueError: Y is neither float32 nor float64.
         RuntimeError: a block's gradient does not fall to the tolerance, or its H_i is not positive definite.
     """
+    check_precise("Y", Y)
     flat = Flat(x)
     tolerance = _TOLERANCE[Y.dtype] if tolerance is None else tolerance
     idx, batch = _all(problem, upper=False)

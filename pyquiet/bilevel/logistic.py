@@ -14,6 +14,7 @@ from torch.nn.functional import embedding, softplus
 from tqdm import tqdm
 
 from pyquiet.bilevel.bsvrb import BSVRB
+from pyquiet.bilevel.method import check_positive
 from pyquiet.bilevel.problem import Problem, row_scores
 from pyquiet.checks import check_count
 
@@ -26,10 +27,10 @@ class WeightedLogistic(Problem):
 
     Args:
         features [n, d], labels [n] in {-1, 1}: training rows. validation_features, validation_labels: clean rows.
-        temperatures: [m]. l2: above 0, or g_i need not be strongly convex.
+        temperatures: [m], above 0. l2: above 0, or g_i need not be strongly convex.
 
     Raises:
-        ValueError: shapes do not fit, labels are others, or l2 is not positive.
+        ValueError: shapes do not fit, labels are others, or a temperature or l2 is not positive.
     """
 
     points = True
@@ -52,9 +53,9 @@ class WeightedLogistic(Problem):
                 raise ValueError(f"{name} must be [n, d] with one label a row, got {list(X.shape)} and {list(y.shape)}")
             if not bool(((y == 1) | (y == -1)).all()):
                 raise ValueError(f"labels of {name} must be 1 or -1, got {y.unique().tolist()[:5]}")
-        if l2 <= 0:
-            raise ValueError(f"l2 must be above 0, got {l2}")
-        self.m, self.dim_y, self.l2 = len(temperatures), features.shape[1], l2
+        if not bool((temperatures > 0).all()):
+            raise ValueError(f"temperatures must be above 0, got {temperatures.tolist()[:5]}")
+        self.m, self.dim_y, self.l2 = len(temperatures), features.shape[1], check_positive("l2", l2)
         self.signed = features * labels[:, None].to(features)
         self.validation = validation_features * validation_labels[:, None].to(features)
         self.temperatures = temperatures.to(features)

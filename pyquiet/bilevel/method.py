@@ -5,6 +5,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +19,7 @@ from pyquiet.bilevel.hypergradient import hypergradient
 from pyquiet.bilevel.problem import Derivatives, Flat, Problem, Variables
 from pyquiet.bilevel.samplers import SAMPLERS, BlockSampler
 from pyquiet.bilevel.table import BlockTable
-from pyquiet.checks import check_count, check_fraction
+from pyquiet.checks import check_count, check_fraction, check_number
 from pyquiet.files import replacing
 from pyquiet.randomness import Purpose, Stream, resolve_seed, uniforms
 
@@ -296,6 +297,17 @@ class BlockMethod(ABC):
         """Takes what `_state` gave: of `own`, the state of which most of this process comes, and of rows from all."""
 
 
+def at_least(H: Tensor, floor: float) -> tuple[Tensor, float]:
+    """The nearest symmetric matrices with eigenvalues of at least `floor`, and the share that had to move."""
+    H = (H + H.mT) / 2
+    eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+    wrong = torch.linalg.cholesky_ex(H - floor * eye).info > 0
+    if wrong.any():
+        values, vectors = torch.linalg.eigh(H[wrong])
+        H[wrong] = vectors @ (values.clamp_min(floor)[..., None] * vectors.mT)
+    return H, int(wrong.sum()) / max(1, wrong.numel())
+
+
 def rate(value: Rate, step: int) -> float:
     """A step size at the step of this number.
 
@@ -314,7 +326,7 @@ def check_rate(name: str, value: Rate) -> Rate:
     """The step size, if it is a function or a number of at least 0; else a TypeError or ValueError that names it."""
     if callable(value):
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number or a function of the step, got {type(value).__name__}")
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a number of at least 0, got {value}")
@@ -322,8 +334,8 @@ def check_rate(name: str, value: Rate) -> Rate:
 
 
 def check_positive(name: str, value: float) -> float:
-    """The number, if it is above 0; else a ValueError that names it."""
-    if not value > 0:
+    """The number, if it is above 0; else a TypeError or ValueError that names it."""
+    if not check_number(name, value) > 0:
         raise ValueError(f"{name} must be above 0, got {value}")
     return value
 
@@ -350,18 +362,3 @@ def _check_shares(owned: Tensor, m: int, device: torch.device, group: Any) -> No
     wrong = (owners != 1).nonzero()[:, 0].tolist()
     if wrong:
         raise ValueError(f"owned: blocks {wrong[:5]} belong to no process or to several; give each block to one")
-
-
-def guard(gamma: float, tau: float, smoothness: float, name: str) -> float:
-    """gamma tau L: from 2 on the extrapolated steps diverge.
-
-    Raises:
-        ValueError: it is 2 or more.
-    """
-    product = gamma * tau * smoothness
-    if product >= 2:
-        raise ValueError(
-            f"{name}={tau:g} is too large: gamma tau L = {product:.3g} (L = {smoothness:.3g} is the largest curvature "
-            f"of a batch), and from 2 on the method diverges; take {name} <= {tau / product:.3g}, or a smaller gamma"
-        )
-    return product

@@ -8,7 +8,7 @@ y and in x, the gradient of F (the hypergradient) is the mean over blocks of gra
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,14 +158,6 @@ def check_precise(name: str, value: Tensor) -> None:
             f"{name} is {value.dtype}, in which the differences of gradients that this method amplifies are lost; "
             "give float32 or float64"
         )
-
-
-class Lower(NamedTuple):
-    """Of g at a point: grad_y [I, d], sum_i J_i^T v_i [d_x] and H_i v_i [I, d]."""
-
-    grad_y: Tensor
-    transposed: Tensor
-    product: Tensor
 
 
 class Derivatives:

@@ -22,8 +22,7 @@ class BlockTable:
         shapes: of a row of each field.
         moving: field -> the field of its velocity.
         dtype: float32 or float64.
-        device: where the rows are used. The table itself is there too, or in pinned memory of the host.
-        pin: keep the table in pinned host memory and copy the rows of a step to a CUDA device.
+        device: where the rows are used. The table of a CUDA device is in pinned memory of the host.
     """
 
     def __init__(
@@ -34,11 +33,10 @@ class BlockTable:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        pin: bool = True,
     ) -> None:
         self.m, self.moving, self.shapes, self.device = m, dict(moving), dict(shapes), torch.device(device)
         check_precise("dtype of the table", torch.empty(0, dtype=dtype))
-        pinned = pin and self.device.type == "cuda"
+        pinned = self.device.type == "cuda"
         home = torch.device("cpu") if pinned else self.device
         self._sizes = [math.prod(shape) for shape in shapes.values()]
         self._rows = torch.zeros(m, sum(self._sizes), dtype=dtype, device=home, pin_memory=pinned)

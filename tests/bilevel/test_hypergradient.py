@@ -156,6 +156,11 @@ def test_a_lower_problem_without_a_minimum_is_told() -> None:
         hypergradient(problem, torch.ones(2, dtype=torch.float64))
 
 
+def test_a_start_in_half_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Y is torch\.bfloat16"):
+        solve_lower(curved(), X, torch.zeros(5, 3).bfloat16())
+
+
 def test_losses_of_the_wrong_shape_are_told() -> None:
     class Wrong(Quadratics):
         def upper(self, x: Any, Y: Tensor, idx: Tensor, batch: Any) -> Tensor:

@@ -247,6 +247,8 @@ def test_what_does_not_fit_is_told_by_name(options: dict[str, Any], words: str) 
         made(**options)
     with pytest.raises(TypeError, match="eta must be a number or a function of the step, got str"):
         made(eta="fast")
+    with pytest.raises(TypeError, match="floor must be a number, got str 'low'"):
+        made(floor="low")
 
 
 def test_losses_under_autocast_or_detached_are_refused() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyquiet import load
 from pyquiet.bilevel import BSVRB, solve_lower
-from pyquiet.bilevel.demonstration import auc
+from pyquiet.bilevel.demonstration import auc, demonstrate
 from pyquiet.bilevel.domains import Part, calibrate_temperatures, domain_mixing_heads, reweight_domains
 from pyquiet.bilevel.logistic import WeightedLogistic, clean_labels
 from pyquiet.bilevel.ranking import TopKNDCG, dcg
@@ -41,6 +41,13 @@ def test_with_the_sign_turned_cleaning_keeps_the_wrong_ones(monkeypatch: pytest.
     assert auc(found.weights, ~wrong) < 0.5
 
 
+def test_rows_are_shown_in_either_precision() -> None:
+    X, y, *_ = flipped(60, 5)
+    single, double = (demonstrate(rows, y, epochs=1, progress=False) for rows in (X, X.double()))
+    assert single.oracle_accuracy == pytest.approx(double.oracle_accuracy, abs=0.1)
+    assert double.cleaned.weights.dtype == torch.float64
+
+
 def test_the_losses_of_batches_are_those_of_all_rows_in_the_mean() -> None:
     X, y, V, right, _ = flipped(6, 5)
     problem = WeightedLogistic(X, y, V, right, temperatures=torch.tensor([0.5, 2.0]))
@@ -67,6 +74,8 @@ def test_labels_that_are_none_are_told() -> None:
     X, y, V, right, _ = flipped(6, 5)
     with pytest.raises(ValueError, match=r"labels of features must be 1 or -1, got \[0"):
         WeightedLogistic(X, (y + 1) / 2, V, right, temperatures=torch.ones(2))
+    with pytest.raises(ValueError, match=r"temperatures must be above 0, got \[0\.0, 1\.0"):
+        WeightedLogistic(X, y, V, right, temperatures=torch.arange(2.0))
     with pytest.raises(ValueError, match="l2 must be above 0, got 0"):
         WeightedLogistic(X, y, V, right, temperatures=torch.ones(2), l2=0)
 
