@@ -5,18 +5,17 @@ They are plain weights of transformers' XLNetLMHeadModel, whose head is tied to 
 
 import json
 import os
-import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import XLNetConfig, XLNetLMHeadModel
 
 from pyquiet.checks import some_of
+from pyquiet.weights import read_weights
 
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile and wrappers
 _EMBEDDING = "transformer.word_embedding.weight"
@@ -50,7 +49,7 @@ def load_released(
         return _loaded(path, path, config=_config(path / "config.json"), dtype=dtype or "auto")
     if not path.is_file():
         raise FileNotFoundError(f"path {path}: there is neither a model's folder nor a file of weights")
-    weights = {_bare(key): value for key, value in _read(path).items()}
+    weights = {_bare(key): value for key, value in read_weights(path).items()}
     beside = path.with_name("config.json")
     if config is None:
         config = _config(beside) if beside.is_file() else _inferred(weights, path)
@@ -70,18 +69,6 @@ def _loaded(folder: Path | None, path: Path, **options: Any) -> XLNetLMHeadModel
     # Some of XLNet's parameters are made in float32 whatever is asked for.
     released: XLNetLMHeadModel = model.to(model.transformer.word_embedding.weight.dtype)
     return released.eval()
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"path {path}: no weights can be read from it ({str(error).partition(chr(10))[0]})") from None
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"path {path} must hold tensors by name, the state dict alone; save model.state_dict()")
-    return weights
 
 
 def _bare(key: str) -> str:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from pyquiet.checks import some_of
 from pyquiet.quiet_star.configuration import QuietStarConfig
 from pyquiet.quiet_star.modeling import QuietStarForCausalLM
+from pyquiet.weights import read_weights
 
 _BASES = ("mistral", "qwen2")
 # The released code has more settings than it has checkpoints: the model is the same under these alone.
@@ -53,7 +53,7 @@ def load_released(
     once. Arguments, result and errors are those of `convert_released`.
 
     Raises:
-        FileNotFoundError: config.json or the weights are not there.
+        FileNotFoundError: config.json or the weights are not there. ValueError: a file of weights cannot be read.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -158,14 +158,5 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             files = [name]
         else:
             continue
-        return {key: value for file in files for key, value in _read_file(folder / file).items()}
+        return {key: value for file in files for key, value in read_weights(folder / file).items()}
     raise FileNotFoundError(f"folder {folder} has no weights: neither {' nor '.join(_WEIGHTS)}, whole or in shards")
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        weights = load_file(path)
-    else:
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    # The model would share the mapped file's memory, which is gone when something else is saved under its name.
-    return {key: value.clone() for key, value in weights.items()}

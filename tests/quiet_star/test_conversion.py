@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 
 import pytest
 import torch
@@ -212,11 +211,14 @@ def test_a_pickled_checkpoint(shards, tmp_path):
     assert_holds(model, weights)
 
 
-def test_a_pickle_with_more_than_tensors_is_refused(tmp_path):
+def test_a_torn_file_and_a_pickle_with_more_than_tensors_are_refused(tmp_path):
     weights, config = released()
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.save(weights | {"start_embedding": AutoModelForCausalLM}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(pickle.UnpicklingError, match="AutoModelForCausalLM"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: no weights can be read"):
+        load_released(tmp_path, n_ahead=8)
+    (tmp_path / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"model\.safetensors: no weights can be read"):
         load_released(tmp_path, n_ahead=8)
 
 
