@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,26 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
+from pyquiet.checks import check_count
 from pyquiet.datasets import TextCollator, numbered
 from pyquiet.randomness import Purpose, Stream, epoch_seed, uniforms
 
 _EVALUATION = 2**32 - 1  # the epoch whose noise evaluation draws from
 _GOLDEN = (5**0.5 - 1) / 2
 _SHIFT = 1  # the index, in a stream, of what strata are shifted by
+
+
+@dataclass
+class SeededArguments(TrainingArguments):
+    """`transformers.TrainingArguments`, and what trainings on numbered texts share."""
+
+    max_length: int = field(default=256, metadata={"help": "Longer texts are cropped at seeded places."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator takes what it knows."})
+
+    def __post_init__(self) -> None:
+        check_count("max_length", self.max_length, least=2)
+        prepare_arguments(self)
+        super().__post_init__()
 
 
 class SeededTrainer(Trainer):

@@ -1,8 +1,5 @@
 """Any-subset autoregressive models: a text filled in any order, exactly and in parallel (arXiv 2504.20456)."""
 
-from importlib import import_module
-from typing import Any
-
 from pyquiet.any_subset.conversion import load_released
 from pyquiet.any_subset.drafting import Context, ngram_drafter
 from pyquiet.any_subset.engine import Cache, Engine, as_engine
@@ -11,6 +8,7 @@ from pyquiet.any_subset.likelihood import joint_log_prob, marginals
 from pyquiet.any_subset.order import order_from_mask
 from pyquiet.any_subset.rounds import Origin
 from pyquiet.any_subset.sampling import Infilling, infill
+from pyquiet.lazy import lazily
 
 __all__ = [
     "AnySubsetTrainer",
@@ -31,15 +29,11 @@ __all__ = [
     "order_from_mask",
 ]
 
-_TRAINING = {
-    "AnySubsetTrainer": "trainer",
-    "AnySubsetTrainingArguments": "arguments",
-    "any_subset_loss": "training",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """What training needs, imported when it is asked for: transformers' Trainer brings accelerate and more along."""
-    if name not in _TRAINING:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_TRAINING[name]}"), name)
+__getattr__ = lazily(
+    __name__,
+    {
+        "AnySubsetTrainer": "trainer",
+        "AnySubsetTrainingArguments": "arguments",
+        "any_subset_loss": "training",
+    },
+)

@@ -2,15 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
-
 from pyquiet.any_subset.training import BLOCK_SIZES
 from pyquiet.checks import check_count, check_fraction
-from pyquiet.trainers import prepare_arguments
+from pyquiet.trainers import SeededArguments
 
 
 @dataclass
-class AnySubsetTrainingArguments(TrainingArguments):
+class AnySubsetTrainingArguments(SeededArguments):
     """`transformers.TrainingArguments` and how a model learns to fill in; see `any_subset_loss`.
 
     The share of a text that is to be filled is uniform in [low_mask_rate, high_mask_rate], evenly spread over the texts
@@ -28,8 +26,6 @@ class AnySubsetTrainingArguments(TrainingArguments):
     smallest_block: int = field(default=BLOCK_SIZES[0], metadata={"help": "Of targets drafted together."})
     largest_block: int = field(default=BLOCK_SIZES[1], metadata={"help": "Of targets drafted together."})
     eval_mask_rates: list[float] = field(default_factory=lambda: [0.5, 0.95])
-    max_length: int = field(default=256, metadata={"help": "Longer texts are cropped at seeded places."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator takes what it knows."})
 
     def __post_init__(self) -> None:
         for name in ("draft_weight", "low_mask_rate", "high_mask_rate"):
@@ -43,12 +39,10 @@ class AnySubsetTrainingArguments(TrainingArguments):
         check_count("mask_warmup_steps", self.mask_warmup_steps, least=0)
         check_count("smallest_block", self.smallest_block, least=1)
         check_count("largest_block", self.largest_block, least=self.smallest_block)
-        check_count("max_length", self.max_length, least=2)
         if not self.eval_mask_rates:
             raise ValueError("eval_mask_rates must hold a rate to evaluate at, got []")
         for rate in self.eval_mask_rates:
             check_fraction("eval_mask_rates", rate)
-        prepare_arguments(self)
         super().__post_init__()
 
     def mask_rates(self, step: int) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from pyquiet.any_subset.drafting import ngram_drafter
 from pyquiet.any_subset.engine import Engine, undisturbed
 from pyquiet.any_subset.inputs import read_inputs
 from pyquiet.any_subset.rounds import Round, Session
-from pyquiet.randomness import COUPLINGS, process_logits, resolve_seed, resolve_sequence_ids
+from pyquiet.randomness import COUPLINGS, check_processing, resolve_seed, resolve_sequence_ids
 
 FIXED_METHODS = ("sequential", "assd", "one_call", "ngram")
 METHODS = ("auto", *FIXED_METHODS)
@@ -228,13 +228,10 @@ def _check_options(method: Any, k: Any, coupling: str) -> None:
 def _checked_law(
     engine: Engine, temperature: float, top_k: int | None, top_p: float | None, banned: Tensor | None
 ) -> dict[str, Any]:
-    """The options of processing, tried on a row of zeros: what is wrong with them is known before any call."""
-    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "banned": banned}
-    if banned is not None and not isinstance(banned, Tensor):
-        raise TypeError(f"banned must be a bool tensor [V] or None, got {type(banned).__name__}")
+    """The options of processing, checked before any call."""
+    check_processing(engine.vocab_size, temperature, top_k, top_p, banned)
     if banned is not None:
-        options["banned"] = banned = banned.to(engine.device)
-    process_logits(torch.zeros(1, engine.vocab_size, device=engine.device), **options)
-    if banned is not None and bool(banned.all()):
-        raise ValueError("banned bans every token of the vocabulary; leave one")
-    return options
+        if bool(banned.all()):
+            raise ValueError("banned bans every token of the vocabulary; leave one")
+        banned = banned.to(engine.device)
+    return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "banned": banned}

@@ -3,11 +3,9 @@
 import math
 from dataclasses import dataclass, field, fields
 
-from transformers import TrainingArguments
-
 from pyquiet.checks import check_count
 from pyquiet.quiet_star.objective import Baseline, QuietStarObjective, Reduction
-from pyquiet.trainers import prepare_arguments
+from pyquiet.trainers import SeededArguments
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Stage:
 
 
 @dataclass
-class QuietStarTrainingArguments(TrainingArguments):
+class QuietStarTrainingArguments(SeededArguments):
     """`transformers.TrainingArguments` and how a model learns to think; see `QuietStarObjective` for its options.
 
     With `curriculum`, a list of stages "m,A:steps[:learning_rate]", one run goes through them (arXiv 2505.17746):
@@ -63,22 +61,18 @@ class QuietStarTrainingArguments(TrainingArguments):
     over_steps: Reduction | None = None
     policy_temperature: float | None = None
     official: bool = field(default=False, metadata={"help": "The released code's loss, number for number."})
-    max_length: int = field(default=256, metadata={"help": "Longer texts are cropped at seeded places."})
     head_learning_rate: float | None = field(default=None, metadata={"help": "Of the mixing head."})
     meta_learning_rate: float | None = field(
         default=None, metadata={"help": "Of START and END as stored, which is embedding_scale times smaller."}
     )
     curriculum: list[str] | None = None
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator takes what it knows."})
 
     def __post_init__(self) -> None:
         _ = self.objective
-        check_count("max_length", self.max_length, least=2)
         for name in ("head_learning_rate", "meta_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and not 0 <= rate < math.inf:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {rate}")
-        prepare_arguments(self)
         if isinstance(self.curriculum, str):
             raise TypeError(f"curriculum must be a list of stages, got the string {self.curriculum!r}")
         if stages := self.stages:

@@ -250,6 +250,7 @@ class _Loop:
         ids = torch.arange(request.prompts, device=device) if ids is None else ids.to(device)
         request.options.sequence_ids = ids.repeat_interleave(returns)
         self.thinker = Thinker(model, Text.of(input_ids, mask), request.options, self.return_index)
+        self.banned = model.banned_ids(device)
         self.running = torch.ones(B, dtype=torch.bool, device=device)
         keep = generation_config.return_dict_in_generate
         self.scores: tuple[Tensor, ...] | None = () if keep and generation_config.output_scores else None
@@ -278,22 +279,16 @@ class _Loop:
         if hasattr(streamer, "put_thoughts"):
             streamer.put_thoughts(round_.tokens[:, 0].cpu(), weight.cpu())
         logits = average(model.mixed_logits(model.raw_logits(hidden), end, weight))
-        if thinker.banned is not None:
-            logits = logits.masked_fill(thinker.banned, -torch.inf)
+        if self.banned is not None:
+            logits = logits.masked_fill(self.banned, -torch.inf)
         return logits
 
     def choose(self, scores: Tensor) -> Tensor:
         """The next tokens, int64 [B]."""
-        position = self.thinker.text.length
-        stream = Stream(
-            self.request.options.seed,
-            Purpose.ANSWER,
-            sequence=self.thinker.sequence,
-            position=position,
-            index=self.return_index,
-        )
+        seed, sequence, position = self.request.options.seed, self.thinker.sequence, self.thinker.text.length
+        stream = Stream(seed, Purpose.ANSWER, sequence, position, index=self.return_index)
         temperature = 1.0 if self.config.do_sample else 0.0
-        return draw(scores, stream=stream, temperature=temperature, banned=self.thinker.banned).tokens
+        return draw(scores, stream=stream, temperature=temperature, banned=self.banned).tokens
 
     def record(self, logits: Tensor, scores: Tensor) -> None:
         if self.scores is not None:

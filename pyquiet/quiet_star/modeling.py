@@ -24,8 +24,8 @@ from pyquiet.quiet_star.configuration import QuietStarConfig
 from pyquiet.quiet_star.generation import ThinkingGeneration
 from pyquiet.quiet_star.inputs import check_context, check_inputs, check_no_nan, check_positions, real_tokens
 from pyquiet.quiet_star.objective import QuietStarObjective, ThinkingLoss
+from pyquiet.quiet_star.support import check_supported
 from pyquiet.quiet_star.thinking import Round, Text, Thinker, ThoughtOptions, average, chunks
-from pyquiet.quiet_star.thoughts import check_supported
 from pyquiet.quiet_star.training import ThinkingTraining
 
 Think = Literal["always", "never"]
@@ -270,18 +270,8 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, AdaptedBase, Pr
             ValueError, TypeError: ids or positions out of range, an empty row, a mask with holes, a text that with its
                 thoughts passes the model's context, NaN logits (the row is named), an option out of range.
         """
-        text, options = self._prepare(
-            input_ids,
-            attention_mask,
-            (
-                seed,
-                thoughts_per_token,
-                thought_temperature,
-                thought_top_k,
-                thought_top_p,
-                sequence_ids,
-            ),
-        )
+        sampling = (seed, thoughts_per_token, thought_temperature, thought_top_k, thought_top_p, sequence_ids)
+        text, options = self._prepare(input_ids, attention_mask, sampling)
         columns = check_positions(positions, input_ids)
         hidden, round_ = self._think_after(columns, input_ids, text, options)
         weight = self.mix(hidden, round_.end_hidden)
@@ -332,10 +322,8 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, AdaptedBase, Pr
             raise ValueError(f'think must be "always" or "never", got {think!r}')
         if think == "never":
             return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-        if unknown := {name for name, value in kwargs.items() if value is not None} - {
-            "return_dict",
-            "use_cache",
-        }:
+        given = {name for name, value in kwargs.items() if value is not None}
+        if unknown := given - {"return_dict", "use_cache"}:
             raise TypeError(f'forward with think="always" does not take {", ".join(sorted(unknown))}')
         if objective is not None:
             return self.thinking_loss(
@@ -348,22 +336,15 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, AdaptedBase, Pr
                 target_counts=target_counts,
                 may_be_empty=may_be_empty,
             )
-        options = (
-            seed,
-            thoughts_per_token,
-            thought_temperature,
-            thought_top_k,
-            thought_top_p,
-            sequence_ids,
-        )
+        sampling = (seed, thoughts_per_token, thought_temperature, thought_top_k, thought_top_p, sequence_ids)
         with torch.no_grad():
-            text, checked = self._prepare(input_ids, attention_mask, options)
-            hidden, round_ = self._think_after(check_positions(None, input_ids), input_ids, text, checked)
+            text, options = self._prepare(input_ids, attention_mask, sampling)
+            hidden, round_ = self._think_after(check_positions(None, input_ids), input_ids, text, options)
             weight = self.mix(hidden, round_.end_hidden)
             raw = self.raw_logits(hidden)
             parts = [
                 average(self.mixed_logits(raw[:, part], round_.end_hidden[:, part], weight[:, part]))
-                for part in chunks(input_ids.shape[1], input_ids.shape[0] * checked.thoughts * self.logits_size)
+                for part in chunks(input_ids.shape[1], input_ids.shape[0] * options.thoughts * self.logits_size)
             ]
             logits = torch.cat(parts, 1)
             loss = None
@@ -372,12 +353,13 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, AdaptedBase, Pr
         return CausalLMOutput(loss=loss, logits=logits)
 
     def _prepare(
-        self, input_ids: Tensor, attention_mask: Tensor | None, options: tuple[Any, ...]
+        self, input_ids: Tensor, attention_mask: Tensor | None, sampling: tuple[Any, ...]
     ) -> tuple[Text, ThoughtOptions]:
+        """Where the text lies, and how its thoughts are drawn, checked; `sampling` as in `ThoughtOptions.checked`."""
         check_inputs(input_ids, attention_mask, embedding_table(self.base).shape[0])
         text = Text.of(input_ids, attention_mask)
         check_context(self.config, int(text.length.max()))
-        return text, ThoughtOptions.checked(self.config.thoughts_per_token, input_ids.shape[0], *options)
+        return text, ThoughtOptions.checked(self.config.thoughts_per_token, input_ids.shape[0], *sampling)
 
     def _think_after(
         self, columns: Tensor, input_ids: Tensor, text: Text, options: ThoughtOptions

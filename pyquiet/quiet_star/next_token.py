@@ -1,47 +1,33 @@
 """`NextTokenTrainer`: the no-thought stage of Fast Quiet-STaR (arXiv 2505.17746) as a transformers Trainer."""
 
 import functools
-import hashlib
-import os
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.numpy import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
-from transformers import EvalPrediction, TrainingArguments
+from transformers import EvalPrediction
 
 from pyquiet.checks import check_count
-from pyquiet.datasets import IGNORED, NumberedTexts, TextCollator
-from pyquiet.environment import fingerprint
-from pyquiet.files import replacing
+from pyquiet.datasets import IGNORED, TextCollator
 from pyquiet.quiet_star.data import labels_in, targets_in
 from pyquiet.quiet_star.distillation import (
     NextTokenLoss,
     NtpObjective,
     answering_model,
     check_objective,
-    mixed_nlls,
     next_token_loss,
 )
 from pyquiet.quiet_star.inputs import check_context
 from pyquiet.quiet_star.modeling import QuietStarForCausalLM
-from pyquiet.randomness import epoch_seed
-from pyquiet.trainers import SeededTrainer, check_trainable, prepare_arguments, tokens_in
-
-_SAVE_EVERY = 60.0  # seconds
+from pyquiet.trainers import SeededArguments, SeededTrainer, check_trainable, tokens_in
 
 
 @dataclass
-class NextTokenTrainingArguments(TrainingArguments):
+class NextTokenTrainingArguments(SeededArguments):
     """`transformers.TrainingArguments` and what a model without thoughts learns from; see `next_token_loss`.
 
     Raises:
@@ -54,15 +40,11 @@ class NextTokenTrainingArguments(TrainingArguments):
     )
     nll_weight: float = field(default=0.0, metadata={"help": "Of the plain NLL beside it."})
     teacher_thoughts_per_token: int | None = field(default=None, metadata={"help": "None: as the teacher has it."})
-    max_length: int = field(default=256, metadata={"help": "Longer texts are cropped at seeded places."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator takes what it knows."})
 
     def __post_init__(self) -> None:
         check_objective(self.ntp_objective, self.ntp_policy_weight, self.nll_weight)
         if self.teacher_thoughts_per_token is not None:
             check_count("teacher_thoughts_per_token", self.teacher_thoughts_per_token, least=1)
-        check_count("max_length", self.max_length, least=2)
-        prepare_arguments(self)
         super().__post_init__()
 
 
@@ -184,90 +166,6 @@ class NextTokenTrainer(SeededTrainer):
     def _evaluated(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         out = self._grade(model, inputs, self.evaluation_seed, targets_in(inputs).sum())
         return out.loss, (out.student_nlls, out.teacher_nlls), labels_in(inputs)
-
-
-def teacher_nlls(
-    teacher: QuietStarForCausalLM,
-    dataset: Any,
-    *,
-    seed: int,
-    epoch: int = 0,
-    thoughts_per_token: int | None = None,
-    batch_size: int = 8,
-    path: str | os.PathLike[str] | None = None,
-    progress: bool = True,
-) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
-    """What `NextTokenTrainer` needs of a teacher, but for "kl": NLLs of each text's tokens but the first, in nats.
-
-    The thoughts are those of an online teacher in that epoch of a run with that seed; with batches of the same texts
-    the NLLs are the same bits. Give them to the trainer as a column:
-
-    >>> nlls = teacher_nlls(teacher, dataset, seed=0, path="nlls.safetensors")  # doctest: +SKIP
-    >>> dataset = dataset.add_column("teacher_nlls", nlls)  # doctest: +SKIP
-
-    Args:
-        dataset: of dicts with `input_ids` and, if need be, `attention_mask`; no text is cropped.
-        path: a safetensors file in which finished texts are kept, every minute and at an interruption; what it holds
-            of the same teacher and options already is not made again.
-
-    Returns:
-        float32 arrays [T - 1], one for each text without its padding.
-
-    Raises:
-        ValueError, TypeError: as `think_at_every_token`; the file at `path` is of something else.
-    """
-    texts, collate = NumberedTexts(dataset), TextCollator(max_length=sys.maxsize)
-    about = {} if path is None else _about(teacher, texts, seed, epoch, thoughts_per_token)
-    done = _read(path, about) if path is not None and Path(path).exists() else []
-    options = (epoch_seed(seed, epoch), thoughts_per_token, 1.0, None, None)
-    saved = time.monotonic()
-    try:
-        for start in tqdm(range(len(done), len(texts), batch_size), "teacher", disable=None if progress else True):
-            batch = collate([texts[i] for i in range(start, min(start + batch_size, len(texts)))])
-            ids, mask, sequence_ids = (
-                batch[name].to(teacher.device) for name in ("input_ids", "attention_mask", "sequence_ids")
-            )
-            nlls = mixed_nlls(teacher, ids, mask, (*options, sequence_ids)).float().cpu().numpy()
-            done += [row[: n - 1] for row, n in zip(nlls, mask.sum(1).tolist(), strict=True)]
-            if path is not None and time.monotonic() - saved >= _SAVE_EVERY:
-                _write(path, done, about)
-                saved = time.monotonic()
-    finally:
-        if path is not None and done:
-            _write(path, done, about)
-    return done
-
-
-def _about(
-    teacher: QuietStarForCausalLM, texts: NumberedTexts, seed: int, epoch: int, thoughts: int | None
-) -> dict[str, str]:
-    """What a file of NLLs is of."""
-    ids = hashlib.sha256()
-    for i in range(len(texts)):
-        example = texts[i]
-        row = np.asarray(example["input_ids"], np.int64)
-        if example.get("attention_mask") is not None:
-            row = row[np.asarray(example["attention_mask"], bool)]
-        ids.update(np.int64(len(row)).tobytes() + row.tobytes())
-    thoughts = teacher.config.thoughts_per_token if thoughts is None else thoughts
-    options = (seed, epoch, thoughts, teacher.config.thought_tokens)
-    names = ("seed", "epoch", "thoughts_per_token", "thought_tokens", "teacher", "dataset")
-    return dict(zip(names, (*map(str, options), fingerprint(teacher), ids.hexdigest()), strict=True))
-
-
-def _write(path: str | os.PathLike[str], done: list[Any], about: dict[str, str]) -> None:
-    lengths = np.array([len(row) for row in done])
-    with replacing(path) as partial:
-        save_file({"nlls": np.concatenate(done), "lengths": lengths}, partial, about)
-
-
-def _read(path: str | os.PathLike[str], about: dict[str, str]) -> list[Any]:
-    with safe_open(path, "np") as file:
-        if (found := file.metadata()) != about:
-            wrong = [name for name in about if (found or {}).get(name) != about[name]]
-            raise ValueError(f"path: {path} holds NLLs of another {', '.join(wrong)}; remove it or name another file")
-        nlls, lengths = file.get_tensor("nlls"), file.get_tensor("lengths")
-    return np.split(nlls, lengths.cumsum()[:-1])
 
 
 def _through(model: Any, student: nn.Module, forward: Any, input_ids: Tensor) -> NextTokenLoss:

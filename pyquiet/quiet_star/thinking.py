@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyquiet.checks import check_count
 from pyquiet.quiet_star.thoughts import ThoughtCache, ThoughtLayout, run_rows
-from pyquiet.randomness import Purpose, Stream, check_sequence_ids, draw, process_logits, resolve_seed
+from pyquiet.randomness import Purpose, Stream, check_processing, check_sequence_ids, draw, resolve_seed
 
 if TYPE_CHECKING:
     from pyquiet.quiet_star.modeling import QuietStarForCausalLM
@@ -41,29 +41,18 @@ class ThoughtOptions:
         thought_top_p: float | None,
         sequence_ids: Tensor | None,
     ) -> "ThoughtOptions":
+        """These, as users call them, checked: ValueError or TypeError by name. A seed of None is taken here."""
         thoughts = default_thoughts if thoughts_per_token is None else thoughts_per_token
         check_count("thoughts_per_token", thoughts, least=1)
         try:
-            process_logits(
-                torch.zeros(1, 1),
-                temperature=thought_temperature,
-                top_k=thought_top_k,
-                top_p=thought_top_p,
-            )
+            check_processing(1, thought_temperature, thought_top_k, thought_top_p)
         except (TypeError, ValueError) as error:
             raise type(error)(
                 f"thought sampling (thought_temperature, thought_top_k, thought_top_p): {error}"
             ) from None
         if sequence_ids is not None:
             check_sequence_ids(sequence_ids, batch)
-        return cls(
-            resolve_seed(seed),
-            thoughts,
-            thought_temperature,
-            thought_top_k,
-            thought_top_p,
-            sequence_ids,
-        )
+        return cls(resolve_seed(seed), thoughts, thought_temperature, thought_top_k, thought_top_p, sequence_ids)
 
 
 @dataclass
@@ -119,7 +108,6 @@ class Thinker:
         self.sequence = torch.arange(batch, device=device) if ids is None else ids.to(device)
         # Return r of a sequence numbers its thoughts from r * N, so that return 0 is what a single return would be.
         self.first_index = 0 if return_index is None else return_index * options.thoughts
-        self.banned = model.banned_ids(device)
         self.calls = self.token_passes = 0
 
     def read(self, input_ids: Tensor) -> Tensor:

@@ -15,14 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from pyquiet.quiet_star import next_token
-from pyquiet.quiet_star.distillation import next_token_loss
-from pyquiet.quiet_star.next_token import (
-    NextTokenCollator,
-    NextTokenTrainer,
-    NextTokenTrainingArguments,
-    teacher_nlls,
-)
+from pyquiet.quiet_star.distillation import mixed_nlls, next_token_loss
+from pyquiet.quiet_star.next_token import NextTokenCollator, NextTokenTrainer, NextTokenTrainingArguments
+from pyquiet.quiet_star.teacher import teacher_nlls
 from pyquiet.randomness import epoch_seed
 
 from ..processes import in_processes
@@ -268,15 +263,14 @@ def test_finished_nlls_are_kept(tmp_path, monkeypatch):
     teacher, path = teacher_of(), tmp_path / "nlls.safetensors"
     expected = teacher_nlls(teacher, DATA, seed=3, batch_size=2, progress=False)
     graded = []
-    real = next_token.mixed_nlls
 
     def failing(teacher, ids, *rest):
         if len(graded) == 2:
             raise KeyboardInterrupt
         graded.append(len(ids))
-        return real(teacher, ids, *rest)
+        return mixed_nlls(teacher, ids, *rest)
 
-    monkeypatch.setattr(next_token, "mixed_nlls", failing)
+    monkeypatch.setattr("pyquiet.quiet_star.teacher.mixed_nlls", failing)
     with pytest.raises(KeyboardInterrupt):
         teacher_nlls(teacher, DATA, seed=3, batch_size=2, path=path, progress=False)
     assert path.exists()
@@ -300,9 +294,9 @@ def test_finished_nlls_are_kept(tmp_path, monkeypatch):
 
 
 def test_nlls_are_saved_while_it_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(next_token, "_SAVE_EVERY", 0.0)
+    monkeypatch.setattr("pyquiet.quiet_star.teacher._SAVE_EVERY", 0.0)
     written = []
-    monkeypatch.setattr(next_token, "_write", lambda path, done, about: written.append(len(done)))
+    monkeypatch.setattr("pyquiet.quiet_star.teacher._write", lambda path, done, about: written.append(len(done)))
     teacher_nlls(teacher_of(), DATA, seed=3, batch_size=4, path=tmp_path / "x", progress=False)
     assert written == [4, 6, 6]
 

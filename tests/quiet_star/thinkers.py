@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import pyquiet
+from pyquiet.tokens import padded as padded
 
 from .architectures import EOS, EXACT, VOCABULARY, build
 from .sequential_reference import Text
@@ -69,18 +70,6 @@ def awake(model: Any, seed: int = 1) -> Any:
 def linear_layers(model: Any) -> list[nn.Linear]:
     """The linear layers of the mixing head, in order."""
     return [layer for layer in model.mixing_head.modules() if isinstance(layer, nn.Linear)]
-
-
-def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask [B, T] of texts of several lengths, padded on that side."""
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for b, row in enumerate(rows):
-        columns = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
-        ids[b, columns] = row
-        mask[b, columns] = 1
-    return ids, mask
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
