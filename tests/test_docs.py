@@ -1,7 +1,7 @@
 """What the documentation says works: its examples run, its commands parse, its links lead somewhere, its pages build.
 
 A block of Python whose first line is `# An excerpt: ...` is not run, one with `# needs pyquiet[EXTRA]` only where that
-is installed. Others run as they stand, those of a file one after the other, in a folder with the files that they name.
+is installed. Others run as they stand, those of a file one after the other, in an empty folder.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.util
-import json
 import re
 import shlex
 import subprocess
@@ -19,7 +18,6 @@ from types import ModuleType
 
 import pytest
 
-import pyquiet
 from pyquiet.cli import command_line
 
 ROOT = Path(__file__).parents[1]
@@ -47,21 +45,9 @@ def is_run(code: str) -> bool:
     return not first.startswith("# An excerpt: ")
 
 
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with what the examples read."""
-    monkeypatch.chdir(tmp_path)
-    for part in pyquiet.load("tiny-causal"):
-        part.save_pretrained("path/of/a/causal-lm")
-    for name, numbers in (("calibration", (3, 5, 8)), ("questions", (4, 6))):
-        lines = [f"Ann has {n} apples. Ann buys {n + 1} more. How many apples does Ann have?" for n in numbers]
-        rows = [{"question": line, "answer": str(2 * n + 1)} for line, n in zip(lines, numbers, strict=True)]
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text("utf-8"))], ids=by_name)
-def test_examples_run(page: Path, place: Path) -> None:
+def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     text = page.read_text("utf-8")
     names: dict[str, object] = {"__name__": "example"}
     blocks = [(found[1], text.count("\n", 0, found.start(1))) for found in BLOCK.finditer(text)]

@@ -5,7 +5,18 @@ import sys
 from typing import TYPE_CHECKING
 
 from pyquiet.cli import scale_report
-from pyquiet.cli.options import Number, Whole, add_quiet, add_seed, add_temperature, check_needed
+from pyquiet.cli.options import (
+    Number,
+    Whole,
+    add_place,
+    add_quiet,
+    add_seed,
+    add_temperature,
+    add_top_p,
+    check_needed,
+    dtype,
+    usable_device,
+)
 from pyquiet.cli.reports import STANDARD_OUTPUT, add_json, check_json, give
 from pyquiet.cli.scale_models import EMBEDDED, embedded_file, model, settle_bank
 
@@ -44,6 +55,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     _add_promise(parser)
     _add_bank(parser)
     _add_chains(parser)
+    add_place(parser.add_argument_group("models of this process"))
     add_json(parser)
     add_quiet(parser)
     parser.set_defaults(run=run, command=parser.prog)
@@ -130,7 +142,7 @@ def _add_chains(parser: argparse.ArgumentParser) -> None:
         "--target-tokens", type=Whole(), help="of a takeover at most (default: 500; 48 for the embedded pair)"
     )
     add_temperature(chains, 0.8, "both models")
-    chains.add_argument("--top-p", type=Number(0, 1, open=True), default=1.0, help="of both models")
+    add_top_p(chains)
     chains.add_argument(
         "--stop", action="append", metavar="TEXT", help=r"ends a chunk (\n for a newline); may be given again"
     )
@@ -208,8 +220,9 @@ def _build(args: argparse.Namespace, embedded: bool) -> "ATTS":
     if args.drift_level is None:
         check_needed(args, "--drift-level", "freeze_on_drift")
     on_takeover: OnTakeover = args.on_takeover or ("replace" if embedded else "continue")
+    place = usable_device(args.device), dtype(args)
     draft, target = (
-        model(role, getattr(args, role), getattr(args, f"{role}_tokenizer")) for role in ("draft", "target")
+        model(role, getattr(args, role), getattr(args, f"{role}_tokenizer"), *place) for role in ("draft", "target")
     )
     return ATTS(
         draft, target, takeover_rate=args.takeover_rate, tail=args.tail, preset=args.preset, on_takeover=on_takeover,
@@ -233,8 +246,8 @@ def _plan(args: argparse.Namespace, embedded: bool) -> "Plan":
     return Plan(
         chains=args.chains,
         turns=args.turns,
-        draft=Sampling(args.draft_tokens or short, args.temperature, args.top_p),
-        target=Sampling(args.target_tokens or short, args.temperature, args.top_p),
+        draft=Sampling(args.draft_tokens or short, args.temperature, args.top_p or 1.0),
+        target=Sampling(args.target_tokens or short, args.temperature, args.top_p or 1.0),
         stop=tuple(stop),
         early_majority=args.early_majority,
         pools=Pools(draft, score, target, args.inflight),

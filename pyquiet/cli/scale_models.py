@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from pyquiet.files import check_writable
 
 if TYPE_CHECKING:
+    import torch
+
     from pyquiet.scaling import ATTS, Backend
     from pyquiet.scaling.calibration import Kind
 
@@ -23,8 +25,10 @@ def embedded_file(name: str) -> Path:
     return folder(EMBEDDED[1]) / name
 
 
-def model(role: str, name: str, tokenizer: str | None) -> "str | Backend":
-    """The model that a user calls so: servers, the tokenizer given for them at hand, or what `ATTS` makes of a name.
+def model(
+    role: str, name: str, tokenizer: str | None, device: "torch.device", dtype: "torch.dtype | None"
+) -> "Backend":
+    """The model that a user calls so: servers, the tokenizer given for them at hand, or one of this process.
 
     Raises ValueError for what is none of these, before anybody is asked over the net, and for a tokenizer that is given
     for something else than servers.
@@ -39,12 +43,16 @@ def model(role: str, name: str, tokenizer: str | None) -> "str | Backend":
             check_known(option, name)
         except ValueError as error:
             raise ValueError(f"{error}; the address of a server begins with http:// or https://") from None
-        return name
+        from pyquiet.cli.loading import load_causal
+        from pyquiet.scaling.backends.huggingface import HFBackend
+
+        network, words = load_causal(option, name)
+        return HFBackend(network.to(device, dtype), words)
     from pyquiet.scaling.backends.openai import OpenAIBackend
 
     addresses, _, served = name.partition("#")
-    words = None if tokenizer is None else _tokenizer(f"{option}-tokenizer", tokenizer)
-    return OpenAIBackend([address.strip() for address in addresses.split(",")], served or None, tokenizer=words)
+    own = None if tokenizer is None else _tokenizer(f"{option}-tokenizer", tokenizer)
+    return OpenAIBackend([address.strip() for address in addresses.split(",")], served or None, tokenizer=own)
 
 
 def _tokenizer(option: str, name: str) -> Any:

@@ -62,7 +62,6 @@ SHARED = {
     "--judge": (None, "causal model, whose perplexity is shown"),
 }
 ELSEWHERE = {"bilevel"}  # commands whose options are not made by `pyquiet.cli.options`
-OWN_WORDS = {(("scale",), "--top-p")}  # of two models
 
 
 def having(option: str) -> list[tuple[str, ...]]:
@@ -76,7 +75,7 @@ def test_a_shared_option_has_one_type_and_the_same_words_in_all_commands(option:
     assert len(paths) > 1
     for path in paths:
         action = COMMANDS[path][option]
-        assert words in (action.help or "") or (path, option) in OWN_WORDS, path
+        assert words in (action.help or ""), path
         assert action.type == (Whole(0, 2**32) if path[0] == "train" and option == "--seed" else kind), path
         first = COMMANDS[paths[0]][option]
         assert (action.nargs, action.const) == (first.nargs, first.const), path
@@ -89,7 +88,8 @@ def test_every_command_has_the_options_that_go_with_what_it_does() -> None:
         assert ("--json" in options) == measures, path
         assert ("--quiet" in options) == (path not in (("doctor",), ("scale", "report"))), path
         assert ("--seed" in options) == (path not in (("doctor",), ("scale", "report"))), path
-        assert ("--device" in options) == (path[0] in ("think", "infill", "diffuse", "train", "evaluate")), path
+        runs = path[0] in ("think", "infill", "diffuse", "train", "evaluate") or path == ("scale",)
+        assert ("--device" in options) == runs, path
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
@@ -148,6 +148,7 @@ def test_types_take_their_bounds() -> None:
     [
         (["think", "--think", "maybe"], "--think must be one of always, never, got 'maybe'"),
         (["think", "--device", "nonsense"], "--device nonsense: "),
+        (["scale", "--device", "nonsense"], "--device nonsense: "),
         (["think", "--prompt"], "--prompt: expected one argument"),
         (["infill", "--text", "___", "--gap-tokens", "x"], "--gap-tokens must be a number of tokens, 3, or a range"),
         (["train", "quiet-star", "--text", "x"], "the following arguments are required: --output; see "),
