@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from problems import Problem
-from texts import IGNORED, held_out, padded
+from texts import held_out, padded
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyquiet.bilevel.demonstration import auc
+from pyquiet.datasets import IGNORED
 
 BATCH = 50
 NEW_TOKENS = 200

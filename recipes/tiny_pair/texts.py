@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from pyquiet.datasets import IGNORED
+
 VOCABULARY = 512
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 PAD, BOS, EOS = range(3)
 CONTEXT = 512
-IGNORED = -100
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] | trim }}\n{% endfor %}"
 # Seeds of problems that are never trained on, by what they are for, and how many there are.
 HELD_OUT = {"questions": (1, 64), "calibration": (2, 128), "evaluation": (3, 1000)}
