@@ -7,6 +7,7 @@ from pyquiet.checks import check_count
 from pyquiet.scaling.calibration import BUCKETS, Hierarchical, Kind, PerTurn, Pooled, fit
 from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.panel import Panel
+from pyquiet.scaling.plan import check_word
 from pyquiet.scaling.records import Question, Record
 from pyquiet.scaling.spent import Spent
 from pyquiet.scaling.table import Table
@@ -26,6 +27,7 @@ class Filling:
     def __init__(
         self, questions: Sequence[Question], kind: Kind, *, chains: int, turns: int | None, n_min: int, longest: int
     ) -> None:
+        check_word("kind", kind, Kind)
         check_count("chains", chains, least=1)
         check_count("n_min", n_min, least=1)
         if turns is not None and kind != "per_turn":

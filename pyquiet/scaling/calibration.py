@@ -12,7 +12,8 @@ import numpy as np
 
 from pyquiet.checks import check_count
 from pyquiet.scaling.cells import Cell, Members
-from pyquiet.scaling.conformal import Bank, ClusteredBank, PValue, rank
+from pyquiet.scaling.conformal import Bank, ClusteredBank, PValue, check_bank, rank
+from pyquiet.scaling.plan import check_word
 from pyquiet.scaling.spent import Spent
 
 Base = Literal["pooled", "hierarchical"]
@@ -151,7 +152,8 @@ class PerQuestion(_Still):
     """
 
     def __init__(self, banks: Mapping[str, Bank] | None = None, *, n_min: int = 1) -> None:
-        self.banks, self.n_min = dict(banks or {}), check_count("n_min", n_min, least=1)
+        self.banks = {name: check_bank(bank) for name, bank in (banks or {}).items()}
+        self.n_min = check_count("n_min", n_min, least=1)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -209,8 +211,8 @@ class PerTurn(_Still):
         n_min: int = 1,
         chains: int | None = None,
     ) -> None:
-        self.base, self.buckets, self.n_min = base, tuple(check_buckets(buckets)), check_count("n_min", n_min, least=1)
-        self.banks, self.chains = dict(banks), chains
+        self.base, self.n_min = check_word("base", base, Base), check_count("n_min", n_min, least=1)
+        self.banks, self.buckets, self.chains = dict(banks), tuple(check_buckets(buckets)), chains
         self._members = Members(self.banks.values())
         self._clustered = {turn: ClusteredBank(bank, chains) for turn, bank in self.banks.items()}
 
@@ -281,13 +283,11 @@ def fit(
 
     Raises ValueError for another kind, or none of the scores that it needs.
     """
-    if kind == "per_turn":
+    if check_word("kind", kind, Kind) == "per_turn":
         turns = PerTurn({}, base=base, buckets=buckets, n_min=n_min)
         cells = {turns.bucket(cell.turn) for _, cell in scores}
         banks = {b: _bank([(s, c) for s, c in scores if turns.bucket(c.turn) == b]) for b in cells}
         return PerTurn(banks, base=base, buckets=buckets, n_min=n_min, chains=chains)
-    if kind not in ("pooled", "hierarchical"):
-        raise ValueError(f'kind must be "pooled", "hierarchical" or "per_turn", got {kind!r}')
     bank = _bank([(score, cell) for score, cell in scores if cell.turn == 0])
     return Pooled(bank, n_min=n_min) if kind == "pooled" else Hierarchical(bank, n_min=n_min, chains=chains)
 

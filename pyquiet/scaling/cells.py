@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from pyquiet.scaling.conformal import Bank
+from pyquiet.scaling.conformal import Bank, check_bank
 from pyquiet.scaling.records import Question
 
 _BETWEEN = "\t"  # group and question, in a bank
@@ -34,11 +34,7 @@ class Members:
     """The questions that banks are made of."""
 
     def __init__(self, banks: Iterable[Bank]) -> None:
-        banks = list(banks)
-        for bank in banks:
-            if not isinstance(bank, Bank):
-                raise TypeError(f"bank must be a Bank(scores, groups), got {bank!r}")
-        self._names = frozenset(name for bank in banks for name in bank.groups)
+        self._names = frozenset(name for bank in banks for name in check_bank(bank).groups)
         self._groups = {name.rpartition(_BETWEEN)[0] for name in self._names}
 
     def __contains__(self, cell: Cell) -> bool:

@@ -69,6 +69,13 @@ class Bank:
         return low, int(self.scores.searchsorted(score, "right")) - low
 
 
+def check_bank(bank: Bank) -> Bank:
+    """The bank, if it is one; else a TypeError that names it."""
+    if not isinstance(bank, Bank):
+        raise TypeError(f"bank must be a Bank(scores, groups), got {bank!r}")
+    return bank
+
+
 def p_values(under: float, upto: float, n: float, uniform: float) -> tuple[float, float, float]:
     """Low, high and smoothed p-value of a score that `under` of n lie below, and `upto` below or at."""
     low, high, above = 1 + n - under, 1 + upto, n - upto

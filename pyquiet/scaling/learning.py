@@ -11,7 +11,7 @@ import numpy as np
 from pyquiet.checks import check_count, check_number
 from pyquiet.scaling.calibration import Calibrator, Ours, keep
 from pyquiet.scaling.cells import Cell
-from pyquiet.scaling.conformal import Bank, PValue, p_values
+from pyquiet.scaling.conformal import Bank, PValue, check_bank, p_values
 from pyquiet.scaling.plan import check_word
 
 Update = Literal["frozen", "epoch", "stream", "window"]
@@ -41,7 +41,7 @@ class Online(Ours):
             check_count("window", window, least=1)
         self.update, self.window, self.n_min = update, window, check_count("n_min", n_min, least=1)
         self.batch = check_count("batch", batch, least=1) if update == "epoch" else None
-        self._first = "" if bank is None else bank.version
+        self._first = "" if bank is None else check_bank(bank).version
         self._pending: list[float] = []
         self._changes = 0
         self._hold([] if bank is None else bank.scores.tolist())

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
-from pyquiet.checks import check_count, check_fraction
+from pyquiet.checks import check_count, check_fraction, check_number
 from pyquiet.scaling.calibration import Calibrator, keep
 from pyquiet.scaling.cells import Cell
-from pyquiet.scaling.conformal import NEAR, Bank, Label, PValue, Rule
+from pyquiet.scaling.conformal import NEAR, Bank, Label, PValue, Rule, check_bank
 from pyquiet.scaling.drift import DriftMonitor
 from pyquiet.scaling.learning import Adaptive
 from pyquiet.scaling.plan import OnScoreFailure, OnTakeover, check_resamples, check_word
@@ -220,7 +220,7 @@ class OfficialPolicy(_Alone):
     """
 
     def __init__(self, bank: Bank, *, threshold: float = 0.6, on_takeover: Takeover = "continue") -> None:
-        if not bank.size:
+        if not check_bank(bank).size:
             raise ValueError("bank must hold at least one score, got none")
         self.bank, self.threshold = bank, check_fraction("threshold", threshold)
         self.on_takeover = check_word("on_takeover", on_takeover, Takeover)
@@ -268,7 +268,7 @@ class SpecReasonPolicy(_Alone):
     """
 
     def __init__(self, threshold: float = 7.0) -> None:
-        self.threshold = threshold
+        self.threshold = check_number("threshold", threshold)
         self.identity = {"threshold": threshold}
 
     def decide(self, chunk: Chunk, uniform: float) -> Decision:
@@ -288,7 +288,7 @@ class RSDPolicy(_Alone):
     """
 
     def __init__(self, threshold: float = 0.7, *, soft: bool = False) -> None:
-        self.threshold, self.soft = threshold, soft
+        self.threshold, self.soft = check_number("threshold", threshold), soft
         self.identity = {"threshold": threshold, "soft": soft}
 
     def decide(self, chunk: Chunk, uniform: float) -> Decision:

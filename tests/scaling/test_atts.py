@@ -547,6 +547,11 @@ def test_what_cannot_serve_is_named_before_any_model_is_asked(options: dict[str,
         (lambda: Budget("4", 16), "takeovers must be an int, got str '4'"),  # type: ignore[arg-type]
         (lambda: Pooled([1.0]), "bank must be a Bank(scores, groups), got [1.0]"),  # type: ignore[arg-type]
         (lambda: PerTurn({0: [1.0]}), "bank must be a Bank(scores, groups), got [1.0]"),  # type: ignore[dict-item]
+        (lambda: PerQuestion({"a": [1.0]}), "bank must be a Bank(scores, groups), got [1.0]"),  # type: ignore[dict-item]
+        (lambda: Online([1.0]), "bank must be a Bank(scores, groups), got [1.0]"),  # type: ignore[arg-type]
+        (lambda: OfficialPolicy([1.0]), "bank must be a Bank(scores, groups), got [1.0]"),  # type: ignore[arg-type]
+        (lambda: RSDPolicy("high"), "threshold must be a number, got str 'high'"),  # type: ignore[arg-type]
+        (lambda: SpecReasonPolicy(None), "threshold must be a number, got NoneType None"),  # type: ignore[arg-type]
         (lambda: Adaptive(Pooled), "base must be a calibrator"),  # type: ignore[arg-type]
         (lambda: as_questions([Question("a", None)]), "questions[0].text must be a text, got None"),  # type: ignore[arg-type]
     ],
@@ -565,6 +570,7 @@ def test_what_is_no_number_is_named(make: Callable[[], Any], words: str) -> None
         (lambda: Retry(deadline=math.nan), "retry.deadline must be at least 0 seconds, got nan"),
         (lambda: Budget(4, 0), "chains must be at least 1, got 0"),
         (lambda: Hierarchical(Bank(np.arange(3.0)), chains=0), "chains must be at least 1, got 0"),
+        (lambda: PerTurn({}, base="pool"), 'base must be "pooled" or "hierarchical", got \'pool\''),  # type: ignore[arg-type]
     ],
 )
 def test_numbers_and_texts_that_make_no_sense_are_named(make: Callable[[], Any], words: str) -> None:
@@ -638,10 +644,13 @@ def test_a_rate_that_no_bank_can_give_is_warned_of(options: dict[str, Any], n: i
         calibrated.run(ASKED[:1])
 
 
-def test_no_bank_is_filled_that_a_policy_would_not_use() -> None:
+def test_no_bank_is_filled_that_would_not_serve() -> None:
     runner = atts(policy=AcceptAll())
     with pytest.raises(ValueError, match="policy: AcceptAll decides, and would not use a bank"):
         runner.calibrate(BANK)
+    runner.policy = None
+    with pytest.raises(ValueError, match='kind must be "pooled", "hierarchical" or "per_turn", got \'best\''):
+        runner.calibrate(BANK, kind="best")  # type: ignore[arg-type]
     assert runner.draft.requests == []
 
 
