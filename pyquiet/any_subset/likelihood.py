@@ -42,7 +42,7 @@ def joint_log_prob(
         for part in _parts(engine.vocab_size, hidden)
     ]
     if not chosen:
-        return torch.zeros(len(input_ids), device=input_ids.device)
+        return torch.zeros(len(input_ids), dtype=engine.dtype, device=input_ids.device)
     return torch.cat(chosen, 1).masked_fill(ranks.to(input_ids.device) < 0, 0).sum(1)
 
 
@@ -58,18 +58,13 @@ def marginals(model: Any, input_ids: Tensor, *, known: Tensor, attention_mask: T
     ranks = inputs.target_ranks()
     hidden = engine.draft(engine.start(inputs.order, inputs.prompt), input_ids, inputs.prompt, ranks)
     places = inputs.order.gather(1, ranks.clamp(min=0)).to(input_ids.device)
-    out: Tensor | None = None
-    for part in _parts(engine.vocab_size, hidden):
-        laws = engine.head(hidden[:, part]).log_softmax(-1)
-        out = _certain(input_ids, engine.vocab_size, laws.dtype) if out is None else out
+    shape, V = input_ids.shape, engine.vocab_size
+    out = torch.full((*shape, V), -torch.inf, dtype=engine.dtype, device=input_ids.device)
+    out.scatter_(-1, input_ids.clamp(0, V - 1)[..., None], 0)
+    for part in _parts(V, hidden):
         row, column = (ranks[:, part] >= 0).nonzero(as_tuple=True)
-        out[row, places[:, part][row, column]] = laws[row, column]
-    return _certain(input_ids, engine.vocab_size, torch.float32) if out is None else out
-
-
-def _certain(tokens: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
-    out = torch.full((*tokens.shape, vocab_size), -torch.inf, dtype=dtype, device=tokens.device)
-    return out.scatter_(-1, tokens.clamp(0, vocab_size - 1)[..., None], 0)
+        out[row, places[:, part][row, column]] = engine.head(hidden[:, part]).log_softmax(-1)[row, column]
+    return out
 
 
 def _parts(vocab_size: int, hidden: Tensor) -> list[slice]:

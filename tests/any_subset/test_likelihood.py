@@ -71,6 +71,13 @@ def test_the_first_marginal_is_the_first_factor(model):
     torch.testing.assert_close(summed, chances, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("known", [KNOWN[:1], torch.ones(1, N, dtype=torch.bool)], ids=["some", "all known"])
+def test_results_are_as_exact_as_the_model(known):
+    exact, text = random_xlnet().double(), torch.zeros(1, N, dtype=torch.int64)
+    for function in (pyquiet.joint_log_prob, pyquiet.marginals):
+        assert function(exact, text, known=known).dtype == torch.float64
+
+
 def test_bad_input_is_named(model):
     text = torch.zeros(1, N, dtype=torch.int64)
     with pytest.raises(ValueError, match="known"):
