@@ -127,7 +127,8 @@ class SeededTrainer(Trainer):
     ) -> Any:
         """The loss of a micro-batch, a part of the joint batch's where `num_items_in_batch` tells its counts."""
         loss, out = self._loss(model, inputs, num_items_in_batch)
-        loss = self.joint(loss, num_items_in_batch)
+        if num_items_in_batch is not None:  # a process has a part of the sum, but gradients are averaged over processes
+            loss = loss * self.accelerator.num_processes
         return (loss, out) if return_outputs else loss
 
     @torch.no_grad()
@@ -144,10 +145,6 @@ class SeededTrainer(Trainer):
         if learner is None:
             return super()._wrap_model(model, training, dataloader)
         return self.accelerator.prepare_model(learner)
-
-    def joint(self, loss: Tensor, counts: Tensor | None) -> Tensor:
-        """A part of a joint loss, scaled so that the mean of its gradients over processes is the whole's."""
-        return loss if counts is None else loss * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Trainer's, with what the class says added to the training loss."""
