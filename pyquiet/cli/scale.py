@@ -202,15 +202,20 @@ def _run(args: argparse.Namespace) -> int:
     guaranteed = {turn: {"guaranteed": sure, "why": why} for turn, (sure, why) in result.guaranteed.items()}
     shown = {"answers": result.answers, "bank": bank, "guaranteed": guaranteed, "report": report.to_dict()}
     give(args, shown | {"finished": result.finished}, _in_words(result, bank))
-    return _status(result)
+    return _status(result, args.journal)
 
 
-def _status(result: "ATTSResult") -> int:
+def _status(result: "ATTSResult", journal: str | None) -> int:
     """The command's exit status: 130 after Ctrl-C, 1 if no chain came to an end of its own."""
     outcomes = result.report.outcomes
     if result.finished and outcomes.get("failed") and outcomes.keys() == {"failed"}:
         print("pyquiet: error: every chain failed: its requests were given up; see to the servers", file=sys.stderr)
         return 1
+    if not result.finished:
+        print(
+            f"pyquiet: stopped{'' if journal is None else f'; the same command goes on from {journal}'}",
+            file=sys.stderr,
+        )
     return 0 if result.finished else 130
 
 
