@@ -30,6 +30,7 @@ class WeightedLogistic(Problem):
         temperatures: [m], above 0. l2: above 0, or g_i need not be strongly convex.
 
     Raises:
+        TypeError: rows or labels are no tensors.
         ValueError: shapes do not fit, labels are others, or a temperature or l2 is not positive.
     """
 
@@ -49,6 +50,8 @@ class WeightedLogistic(Problem):
             ("features", features, labels),
             ("validation_features", validation_features, validation_labels),
         ):
+            if not isinstance(X, Tensor) or not isinstance(y, Tensor):
+                raise TypeError(f"{name} and their labels must be tensors, got {type(X).__name__}, {type(y).__name__}")
             if X.ndim != 2 or y.shape != X.shape[:1] or X.shape[1] != features.shape[1]:
                 raise ValueError(f"{name} must be [n, d] with one label a row, got {list(X.shape)} and {list(y.shape)}")
             if not bool(((y == 1) | (y == -1)).all()):

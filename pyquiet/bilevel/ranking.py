@@ -13,6 +13,7 @@ from torch.nn.functional import softplus
 
 from pyquiet.bilevel.method import check_positive
 from pyquiet.bilevel.problem import Problem, Variables
+from pyquiet.checks import check_count
 
 
 class TopKNDCG(Problem):
@@ -29,6 +30,7 @@ class TopKNDCG(Problem):
             None: x [d] are the weights of linear scores.
 
     Raises:
+        TypeError: features or relevance are no tensors, or K is no int.
         ValueError: shapes do not fit, or K, smoothing or ridge are out of range.
     """
 
@@ -42,6 +44,10 @@ class TopKNDCG(Problem):
         ridge: float = 1e-2,
         scorer: nn.Module | None = None,
     ) -> None:
+        check_count("K", K, least=1)
+        for name, value in (("features", features), ("relevance", relevance)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if features.ndim != 3 or relevance.shape != features.shape[:2] or not 1 <= K < features.shape[1]:
             raise ValueError(
                 f"features must be [m, n, d], relevance [m, n] and K in 1 .. n - 1, got {list(features.shape)}, "

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pyquiet.checks import check_count, check_fraction
+from pyquiet.checks import check_count, check_fraction, check_number
 from pyquiet.diffusion.schedule import Schedule
 from pyquiet.diffusion.steps import Laws, State
 
@@ -183,14 +183,14 @@ def remdm(
         eta: None is the published one of the rule: 0.008, 0.015, 1, 0.02.
 
     Raises:
-        ValueError: the rule is unknown, or a number out of range.
+        ValueError, TypeError: the rule is unknown, or a number out of range or none.
     """
-    if rule not in RULES:
+    if rule not in tuple(RULES):
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     eta = check_fraction("eta", RULES[rule] if eta is None else eta)
-    if not 0 < t_off < t_on < 1:
+    if not 0 < check_number("t_off", t_off) < check_number("t_on", t_on) < 1:
         raise ValueError(f"t_off and t_on must be 0 < t_off < t_on < 1, got {t_off} and {t_on}")
-    if not 0 < alpha_on < 1:
+    if not 0 < check_number("alpha_on", alpha_on) < 1:
         raise ValueError(f"alpha_on must be in (0, 1), got {alpha_on}")
     return ReMDM(rule, eta, t_on, t_off, alpha_on)
 

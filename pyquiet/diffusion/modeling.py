@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from pyquiet.checks import check_count
 from pyquiet.diffusion.padding import leftward, where_real
 from pyquiet.heads import run_standing_in, stand_in
 from pyquiet.kernels.registration import reads_natively
@@ -192,14 +193,21 @@ def backbone(
     """A small bidirectional model with random weights, to train from: ModernBERT with rotary positions.
 
     All layers see the whole text, there is no dropout, and embeddings are tied.
+
+    Raises:
+        TypeError, ValueError: a size is no count, or the width cannot be shared by the heads.
     """
+    sizes = {
+        "vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads, "intermediate_size": intermediate_size,
+        "max_position_embeddings": max_position_embeddings,
+    }  # fmt: skip
+    for name, size in sizes.items():
+        check_count(name, size, least=1)
+    if hidden_size % (2 * num_attention_heads):
+        raise ValueError(f"hidden_size={hidden_size} must be a multiple of 2 num_attention_heads={num_attention_heads}")
     config = ModernBertConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=num_attention_heads,
-        intermediate_size=intermediate_size,
-        max_position_embeddings=max_position_embeddings,
+        **sizes,
         layer_types=["full_attention"] * num_hidden_layers,
         rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": _ROPE_BASE}},
         pad_token_id=pad_token_id,

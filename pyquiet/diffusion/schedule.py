@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyquiet.checks import check_count
+from pyquiet.checks import check_count, check_number
 
 _HALF_PI = math.pi / 2
 _LEAST, _MOST = 1e-4, 20.0  # of the noise level sigma of the geometric schedule
@@ -67,16 +67,16 @@ class Schedule:
     All methods take and give tensors of any shape, computed in float64.
 
     Raises:
-        ValueError: the kind is unknown or eps out of range.
+        ValueError, TypeError: the kind is unknown, or eps out of range or no number.
     """
 
     kind: str = "linear"
     eps: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
+        if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if not 0 <= self.eps < 1:
+        if not 0 <= check_number("eps", self.eps) < 1:
             raise ValueError(f"eps must be in [0, 1), got {self.eps}")
 
     def alpha(self, t: Tensor) -> Tensor:

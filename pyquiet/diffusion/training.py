@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyquiet.checks import check_fraction
-from pyquiet.diffusion.inputs import check_clean
+from pyquiet.diffusion.inputs import check_clean, read_schedule
 from pyquiet.diffusion.modeling import as_denoiser, native_head
 from pyquiet.diffusion.padding import places_of, where_real
 from pyquiet.diffusion.schedule import Schedule
@@ -65,9 +65,9 @@ def random_masks(
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong shape.
     """
-    schedule = schedule or Schedule()
-    level, real = level.cpu().double(), where_real(input_ids, attention_mask).cpu()
+    schedule = read_schedule(schedule)
     _check(level, input_ids, sequence_ids, objective, min_time)
+    level, real = level.cpu().double(), where_real(input_ids, attention_mask).cpu()
     places = places_of(real)
     sequences = sequence_ids.cpu()[:, None].expand_as(places)
     stream = Stream(seed, Purpose.REVEAL, sequences.flatten(), places.flatten(), index=_PLACES)
@@ -202,6 +202,9 @@ def _evaluating(denoiser: Any) -> Iterator[None]:
 
 
 def _check(level: Tensor, input_ids: Tensor, sequence_ids: Tensor, objective: str, min_time: float) -> None:
+    for name, value in (("level", level), ("input_ids", input_ids)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if input_ids.dtype != torch.int64 or input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids must be int64 [B, T] with tokens, got {input_ids.dtype} {list(input_ids.shape)}")
     check_sequence_ids(sequence_ids, len(input_ids))

@@ -106,6 +106,8 @@ class ConformalPolicy(_Alone):
         on_short: OnCold = "accept",
         drift: DriftMonitor | None = None,
     ) -> None:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rule must be a Rule(takeover_rate, ...), got {rule!r}")
         if drift is not None:
             check_watched(calibrator)
         self.calibrator, self.rule = calibrator, rule

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyquiet.checks import check_count
+from pyquiet.checks import check_count, check_number
 from pyquiet.testing.enumerable import enumerate_law
 
 _LEAST_EXPECTED = 5.0  # cells of a smaller expected count are pooled: chi-square is an approximation for large counts
@@ -159,7 +159,9 @@ def samples_needed(cells: int, tv: float, *, p_value: float = 1e-4, power: float
     >>> samples_needed(256, 0.05)
     14726
     """
-    if cells < 2 or not 0 < tv <= 1 or not 0 < p_value < power < 1:
+    for name, value in (("cells", cells), ("tv", tv), ("p_value", p_value), ("power", power)):
+        check_number(name, value)
+    if not cells >= 2 or not 0 < tv <= 1 or not 0 < p_value < power < 1:
         raise ValueError(
             f"needed: cells >= 2, 0 < tv <= 1, 0 < p_value < power < 1; got {cells}, {tv}, {p_value}, {power}"
         )

@@ -74,6 +74,8 @@ def test_labels_that_are_none_are_told() -> None:
     X, y, V, right, _ = flipped(6, 5)
     with pytest.raises(ValueError, match=r"labels of features must be 1 or -1, got \[0"):
         WeightedLogistic(X, (y + 1) / 2, V, right, temperatures=torch.ones(2))
+    with pytest.raises(TypeError, match="validation_features and their labels must be tensors, got ndarray, Tensor"):
+        WeightedLogistic(X, y, V.numpy(), right, temperatures=torch.ones(2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"temperatures must be above 0, got \[0\.0, 1\.0"):
         WeightedLogistic(X, y, V, right, temperatures=torch.arange(2.0))
     with pytest.raises(ValueError, match="l2 must be above 0, got 0"):
@@ -123,6 +125,8 @@ def test_rankings_that_do_not_fit_are_told() -> None:
     features, relevance = torch.zeros(2, 5, 3), torch.zeros(2, 5)
     with pytest.raises(ValueError, match=r"K in 1 \.\. n - 1, got \[2, 5, 3\], \[2, 5\] and K=5"):
         TopKNDCG(features, relevance, K=5)
+    with pytest.raises(TypeError, match="relevance must be a tensor, got ndarray"):
+        TopKNDCG(features, relevance.numpy(), K=2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"smoothing must be above 0, got 0\.0"):
         TopKNDCG(features, relevance, K=2, smoothing=0.0)
 

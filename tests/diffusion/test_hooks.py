@@ -377,3 +377,5 @@ def test_what_a_hook_returns_is_checked(denoiser, hooks, named):
 def test_what_makes_a_hook_is_checked(make, named):
     with pytest.raises(ValueError, match=named):
         make()
+    with pytest.raises(TypeError, match="t_on must be a number, got NoneType"):
+        remdm("loop", t_on=None)

@@ -240,6 +240,18 @@ def test_what_is_no_masked_language_model_is_refused(make, error, message):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size must be"),
+        ({"hidden_size": 30, "num_attention_heads": 4}, "hidden_size=30 must"),
+    ],
+)
+def test_a_backbone_that_cannot_be_is_named(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        backbone(V, mask_token_id=MASK, **sizes)
+
+
 def test_the_backbone_sees_the_whole_text_and_has_no_dropout():
     with torch.random.fork_rng():
         torch.manual_seed(0)

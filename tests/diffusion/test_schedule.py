@@ -136,3 +136,5 @@ def test_a_schedule_is_a_value():
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+    with pytest.raises(TypeError, match="eps must be a number, got str 'small'"):
+        Schedule(eps="small")

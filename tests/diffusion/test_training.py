@@ -234,8 +234,12 @@ def test_no_logits_of_the_whole_batch():
 )
 def test_bad_arguments_are_named(changes, message):
     good = {"level": torch.tensor([0.5, 0.1]), "input_ids": torch.zeros(2, 4, dtype=torch.int64)}
+    good |= {"seed": 0, "sequence_ids": torch.arange(2)}
     with pytest.raises(ValueError, match=message):
-        random_masks(**(good | {"seed": 0, "sequence_ids": torch.arange(2)} | changes))
+        random_masks(**(good | changes))
+    for name in ("level", "input_ids", "schedule"):
+        with pytest.raises(TypeError, match=f"{name} must be a"):
+            random_masks(**(good | {name: "linear"}))
 
 
 def test_texts_that_are_masked_already_are_refused():

@@ -550,6 +550,7 @@ def test_what_cannot_serve_is_named_before_any_model_is_asked(options: dict[str,
         (lambda: PerQuestion({"a": [1.0]}), "bank must be a Bank(scores, groups), got [1.0]"),  # type: ignore[dict-item]
         (lambda: Online([1.0]), "bank must be a Bank(scores, groups), got [1.0]"),  # type: ignore[arg-type]
         (lambda: OfficialPolicy([1.0]), "bank must be a Bank(scores, groups), got [1.0]"),  # type: ignore[arg-type]
+        (lambda: ConformalPolicy(PerQuestion(), 0.4), "rule must be a Rule(takeover_rate, ...), got 0.4"),  # type: ignore[arg-type]
         (lambda: RSDPolicy("high"), "threshold must be a number, got str 'high'"),  # type: ignore[arg-type]
         (lambda: SpecReasonPolicy(None), "threshold must be a number, got NoneType None"),  # type: ignore[arg-type]
         (lambda: Adaptive(Pooled), "base must be a calibrator"),  # type: ignore[arg-type]

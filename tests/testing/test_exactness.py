@@ -195,6 +195,8 @@ def test_whole_texts_with_another_number_of_gaps_are_refused():
 def test_power_of_nonsense_is_refused(arguments):
     with pytest.raises(ValueError, match="cells >= 2, 0 < tv <= 1"):
         samples_needed(*arguments)
+    with pytest.raises(TypeError, match="tv must be a number, got str"):
+        samples_needed(4, "small")
 
 
 def test_too_few_samples_to_tell_anything_are_refused():
