@@ -1,12 +1,15 @@
 """The figure of a `DiffusionTable`: quality and entropy against what they take, and the effective sample size."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pyquiet.evaluation.diffusion import QUALITIES, DiffusionTable
-from pyquiet.plotting.figures import check_figure, save_figure
+from pyquiet.plotting.figures import check_figure, new_figure, save_figure
 
-_AXES = {
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COSTS = {
     "steps": "steps",
     "denoiser_calls": "denoiser calls",
     "passes": "denoiser calls + energy passes",
@@ -16,6 +19,7 @@ _WORDS = {
     "perplexity": "generative perplexity",
     "ngram_nll": "n-gram NLL (nats a symbol)",
     **{f"variation_{n}": f"total variation of {n}-grams" for n in (1, 2, 3)},
+    "entropy_bits": "entropy of a text (bits)",
 }
 
 
@@ -37,41 +41,36 @@ def plot_diffusion(
     check_figure(path)
     if quality not in QUALITIES:
         raise ValueError(f"quality must be one of {', '.join(QUALITIES)}, got {quality!r}")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(17, 7), layout="constrained")
-    grid = figure.add_gridspec(2, len(_AXES) + 1)
-    text = table.rows[0].estimates()
+    texts = len(table.rows[0].values["perplexity"])
+    figure = new_figure((17, 7), title or f"{texts} texts of {table.length} tokens")
+    grid = figure.add_gridspec(2, len(_COSTS) + 1)
     for line, name in enumerate((quality, "entropy_bits")):
-        first = None
-        for column, (cost, words) in enumerate(_AXES.items()):
-            axes = figure.add_subplot(grid[line, column], sharey=first)
-            first = first or axes
-            for method, rows in table.methods().items():
-                found = [row.estimates() for row in rows]
-                x = [
-                    float(row.steps or 0) if cost == "steps" else e[cost].mean
-                    for row, e in zip(rows, found, strict=True)
-                ]
-                y = [e[name] for e in found]
-                axes.errorbar(x, [e.mean for e in y], yerr=[e.error for e in y], marker="o", capsize=3, label=method)
-            axes.axhline(text[name].mean, color="black", linestyle="--", linewidth=0.8, label="held-out text")
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-            axes.set_xlabel(words)
-            if column == 0:
-                axes.set_ylabel(_WORDS.get(name, "entropy of a text (bits)"))
+        first = figure.add_subplot(grid[line, 0])
+        first.set_ylabel(_WORDS[name])
+        for column, cost in enumerate(_COSTS):
+            axes = figure.add_subplot(grid[line, column], sharey=first) if column else first
+            _draw_quality(axes, table, name, cost)
     _draw_ess(figure.add_subplot(grid[:, -1]), table)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.suptitle(title or f"{len(table.rows[0].values['perplexity'])} texts of {table.length} tokens")
     save_figure(figure, path)
 
 
-def _draw_ess(axes: Any, table: DiffusionTable) -> None:
+def _draw_quality(axes: "Axes", table: DiffusionTable, name: str, cost: str) -> None:
+    for method, rows in table.methods().items():
+        found = [row.estimates() for row in rows]
+        x = [float(row.steps or 0) if cost == "steps" else e[cost].mean for row, e in zip(rows, found, strict=True)]
+        y = [e[name] for e in found]
+        axes.errorbar(x, [e.mean for e in y], yerr=[e.error for e in y], marker="o", capsize=3, label=method)
+    text = table.rows[0].estimates()[name]
+    axes.axhline(text.mean, color="black", linestyle="--", linewidth=0.8, label="held-out text")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axes.set_xlabel(_COSTS[cost])
+
+
+def _draw_ess(axes: "Axes", table: DiffusionTable) -> None:
     for i, rows in enumerate(table.methods().values()):
         trace = rows[-1].trace
         if len(trace):
             axes.plot(trace[:, 0].tolist(), trace[:, 1].tolist(), color=f"C{i}")
-    axes.set_xlim(1, 0)
-    axes.set_xlabel("time, from noise to text")
-    axes.set_ylabel("effective sample size")
+    axes.set(xlim=(1, 0), xlabel="time, from noise to text", ylabel="effective sample size")

@@ -6,13 +6,17 @@ from pyquiet.diffusion.sampling import Diffusion
 from pyquiet.plotting.page import MASK, View, span
 from pyquiet.plotting.pieces import token_pieces
 
-LEGEND = "Green: what a step opened. ESS: between how many of its candidates a step hesitated (effective sample size)."
-_STYLE = (
-    ".film{display:flex;overflow-x:auto;gap:.5em;padding:.5em;background:#333;max-width:100%}"
-    ".frame{flex:0 0 17em;background:#fff;padding:.5em;font-size:12px}.frame .text{line-height:1.5}"
-    ".new{background:#bfe6bf;font-weight:bold}"
-    ".ess{height:6px;background:#eee;margin:.2em 0}.ess div{height:6px;background:#4a8fd3}"
+WORDS = (
+    "Read from left to right: each frame is a step, and what it opened is marked. The bar is the effective sample size "
+    "(ESS): between how many of its candidates the step hesitated, 1 being a clear pick."
 )
+_STYLE = """
+.film{display:flex;overflow-x:auto;gap:.5em;padding:.5em;background:#333}
+.frame{flex:0 0 17em;background:var(--paper);padding:.5em;font-size:13px}.frame .text{line-height:1.5}
+.text .new{background:rgb(var(--good)/.5);font-weight:bold}
+.ess{height:6px;background:var(--line);margin:.3em 0}.ess div{height:6px;background:rgb(var(--good))}
+@media print{.film{flex-wrap:wrap}.frame{break-inside:avoid}}
+"""
 
 
 def film_view(written: Diffusion, tokenizer: PreTrainedTokenizerBase, row: int = 0) -> View:
@@ -37,7 +41,8 @@ def film_view(written: Diffusion, tokenizer: PreTrainedTokenizerBase, row: int =
             if k > 1
             else "drawn as it is"
         )
-        head = f"step {step + 1}, time {trace.times[entry]:.2f}<br>{bar}"
+        head = f"step {step + 1}: {opened.count(step)} opened<br>{bar}"
         return f'<div class="frame">{head}<div class="text">{text}</div></div>'
 
-    return View(f'<p>{LEGEND}</p><div class="film">{"".join(map(frame, mine))}</div>', _STYLE)
+    frames = "".join(map(frame, mine))
+    return View(f'<div class="film" tabindex="0" role="group" aria-label="film">{frames}</div>', _STYLE, WORDS)

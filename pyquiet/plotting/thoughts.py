@@ -9,20 +9,18 @@ from pyquiet.plotting.page import Section, View, shown, span, write_page
 from pyquiet.plotting.pieces import token_pieces
 
 LEVELS = (0.01, 0.05, 0.2, 1.0)  # nats of gain or loss from which a token is coloured deeper
-LEGEND = (
-    "Blue: the thought made the token more probable; orange: less. Shades from "
-    f"{', '.join(map(str, LEVELS))} nats. p: probability without and with the thought; w: the weight of what "
-    "is predicted behind the thought, (1 - w) being that of the plain prediction. It may be negative: the model then "
-    "moves away from the one it mixes in."
+WORDS = (
+    "Point at a word, touch it or tab to it: it tells how probable it was without the thought before it and with it, "
+    "and the thought. Blue words became more probable, orange ones less."
 )
-
-_BLUE, _ORANGE = ("#dcebfa", "#b5d3f2", "#7fb0e3", "#4a8fd3"), ("#fdebd7", "#fbd3a8", "#f5ad66", "#e58a2b")
-_COLOURS = "".join(
-    f".{sign}{i}{{background:{colour}}}"
-    for sign, colours in (("g", _BLUE), ("l", _ORANGE))
-    for i, colour in enumerate(colours, 1)
+_DEPTHS = [*enumerate(LEVELS, 1)]
+_KEY = " ".join(
+    [f'<b class="l{i}">&minus;{least:g}</b>' for i, least in reversed(_DEPTHS)]
+    + [f'<b class="g{i}">+{least:g}</b>' for i, least in _DEPTHS]
 )
-_STYLE = ".text span:target{outline:2px solid #c00}" + _COLOURS
+_LEGEND = f"<p>{_KEY} and beyond: nats gained (1 nat is 2.7 times as probable)</p>"
+_STYLE = ".text span:target{outline:2px solid #c00}"
+_STOP = 3  # the level from which a token can be tabbed to
 
 
 def write_thoughts_page(
@@ -48,26 +46,29 @@ def write_thoughts_page(
     """
     if limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
-    tokens = _Shown(gains, tokenizer, limit)
+    tokens, total = _Shown(gains, tokenizer, limit), len(gains.token)
+    counted = f"{total} tokens" if limit >= total else f"The first {limit} of {total} tokens (the limit can be raised)"
+    weight = (
+        "Weight: how much what is predicted behind the thought counts, 1 less that being left to the plain prediction; "
+        "where it is negative, the model moves away from what the thought says."
+    )
     views = (
-        View(f"<details open><summary>Gain by {by}, all tokens</summary><pre>{gains.table(by)}</pre></details>"),
-        View(f"<details open><summary>Text</summary>{tokens.text()}</details>", _STYLE),
+        View(f"<pre>{gains.table(by)}</pre>", words=f"The gain of all tokens, by tenths of the base's {by}, in nats."),
+        thoughts_view(gains, tokenizer, limit=limit, words=f"{counted}. {WORDS} {weight}"),
         View(f"<details><summary>Tokens by gain</summary>{tokens.table()}</details>"),
     )
-    total = len(gains.token)
-    counted = (
-        f"{total} tokens." if limit >= total else f"The first {limit} of {total} tokens (the limit can be raised)."
-    )
-    write_page(path, title, [Section("Tokens", (f"{counted} {LEGEND}",), views)])
+    write_page(path, title, [Section("Tokens", (), views)])
 
 
-def thoughts_view(gains: TokenGains, tokenizer: PreTrainedTokenizerBase, *, limit: int = 5000) -> View:
-    """The text alone, for a page of your own: a token's probabilities and thoughts on hover.
+def thoughts_view(
+    gains: TokenGains, tokenizer: PreTrainedTokenizerBase, *, limit: int = 5000, words: str = WORDS
+) -> View:
+    """The text alone, for a page of your own: a token's probabilities and thoughts where it is pointed at.
 
     Args:
-        limit: tokens shown, the first ones.
+        limit: tokens shown, the first ones. words: what stands above.
     """
-    return View(_Shown(gains, tokenizer, limit).text(), _STYLE)
+    return View(_LEGEND + _Shown(gains, tokenizer, limit).text(), _STYLE, words)
 
 
 class _Shown:
@@ -81,7 +82,8 @@ class _Shown:
         n, N, _ = gains.thoughts[:limit].shape
         texts = iter(tokenizer.batch_decode(gains.thoughts[:limit].flatten(0, 1).tolist()))
         self.thoughts = [
-            "\n".join(f"w {w:+.3f}: {next(texts)}" for w in weights) for weights in gains.weight[:limit].tolist()
+            "\n".join(f"thought, weight {w:+.3f}: {next(texts)}" for w in weights)
+            for weights in gains.weight[:limit].tolist()
         ]
 
     def text(self) -> str:
@@ -89,13 +91,13 @@ class _Shown:
 
     def span(self, i: int) -> str:
         hint = (
-            f"p {self.base[i]:.3g} to {self.mixed[i]:.3g}, gain {self.gain[i]:+.3f}, entropy {self.entropy[i]:.2f}\n"
-            f"{self.thoughts[i]}"
+            f"probability {self.base[i]:.3g} without the thought, {self.mixed[i]:.3g} with it\n"
+            f"gain {self.gain[i]:+.3f} nats, entropy {self.entropy[i]:.2f} nats\n{self.thoughts[i]}"
         )
         level = sum(abs(self.gain[i]) >= least for least in LEVELS)
         colour = f"{'g' if self.gain[i] > 0 else 'l'}{level}" if level else ""
         new_text = "<hr>" if i and self.row[i] != self.row[i - 1] else ""
-        return new_text + span(self.pieces[i], colour, hint=hint, name=f"t{i}")
+        return new_text + span(self.pieces[i], colour, hint=hint, name=f"t{i}", stop=level >= _STOP)
 
     def table(self) -> str:
         """All that, the greatest gain first."""

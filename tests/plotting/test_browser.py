@@ -17,6 +17,7 @@ from pyquiet.plotting import Section, View, as_svg, film_view, infilling_view, t
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
 WebDriverException = pytest.importorskip("selenium.common").WebDriverException
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+HINT = "return getComputedStyle(arguments[0], '::after').content"
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 
 pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromedriver")
@@ -63,7 +64,7 @@ def page(tmp_path_factory: pytest.TempPathFactory, gains: TokenGains, tokenizer:
         "Thoughts": thoughts_view(gains, tokenizer),
         "Order of infilling": infilling_view(filled, words),
         "Film": film_view(written, other),
-        "Curve": View(as_svg(figure)),
+        "Curve": View(as_svg(figure, "a <curve>"), words="It rises."),
     }
     path = tmp_path_factory.mktemp("page") / "page.html"
     write_page(path, "Views", [Section(title, ("Some words.",), (view,)) for title, view in views.items()])
@@ -75,25 +76,44 @@ def test_it_opens_from_disk_and_a_hover_shows_the_thought(browser: Any, page: Pa
     assert browser.title == "Views"
     assert browser.get_log("browser") == []
     token = browser.find_element("id", "t3")
-    hint = "return getComputedStyle(arguments[0], '::after').content"
-    assert browser.execute_script(hint, token) == "none"
+    assert browser.execute_script(HINT, token) == "none"
     webdriver.ActionChains(browser).move_to_element(token).perform()
-    shown = browser.execute_script(hint, token)
+    shown = browser.execute_script(HINT, token)
     assert token.get_attribute("data-hint").splitlines()[0] in shown
-    assert "w +" in shown or "w -" in shown
+    assert "thought, weight " in shown
     assert browser.save_screenshot(str(SCREENSHOTS / "views.png"))
 
 
-def test_nothing_is_wider_than_the_window_and_all_views_are_seen(browser: Any, page: Path) -> None:
+def test_the_keyboard_reaches_what_a_hover_does(browser: Any, page: Path) -> None:
     browser.get(page.as_uri())
-    width = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
-    assert width[0] <= width[1]
+    webdriver.ActionChains(browser).send_keys(webdriver.Keys.TAB).perform()
+    token = browser.switch_to.active_element
+    assert token.get_attribute("data-hint").startswith("probability ")
+    assert "probability " in browser.execute_script(HINT, token)
+
+
+def test_figures_have_their_words(browser: Any, page: Path) -> None:
+    browser.get(page.as_uri())
+    figure = browser.find_element("css selector", "figure:has(> svg)")
+    assert figure.find_element("tag name", "figcaption").text == "It rises."
+    assert figure.find_element("tag name", "svg").get_attribute("aria-label") == "a <curve>"
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_nothing_is_wider_than_the_window_and_all_views_are_seen(browser: Any, page: Path, width: int) -> None:
+    size = {"width": width, "height": 1600, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(page.as_uri())
+    for token in browser.find_elements("css selector", "[data-hint]"):
+        browser.execute_script("arguments[0].focus()", token)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     for section in browser.find_elements("tag name", "section"):
         seen = [x for x in section.find_elements("css selector", "span, svg") if x.size["height"] > 0]
         assert seen, section.text
     frames = browser.find_elements("class name", "frame")
     assert len({frame.location["y"] for frame in frames}) == 1  # a strip, side by side
     assert len({frame.location["x"] for frame in frames}) == len(frames) > 1
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_the_page_of_the_demonstration(browser: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from pyquiet.evaluation import gain_by_decile
-from pyquiet.plotting import check_figure, plot_gain_by_decile
+from pyquiet.plotting import check_figure, draw_gain_by_decile, plot_gain_by_decile
 
 pytest.importorskip("matplotlib")
 MAGIC = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF", ".PNG": b"\x89PNG"}
@@ -43,8 +44,7 @@ def test_the_figure_shows_the_table(table, tmp_path, monkeypatch):
     assert [end[1] - end[0] for end in ends] == pytest.approx((2 * table.gain_error).tolist())
     assert loss.lines[0].get_ydata() == pytest.approx(table.base_nll.tolist())
     assert loss.get_ylim()[0] == 0
-    low, high = table.low[0].item(), table.high[0].item()
-    assert gain.get_xticklabels()[0].get_text() == f"1\n{low:.2f}\nto {high:.2f}"
+    assert [x.get_text() for x in gain.get_xticklabels()] == [f"{i + 1}\n{x:.2f}" for i, x in enumerate(table.high)]
     assert "base loss" in gain.get_xlabel()
     assert saved[0].get_suptitle() == "Alice"
 
@@ -63,9 +63,18 @@ def test_bad_names_are_refused_before_anything_is_drawn(tmp_path):
 
 
 def test_without_matplotlib_the_extra_is_named(table, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'pyquiet\[plot\]'"):
-        plot_gain_by_decile(table, tmp_path / "gain.png")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for draw in (lambda: plot_gain_by_decile(table, tmp_path / "gain.png"), lambda: draw_gain_by_decile(table)):
+        with pytest.raises(ImportError, match=r"pip install 'pyquiet\[plot\]'"):
+            draw()
+
+
+def test_it_is_drawn_on_the_axes_that_are_given(table):
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots(1, 2)[1]
+    assert draw_gain_by_decile(table, axes) is axes
+    assert draw_gain_by_decile(table).figure is not axes.figure
 
 
 def test_importing_needs_nothing_optional():

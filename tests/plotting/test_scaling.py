@@ -2,7 +2,7 @@
 
 import pytest
 
-from pyquiet.plotting.scaling import draw_run, plot_run
+from pyquiet.plotting import draw_p_values, draw_slots, draw_takeovers, plot_run
 from pyquiet.scaling import ATTS, Plan, Sampling
 from pyquiet.scaling.slots import slots
 
@@ -18,8 +18,8 @@ def run():
 
 
 def test_a_band_is_called_promised_only_where_it_is(run):
-    report, records = run
-    rates, _, _ = draw_run(report, records).axes
+    report, _ = run
+    rates = draw_takeovers(report)
     bands = [x for x in rates.collections if x.get_label() in ("promised, 5 to 95 %", "aimed at, no promise")]
     turns = {turn: row for turn, row in report.turns.items() if row.band is not None and row.judged}
     assert len(bands) == len(turns) > 1
@@ -32,7 +32,7 @@ def test_a_band_is_called_promised_only_where_it_is(run):
 
 def test_laws_of_p_values_stand_beside_the_uniform_one(run):
     report, records = run
-    _, laws, _ = draw_run(report, iter(records)).axes
+    laws = draw_p_values(iter(records))
     uniform, *turns = laws.lines
     assert uniform.get_xydata().tolist() == [[0, 0], [1, 1]]
     assert [line.get_label() for line in turns] == [f"turn {turn}" for turn, row in report.turns.items() if row.judged]
@@ -44,7 +44,7 @@ def test_laws_of_p_values_stand_beside_the_uniform_one(run):
 
 def test_slots_and_legends(run):
     report, records = run
-    rates, _, times = draw_run(report, records).axes
+    rates, times = draw_takeovers(report), draw_slots(iter(records))
     held = slots(records)
     assert len(times.collections) == sum(len({row.slot for row in rows}) for rows in held.values())
     for axes, most in ((rates, 3), (times, 3)):

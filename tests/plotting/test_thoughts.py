@@ -83,10 +83,11 @@ def test_the_text_can_be_read_back(page, gains):
 def test_every_token_tells_its_probabilities_and_thoughts(page, gains):
     for i, (attributes, _) in enumerate(page().spans.values()):
         assert attributes["id"] == f"t{i}"
-        numbers, *thoughts = attributes["data-hint"].split("\n")
+        before_after, numbers, *thoughts = attributes["data-hint"].split("\n")
         base, mixed = (-gains.base_nll[i]).exp(), (-gains.mixed_nll[i]).exp()
-        assert numbers == (f"p {base:.3g} to {mixed:.3g}, gain {gains.gain[i]:+.3f}, entropy {gains.entropy[i]:.2f}")
-        assert thoughts == [f'w {w:+.3f}: <i> & "' for w in gains.weight[i].tolist()]
+        assert before_after == f"probability {base:.3g} without the thought, {mixed:.3g} with it"
+        assert numbers == f"gain {gains.gain[i]:+.3f} nats, entropy {gains.entropy[i]:.2f} nats"
+        assert thoughts == [f'thought, weight {w:+.3f}: <i> & "' for w in gains.weight[i].tolist()]
 
 
 def test_colours_tell_gain_from_loss(page, gains):
@@ -95,6 +96,7 @@ def test_colours_tell_gain_from_loss(page, gains):
         level = len([least for least in LEVELS if abs(gain) >= least])
         colours = [name for name in attributes.get("class", "").split() if name != "n"]
         assert colours == ([("g" if gain > 0 else "l") + str(level)] if level else [])
+        assert attributes["tabindex"] == ("0" if level >= 3 else "-1")  # a thousand stops would be too many
     assert "class" not in page().spans["t3"][0]  # 0.001 nats
 
 
@@ -107,7 +109,7 @@ def test_the_table_is_sorted_by_gain(page, gains):
         assert row[0] == spans[f"t{i}"][1]
         base, mixed = (-gains.base_nll[i]).exp(), (-gains.mixed_nll[i]).exp()
         assert row[2:6] == [f"{gains.gain[i]:+.3f}", f"{base:.3g}", f"{mixed:.3g}", f"{gains.entropy[i]:.2f}"]
-        assert row[6] == spans[f"t{i}"][0]["data-hint"].partition("\n")[2]
+        assert row[6] == spans[f"t{i}"][0]["data-hint"].split("\n", 2)[2]
 
 
 def test_it_needs_no_other_file_and_no_script(page):
@@ -123,7 +125,7 @@ def test_the_limit_is_stated(page, gains):
     assert list(shown.spans) == ["t0", "t1", "t2", "t3"]
     assert len(shown.rows) == 1 + 4
     assert f"The first 4 of {len(gains.token)} tokens" in shown.words
-    assert f"{len(gains.token)} tokens." in page().words
+    assert f"{len(gains.token)} tokens. Point" in page().words
     assert str(gains.table("entropy")) in shown.words
     assert str(gains.table("loss")) in page(by="loss").words
     with pytest.raises(ValueError, match="limit"):
@@ -132,8 +134,8 @@ def test_the_limit_is_stated(page, gains):
 
 def test_thoughts_of_no_tokens_are_shown(page, gains):
     empty = replace(gains, thoughts=gains.thoughts[:, :, :0])
-    assert page(empty).spans["t0"][0]["data-hint"].split("\n")[1:] == [
-        f"w {w:+.3f}: " for w in gains.weight[0].tolist()
+    assert page(empty).spans["t0"][0]["data-hint"].split("\n")[2:] == [
+        f"thought, weight {w:+.3f}: " for w in gains.weight[0].tolist()
     ]
 
 
