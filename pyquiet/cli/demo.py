@@ -1,11 +1,12 @@
 """`pyquiet demo`: the five systems at work on the embedded models."""
 
 import argparse
+import shutil
 import textwrap
 
 from pyquiet.cli import options
 from pyquiet.cli.reports import STANDARD_OUTPUT, add_json, check_json, give
-from pyquiet.demo import FIGURES, SCENES
+from pyquiet.demo import FIGURES, SCENES, Scene
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -39,19 +40,29 @@ def run(args: argparse.Namespace) -> int:
     for name, scene, seconds in play(args.only, seed=args.seed, progress=not args.quiet):
         scenes.append((name, scene, seconds))
         if speaks:  # as they come
-            words = textwrap.fill(f"{scene.found}.", 100, initial_indent="  ", subsequent_indent="  ")
-            print(f"{scene.title}\n{words}\n  ({seconds:.1f} s)\n", flush=True)
+            print(f"{in_lines(scene)}\n  ({seconds:.1f} s)\n", flush=True)
+    if args.html:
+        write_page(args.html, "pyquiet", [scene.section() for _, scene, _ in scenes], words=LEAD)
     found = {name: {**scene.to_dict(), "seconds": seconds} for name, scene, seconds in scenes}
     whole = sum(seconds for _, _, seconds in scenes)
     page = f", {args.html} has what there is to look at" if args.html else ""
     give(args, {"seed": args.seed, "scenes": found}, f"{whole:.0f} s in all{page}")
-    if args.html:
-        write_page(args.html, "pyquiet", [scene.section() for _, scene, _ in scenes], words=LEAD)
     return 0
 
 
+def in_lines(scene: Scene) -> str:
+    """The scene's title, what it shows and what was found, no wider than the terminal."""
+    width = max(40, min(100, shutil.get_terminal_size((100, 24)).columns))
+
+    def lines(words: str, mark: str) -> str:
+        return textwrap.fill(words, width, initial_indent=f"  {mark}", subsequent_indent=" " * (2 + len(mark)))
+
+    return "\n".join(
+        [scene.title, lines(scene.shows, ""), lines(scene.found, "> "), *(lines(x, "  ") for x in scene.more)]
+    )
+
+
 LEAD = (
-    "Five ways to get more out of a language model, each at work on small models that come with the package. Every "
-    "number and picture on this page was made by one run of `pyquiet demo`. Point at a coloured word of the first two "
-    "to see more."
+    "Five ways to get more out of a language model, each at work on small models that come with the package, and "
+    "beside its plain alternative. Every number and picture on this page was made by one run of pyquiet demo."
 )

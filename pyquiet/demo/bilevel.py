@@ -4,7 +4,6 @@ import torch
 
 from pyquiet.bilevel.demonstration import demonstrate
 from pyquiet.demo.scene import Scene
-from pyquiet.plotting.figures import as_svg
 from pyquiet.plotting.page import View
 from pyquiet.tokens import padded
 from pyquiet.zoo import held_out, load
@@ -19,20 +18,30 @@ def show(seed: int, progress: bool) -> Scene:
     numbers = shown.to_dict()
 
     def draw() -> tuple[View, ...]:
-        from pyquiet.plotting.bilevel import draw_cleaning
+        from pyquiet.plotting.bilevel import draw_hypergradient, draw_loss, draw_weights
+        from pyquiet.plotting.figures import as_svg
 
-        return (View(as_svg(draw_cleaning(shown.cleaned, wrong=shown.wrong))),)
+        curves = (
+            "Both curves should end low: the loss on the right texts, and how much is left to gain by other weights."
+        )
+        drawn = "".join(as_svg(drawer(shown.cleaned), curves) for drawer in (draw_loss, draw_hypergradient))
+        apart = "Texts with wrong labels should come to count nothing (left), those with right ones all (right)."
+        weights = as_svg(draw_weights(shown.cleaned, wrong=shown.wrong), apart)
+        return View(drawn, words=curves), View(weights, words=apart)
 
     return Scene(
         "Wrong labels found (BSVRB)",
-        "Texts are told apart by what a language model makes of them, and three of ten labels are turned over. Twenty "
-        "regressions at once learn from the labels, and above them every text learns how much it should count, so that "
-        "a few texts with right labels are told apart well.",
-        f"{numbers['rows']} texts, {numbers['wrong']} with a wrong label, and {numbers['clean']} others that are known "
-        f"to be right: of a wrong and a right label the wrong one is found out in {numbers['auc']:.1%} of the cases; "
-        f"accuracy on held-out texts {numbers['accuracy']:.3f} with what was learned, {numbers['plain_accuracy']:.3f} "
-        f"when all labels are trusted, {numbers['clean_accuracy']:.3f} by the {numbers['clean']} right ones alone, "
-        f"{numbers['oracle_accuracy']:.3f} were all labels right",
+        f"Each text of a training set with wrong labels learns how much it should count, so that {numbers['clean']} "
+        "texts with right labels are told apart well.",
+        f"Of a wrong and a right label the wrong one counts less in {numbers['auc']:.1%} of the cases (AUC; 50% is "
+        f"guessing), and accuracy on unseen texts is {numbers['accuracy']:.3f}, {numbers['plain_accuracy']:.3f} where "
+        "all labels are trusted.",
+        (
+            f"{numbers['clean_accuracy']:.3f} by the {numbers['clean']} right ones alone, "
+            f"{numbers['oracle_accuracy']:.3f} were all labels right.",
+            f"{numbers['rows']} sentences, of stories or of books, {numbers['wrong']} of them with a wrong label, told "
+            "apart by what a language model makes of them; twenty regressions learn at once.",
+        ),
         numbers,
         draw,
     )

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pyquiet
-from pyquiet.demo.scene import Scene
+from pyquiet.demo.scene import Scene, lower
 from pyquiet.evaluation import Estimate, NGramModel, histogram_entropy
 from pyquiet.plotting.page import View
 from pyquiet.zoo import held_out, load
@@ -18,9 +18,9 @@ def show(seed: int, progress: bool) -> Scene:
     causal = pyquiet.AREnergy(load("tiny-causal")[0], bos_id=tokenizer.bos_token_id)
     ways = {
         "plain": (None, _STEPS),
-        "with the energy of tiny-causal": (causal, _STEPS),
+        "with tiny-causal as energy": (causal, _STEPS),
         "with tiny-energy": (load("tiny-energy")[0], _STEPS),
-        f"plain in {_MORE_STEPS} steps": (None, _MORE_STEPS),
+        f"without an energy in {_MORE_STEPS} steps": (None, _MORE_STEPS),
     }
     judge = NGramModel([row["text"] for row in held_out("passages") + held_out("stories")], _GRAM)
     masked = pyquiet.MaskedDenoiser(denoiser, tokenizer.mask_token_id)
@@ -40,12 +40,13 @@ def show(seed: int, progress: bool) -> Scene:
         }
         for name, one in out.items()
     }
-    words = "; ".join(
-        f"{name} {x['ngram_nll']:.3f}"
-        + (f" ({below[name].mean:.3f} +- {below[name].error:.3f} lower)" if name != "plain" else "")
-        + f", variety {x['entropy']:.2f}, {x['seconds']:.1f} s"
-        for name, x in numbers.items()
-    )
+
+    def told(name: str) -> str:
+        """Of a way that is not the plain one."""
+        x = numbers[name]
+        return f"{x['ngram_nll']:.3f} {name} ({lower(below[name])}), variety {x['entropy']:.2f}, {x['seconds']:.1f} s"
+
+    plain = numbers["plain"]
 
     def draw() -> tuple[View, ...]:
         from pyquiet.plotting.film import film_view
@@ -54,12 +55,17 @@ def show(seed: int, progress: bool) -> Scene:
 
     return Scene(
         "Text out of noise, corrected by an energy (EDLM)",
-        "All tokens begin masked, and each step opens some of them at once. Plain diffusion draws these as if they did "
-        "not depend on each other; here several completions are drawn, and an energy that reads them whole picks one.",
-        f"{_TEXTS} texts of {_LENGTH} tokens in {_STEPS} steps, {_CANDIDATES} completions to pick from in each; how "
-        f"badly the {_GRAM}-grams of held-out texts foresee them, in nats a character (lower is closer to real text), "
-        f"and how many tokens they vary between (entropy in nats): {words}. What is not above twice its error may be "
-        f"chance",
+        f"All tokens begin masked and each step opens several at once; of {_CANDIDATES} guesses at them, an energy "
+        "that reads whole texts picks one.",
+        f"In {_STEPS} steps each, by {_GRAM}-grams of unseen texts, in nats a character (lower is closer to real "
+        f"text): {told('with tiny-energy')}; {plain['ngram_nll']:.3f} without an energy, variety "
+        f"{plain['entropy']:.2f}, {plain['seconds']:.1f} s.",
+        (
+            f"{told('with tiny-causal as energy')}.",
+            f"{told(f'without an energy in {_MORE_STEPS} steps')}.",
+            f"{_TEXTS} texts of {_LENGTH} tokens. Variety: the entropy of a text's tokens, in nats. An energy reads "
+            f"{_CANDIDATES} whole texts a step, which is where its time goes.",
+        ),
         {"texts": _TEXTS, "length": _LENGTH, "candidates": _CANDIDATES, "by_energy": numbers},
         draw,
     )

@@ -1,5 +1,7 @@
 """ASSD: gaps filled several tokens at a time, by exactly the law of one at a time."""
 
+from typing import Any
+
 import torch
 
 import pyquiet
@@ -9,6 +11,9 @@ from pyquiet.tokens import padded
 from pyquiet.zoo import held_out, load
 
 _TEXTS, _LENGTH, _MASKED = 8, 80, 0.6  # texts, their tokens at most, the share of them that is missing
+
+_METHODS: dict[str, Any] = {"sequential": "auto", "assd": 5, "one_call": 3}  # and their k
+_WAYS = ("one by one", "with two calls a round", "with one")
 
 
 def show(seed: int, progress: bool) -> Scene:
@@ -22,7 +27,7 @@ def show(seed: int, progress: bool) -> Scene:
         method: pyquiet.infill(
             model, ids, mask=mask, attention_mask=attention, method=method, k=k, coupling="gumbel", seed=seed
         )
-        for method, k in (("sequential", "auto"), ("assd", 5), ("one_call", 3))
+        for method, k in _METHODS.items()
     }
     missing = int(mask.sum())
     calls = {method: int(sum(x.sum() for x in one.calls.values())) / missing for method, one in out.items()}
@@ -37,15 +42,18 @@ def show(seed: int, progress: bool) -> Scene:
         drafted = out["assd"]
         return (infilling_view(drafted, tokenizer, int(drafted.rounds.argmin())),)  # the shortest to read
 
+    times = ", ".join(f"{one:.2f} s {way}" for one, way in zip(seconds.values(), _WAYS, strict=True))
     return Scene(
         "Gaps filled in parallel, exactly (ASSD)",
-        "A model that can fill any part of a text drafts several missing tokens in one call and checks them in a "
-        "second; what is refused is drawn anew. The law of the text is that of one call a token.",
-        f"{missing} missing tokens: one by one 1 call of the model a token and {seconds['sequential']:.2f} s, drafting "
-        f"and checking in two calls {calls['assd']:.2f} and {seconds['assd']:.2f} s, in one {calls['one_call']:.2f} "
-        f"and {seconds['one_call']:.2f} s (fewer calls save time where a call costs more than the work around it, as "
-        f"in larger models); the texts of all three are {'' if equal else 'NOT '}the same for the same seed, and their "
-        f"probabilities agree with the model's own within {gap:.0e} nats",
+        "A model that can fill any part of a text drafts several missing tokens at once, checks them together, and "
+        "draws anew what it refuses.",
+        f"{calls['one_call']:.2f} calls of the model a missing token, 1 where they are drawn one by one; the texts are "
+        f"{'the same, token by token' if equal else 'NOT the same'}, for the same seed.",
+        (
+            f"{missing} missing tokens; {calls['assd']:.2f} calls a token where drafts are checked in a second call.",
+            f"{times}. Fewer calls save time where a call costs more than the work around it, as in larger models.",
+            f"The texts' probabilities agree with the model's own within {gap:.0e} nats.",
+        ),
         {"tokens": missing, "calls_per_token": calls, "seconds": seconds, "same_texts": equal, "joint_gap": gap},
         draw,
     )

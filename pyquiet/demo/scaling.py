@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 from pyquiet.demo.scene import Scene
-from pyquiet.plotting.figures import as_svg
 from pyquiet.plotting.page import View
 from pyquiet.scaling import ATTS, AcceptAll, ATTSResult, Plan, Pools, Question, Sampling, read_questions
 from pyquiet.scaling.records import Record
@@ -14,7 +13,7 @@ from pyquiet.zoo import folder
 _FILES = folder("tiny-target")
 _QUESTIONS, _CHAINS, _RATE = 16, 4, 0.4
 
-_NAMES = {"together": "together", "tiny-draft": "small model alone", "tiny-target": "large model alone"}
+_NAMES = {"together": "Together", "tiny-draft": "Small model alone", "tiny-target": "Large model alone"}
 
 
 def show(seed: int, progress: bool) -> Scene:
@@ -31,39 +30,51 @@ def show(seed: int, progress: bool) -> Scene:
     for name in ("tiny-draft", "tiny-target"):
         alone, seconds = _timed(ATTS(name, name, plan=plan, policy=AcceptAll()), questions)
         runs[name] = _solved(alone, questions) | {"seconds": seconds}
-    every = result.report.turns
-    turns = {turn: row for turn, row in every.items() if row.judged and row.guaranteed == row.judged}
+    turns = {turn: row for turn, row in result.report.turns.items() if row.judged and row.guaranteed == row.judged}
     inside = sum(row.band is not None and row.band[0] <= row.taken <= row.band[1] for row in turns.values())
-    total, taken = (sum(getattr(row, name) for row in every.values()) for name in ("decisions", "taken"))
+    judged, taken = (sum(getattr(row, name) for row in turns.values()) for name in ("judged", "taken"))
     most = max(turns, key=lambda turn: turns[turn].taken / turns[turn].judged)
     numbers: dict[str, Any] = {
         "questions": _QUESTIONS,
         "chains": _CHAINS,
         "promised": _RATE,
-        "lines": total,
+        "lines": judged,
         "replaced": taken,
         "turns_in_band": inside,
         "turns_with_promise": len(turns),
-        "rate_by_turn": {str(turn): row.rate.value for turn, row in every.items()},
+        "rate_by_turn": {str(turn): row.rate.value for turn, row in result.report.turns.items()},
         "runs": runs,
     }
 
     def draw() -> tuple[View, ...]:
-        from pyquiet.plotting.scaling import draw_run
+        from pyquiet.plotting.figures import as_svg
+        from pyquiet.plotting.scaling import draw_slots, draw_takeovers
 
-        return (View(as_svg(draw_run(result.report, records))),)
+        rates, slots = draw_takeovers(result.report), draw_slots(records)
+        bars = (
+            "Each dot is the share of lines that the large model replaced at a turn, the first line being turn 0: nine "
+            "times in ten it lies in the green band. No promise is made for grey ones, which are seldom reached."
+        )
+        times = (
+            "Each row is a slot that holds one request at a time: the small model writes, the large one rates and "
+            "writes, all at once, since no solution waits for another."
+        )
+        return View(as_svg(rates, bars), words=bars), View(as_svg(slots, times), words=times)
 
     return Scene(
         "A small model, helped out at a promised rate (ATTS)",
-        "A small model writes a solution line by line; a large one rates each line and replaces it where it is "
-        "unusually bad beside a bank of earlier ratings. How often that happens is promised beforehand.",
-        f"{_QUESTIONS} word problems, {_CHAINS} solutions each: {taken / total:.1%} of {total} lines replaced. "
-        f"Promised are {_RATE:.0%} at most, on average over banks, at each of {len(turns)} turns; {inside} of them lie "
-        f"within what one bank gives in 90 % of cases; most was replaced at turn {most}, {turns[most].rate.value:.0%}. "
-        + "; ".join(
-            f"{_NAMES[name]}: {run['right']:.0%} of the solutions right, {run['voted']} of {_QUESTIONS} problems by "
-            f"vote, {run['seconds']:.1f} s"
-            for name, run in runs.items()
+        "A small model writes a solution line by line; a large one rates each line and replaces the unusually bad "
+        "ones, at a rate that is promised beforehand.",
+        f"{taken / judged:.1%} of the lines replaced, where at most {_RATE:.0%} is promised on average over banks of "
+        f"earlier ratings; this is one bank, and {inside} of {len(turns)} turns lie where nine of ten banks put them.",
+        (
+            *(
+                f"{_NAMES[name]}: {run['right']:.0%} of the solutions right, {run['voted']} of {_QUESTIONS} problems "
+                f"by vote, {run['seconds']:.1f} s."
+                for name, run in runs.items()
+            ),
+            f"{_QUESTIONS} word problems, {_CHAINS} solutions each, {judged} lines that the promise is about; most was "
+            f"replaced at turn {most}, {turns[most].rate.value:.0%}.",
         ),
         numbers,
         draw,

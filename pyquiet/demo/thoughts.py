@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pyquiet.demo.scene import Scene
-from pyquiet.evaluation import opening_ids, thinking_gains
-from pyquiet.plotting.figures import as_svg
+from pyquiet.demo.scene import Scene, lower
+from pyquiet.evaluation import Estimate, TokenGains, gain_by_decile, opening_ids, thinking_gains
 from pyquiet.plotting.page import View
 from pyquiet.tokens import padded
 from pyquiet.zoo import held_out, load
@@ -31,31 +30,62 @@ def show(seed: int, progress: bool) -> Scene:
         "tiny_causal": next_token_nll(load("tiny-causal")[0], [[*opening, *row] for row in rows]),
     }
     story = torch.tensor([text in stories for text in order])[gains.row]
-    hardest = gains.entropy.masked_fill(~story, -1).argsort(stable=True)[-(int(story.sum()) // 10) :]
+    hardest = torch.zeros_like(story)
+    hardest[gains.entropy.masked_fill(~story, -1).argsort(stable=True)[-(int(story.sum()) // 10) :]] = True
     groups = {"stories": story, "hardest_tenth_of_stories": hardest, "books": ~story}
     numbers = {group: {name: float(x[where].mean()) for name, x in nll.items()} for group, where in groups.items()}
+    gained = {group: mean_gain(gains, where) for group, where in groups.items()}
+    tables = {
+        kind: gain_by_decile(gains.entropy[where], gains.base_nll[where], gains.mixed_nll[where])
+        for kind, where in groups.items()
+        if kind != "hardest_tenth_of_stories"
+    }
+
+    def told(group: str) -> str:
+        x = numbers[group]
+        return f"{x['thinking']:.3f} with thoughts, {x['not_thinking']:.3f} without ({lower(gained[group])})"
 
     def draw() -> tuple[View, ...]:
         from pyquiet.plotting.difficulty import draw_gain_by_decile
-        from pyquiet.plotting.page import shown
-        from pyquiet.plotting.thoughts import LEGEND, thoughts_view
+        from pyquiet.plotting.figures import as_svg
+        from pyquiet.plotting.thoughts import WORDS, thoughts_view
 
-        figure = draw_gain_by_decile(gains.table(), title="what thoughts gain, from the easiest tenth to the hardest")
-        words = f"{LEGEND} The first {_SHOWN} of {len(story)} tokens:"
-        return View(as_svg(figure)), View(f"<p>{shown(words)}</p>"), thoughts_view(gains, tokenizer, limit=_SHOWN)
+        drawn = "".join(
+            as_svg(draw_gain_by_decile(table, title=kind), f"gains by tenths of difficulty, {kind}")
+            for kind, table in tables.items()
+        )
+        bars = "Each bar is a tenth of the tokens, the easiest on the left: above zero, thoughts helped there."
+        words = f"{WORDS} These are the first {_SHOWN} of {len(story)} tokens."
+        return View(drawn, words=bars), thoughts_view(gains, tokenizer, limit=_SHOWN, words=words)
 
+    deciles = ", ".join(f"{row['mixed_nll']:.3f}/{row['base_nll']:.3f}" for row in tables["stories"].rows())
+    causal = ", ".join(f"{numbers[kind]['tiny_causal']:.3f} on {kind}" for kind in tables)
     return Scene(
         "A thought before every token (Quiet-STaR)",
-        "Before each token the model writes a few hidden tokens, at all places of the text at once, and mixes what "
-        "they say into its prediction. Loss is in nats a token: the lower, the better the text was foreseen.",
-        "; ".join(
-            f"{group.replace('_', ' ')}: loss {x['thinking']:.3f} with thoughts, {x['not_thinking']:.3f} without"
-            for group, x in numbers.items()
-        )
-        + ". Thoughts help where a conclusion takes steps, not in the prose of books",
-        {"tokens": len(story), "nll": numbers, "deciles": gains.table().to_dict()},
+        "Before each token the model writes a few hidden tokens and mixes what they say into its prediction.",
+        f"Loss on the hardest tenth of the tokens of unseen stories: {told('hardest_tenth_of_stories')}, in nats a "
+        "token; the lower, the better they were foreseen.",
+        (
+            f"All tokens of stories: {told('stories')}; of books: {told('books')}.",
+            f"With and without, by tenths of the stories' tokens from the easiest to the hardest: {deciles}.",
+            f"tiny-causal, from which the model was taught to think: {causal}.",
+        ),
+        {
+            "tokens": len(story),
+            "nll": numbers,
+            "gain": {group: gain.to_dict() for group, gain in gained.items()},
+            "deciles": {kind: table.to_dict() for kind, table in tables.items()},
+        },
         draw,
     )
+
+
+def mean_gain(gains: TokenGains, where: Tensor) -> Estimate:
+    """The mean gain of some tokens, bool [n]; its error takes texts as independent, and not tokens (jackknife)."""
+    total, count = (torch.bincount(gains.row[where], x) for x in (gains.gain[where].double(), where[where].double()))
+    total, count = total[count > 0], count[count > 0]
+    without = (total.sum() - total) / (count.sum() - count)
+    return Estimate.jackknife(float(total.sum() / count.sum()), without)
 
 
 @torch.no_grad()

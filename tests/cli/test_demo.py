@@ -22,7 +22,7 @@ class Played:
     def show(self, seed, progress):
         view = View(f"<b>picture of {self.name}</b>")
         numbers = {"seed": seed, "progress": progress}
-        return Scene(f"Title of {self.name}", "It shows.", f"found {seed}", numbers, lambda: (view,))
+        return Scene(f"Title of {self.name}", "It shows.", f"found {seed}", ("It adds.",), numbers, lambda: (view,))
 
 
 @pytest.fixture
@@ -33,8 +33,17 @@ def played(monkeypatch):
 def test_every_scene_is_told_in_its_order(played, capsys):
     assert main(["demo", "--seed", "7"]) == 0
     out = capsys.readouterr().out
-    assert re.findall(r"Title of (\w+)\n  found 7\.\n", out) == list(scenes.SCENES)
+    assert re.findall(r"Title of (\w+)\n  It shows\.\n  > found 7\n    It adds\.\n", out) == list(scenes.SCENES)
     assert " s in all" in out
+
+
+def test_lines_are_no_wider_than_the_terminal(played, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setattr(
+        Played, "show", lambda self, *_: Scene("T", "word " * 60, "word " * 60, ("word " * 60,), {}, tuple)
+    )
+    assert main(["demo", "--only", "scaling"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) in range(40, 51)
 
 
 def test_on_standard_output_json_stands_alone(played, capsys):
@@ -50,7 +59,8 @@ def test_a_page_has_every_view_and_says_what_it_is(played, capsys, tmp_path):
     assert main(["demo", "--only", "infilling", "bilevel", "--html", str(page)]) == 0
     text = page.read_text(encoding="utf-8")
     assert re.findall(r"picture of (\w+)", text) == ["infilling", "bilevel"]
-    assert "<p>found 0</p>" in text
+    assert '<p class="number">found 0</p>' in text
+    assert "<li>It adds.</li>" in text
     assert str(page) in capsys.readouterr().out
 
 

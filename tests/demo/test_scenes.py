@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import pyquiet
 from pyquiet import demo
 from pyquiet.demo import infilling, scenes, thoughts
-from pyquiet.demo.scene import Scene
+from pyquiet.demo.scene import Scene, lower
+from pyquiet.evaluation import Estimate, TokenGains
 from pyquiet.plotting import View
 
 
@@ -24,7 +27,9 @@ def test_scenes_are_played_in_the_order_asked_for(monkeypatch):
             self.name = name
 
         def show(self, seed, progress):
-            return Scene(self.name, "shows", f"found {seed}", {"nan": float("nan")}, lambda: (View("<b></b>"),))
+            return Scene(
+                self.name, "shows", f"found {seed}", ("more",), {"nan": float("nan")}, lambda: (View("<b></b>"),)
+            )
 
     monkeypatch.setattr(scenes, "import_module", Played)
     played = list(demo.play(["scaling", "thoughts"], seed=3, progress=False))
@@ -33,7 +38,8 @@ def test_scenes_are_played_in_the_order_asked_for(monkeypatch):
         ("thoughts", "pyquiet.demo.thoughts", "found 3"),
     ]
     assert played[0][1].to_dict()["numbers"] == {"nan": None}  # JSON has no NaN
-    assert played[0][1].section().words == ("shows", "found 3")
+    section = played[0][1].section()
+    assert (section.words, section.found, section.more) == (("shows",), "found 3", ("more",))
 
 
 def test_every_scene_can_be_imported_by_its_name():
@@ -48,7 +54,7 @@ def test_infilling_tells_calls_and_sameness_as_they_are(monkeypatch):
     assert calls["one_call"] < calls["assd"] < 1
     assert scene.numbers["same_texts"]
     assert scene.numbers["joint_gap"] < 1e-3
-    assert "the texts of all three are the same" in scene.found
+    assert "the texts are the same" in scene.found
 
     def without_coupling(*args, coupling, **options):
         return true_infill(*args, coupling="rejection", **options)
@@ -58,6 +64,22 @@ def test_infilling_tells_calls_and_sameness_as_they_are(monkeypatch):
     other = infilling.show(0, False)
     assert not other.numbers["same_texts"]
     assert "NOT the same" in other.found
+
+
+def test_a_gain_is_said_to_be_chance_below_two_errors():
+    assert lower(Estimate(0.5, 0.2)) == "0.500 +- 0.200 lower"
+    assert lower(Estimate(-0.5, 0.2)) == "0.500 +- 0.200 higher"
+    assert lower(Estimate(0.3, 0.2)) == "0.300 +- 0.200 lower, which may be chance"
+
+
+def test_the_error_of_a_gain_takes_texts_as_independent():
+    row = torch.tensor([0, 0, 0, 2, 2, 5])
+    zero, mixed = torch.zeros(6), -torch.tensor([1.0, 1, 1, 2, 2, 9])
+    gains = TokenGains(row, row, row, zero, mixed, zero, row[:, None, None], zero[:, None])
+    here = thoughts.mean_gain(gains, row < 5)
+    assert here.mean == pytest.approx(7 / 5)
+    assert here.error == pytest.approx(0.5)  # without the first text 2, without the second 1
+    assert math.isnan(thoughts.mean_gain(gains, row == 5).error)  # of one text nothing is known
 
 
 def test_next_token_losses_are_those_of_each_text_alone():
