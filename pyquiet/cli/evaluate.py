@@ -20,7 +20,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="measure what thoughts are worth, how gaps are filled, or what diffusion writes",
         description="Measure what a model's thoughts are worth, how well it fills gaps, or what it writes by "
         "diffusion, and what that takes.",
-        epilog="Tasks of lm-evaluation-harness: python -m pyquiet.evaluation.lm_eval --model pyquiet ...",
+        epilog="Besides: pyquiet scale report (test-time scaling), pyquiet bilevel demo (bilevel optimisation), and "
+        "python -m pyquiet.evaluation.lm_eval --model pyquiet (tasks of lm-evaluation-harness).",
     )
     measures = options.add_commands(parser, "measures")
     _add_thoughts(measures)

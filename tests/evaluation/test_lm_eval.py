@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +24,7 @@ from lm_eval.tasks import TaskManager
 
 from pyquiet.evaluation.lm_eval import PyquietLM
 from pyquiet.evaluation.lm_eval.requests import Wish
+from pyquiet.prompts import Ranks
 
 PAIRS = [("The sea ", "is wide"), ("Who sings? ", "a bird"), ("The sea ", "was calm"), ("", "alone"), ("x", "y")]
 PROMPTS = ["The sea is", "Who", "A bird sang in the tall tree", "1 + 1 ="]
@@ -298,9 +302,56 @@ def test_never_thinking_is_what_the_harness_finds_by_itself(tasks):
                 assert own["acc"] == other["acc"]
 
 
+def test_ranks_share_the_documents(tasks, monkeypatch):
+    """Two of them, as threads."""
+    model, tokenizer = pyquiet.load("tiny-causal")
+    alone = evaluated(tasks, PyquietLM(model, tokenizer), None)
+    meeting, told, scored = threading.Barrier(2), {}, Counter()
+
+    class Thread(Ranks):
+        def join(self):
+            pass
+
+        def wait(self):
+            meeting.wait(60)
+
+        def everyones(self, value):
+            told[self.rank] = value
+            self.wait()
+            values = [told[0], told[1]]
+            self.wait()
+            return values
+
+    def rank(number):
+        monkeypatch.setattr(Ranks, "current", lambda: Thread(number, 2))
+        return PyquietLM(model, tokenizer)
+
+    def counted(self, rows, disable_tqdm):
+        scored[self.rank] += len(rows)
+        return true_scored(self, rows, disable_tqdm)
+
+    true_scored = PyquietLM._scored
+    monkeypatch.setattr(PyquietLM, "_scored", counted)
+    ranks = [rank(0), rank(1)]
+    with ThreadPoolExecutor(2) as pool:
+        together, nothing = pool.map(lambda lm: evaluated(tasks, lm, None), ranks)
+    assert nothing is None
+    assert scored[0] == scored[1] > 0
+    for name, samples in alone["samples"].items():
+        found = sorted(together["samples"][name], key=lambda sample: sample["doc_id"])
+        assert [sample["doc_id"] for sample in found] == [0, 1]
+        for sample, one in zip(samples, found, strict=True):
+            assert str(one["filtered_resps"]) == str(sample["filtered_resps"])
+    for name, numbers in alone["results"].items():
+        floats = {key: number for key, number in numbers.items() if isinstance(number, float)}
+        assert floats == pytest.approx({key: together["results"][name][key] for key in floats})
+
+
 @pytest.mark.slow
-def test_the_command_of_the_harness_knows_the_model(tasks):
-    command = [sys.executable, "-m", "pyquiet.evaluation.lm_eval", "--model", "pyquiet"]
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_command_of_the_harness_knows_the_model(tasks, ranks):
+    command = [sys.executable, *(["-m", "torch.distributed.run", "--nproc-per-node=2"] if ranks > 1 else [])]
+    command += ["-m", "pyquiet.evaluation.lm_eval", "--model", "pyquiet"]
     command += ["--model_args", "pretrained=tiny-causal,think=never", "--tasks", "quiet_multiple_choice"]
     command += ["--include_path", str(tasks), "--output_path", str(tasks / "out")]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -10,6 +10,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,13 +18,14 @@ from pyquiet.environment import environment_record
 from pyquiet.evaluation.lm_eval.requests import Wish, batches, in_order, write
 from pyquiet.evaluation.prompts import Think, can_think, check_think
 from pyquiet.evaluation.scoring import Continuation, number_of, score_continuations
+from pyquiet.prompts import Ranks
 from pyquiet.zoo import available, load
 
 _DEFAULT_LENGTH = 2048  # of a model that names no context
 
 
 class PyquietLM(TemplateLM):
-    """The model `pyquiet` of the harness, in one process.
+    """The model `pyquiet` of the harness, in one process or, under torchrun, in one for each share of the documents.
 
     Answers depend on the request and the seed alone, not on the batch, on other requests or on a cache: thoughts are
     counted by a hash of what is given. The choices of a question share the thoughts after its text, and with them the
@@ -69,7 +71,10 @@ class PyquietLM(TemplateLM):
         model, self.tokenizer = _load(pretrained, tokenizer, dtype)
         self.think: Think = think or ("always" if can_think(model) else "never")
         check_think(model, self.think)
-        self.model = model.eval().to(_usable(device))
+        self._ranks = Ranks.current()
+        self._rank, self._world_size = self._ranks.rank, self._ranks.size
+        self._ranks.join()
+        self.model = model.eval().to(self._ranks.device(_usable(device)))
         self._device = self.model.device
         self.seed, self.thoughts_per_token, self.batch_size = seed, thoughts_per_token, int(batch_size)
         self.max_gen_toks, self._prefix = max_gen_toks, prefix_token_id
@@ -125,6 +130,21 @@ class PyquietLM(TemplateLM):
         """What the harness puts into its results: the environment, and which weights."""
         return {"pyquiet": environment_record("lm_eval", self._arguments, {"model": self.model})}
 
+    # -- how the harness gathers what its processes found
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all processes, one behind the other; of a scalar, as many as there are processes."""
+        return torch.cat([torch.atleast_1d(one) for one in self._ranks.everyones(tensor)])
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """The objects of all processes, in process `dst`; None in others."""
+        objects = self._ranks.everyones(obj)
+        return objects if self.rank == dst else None
+
+    def barrier(self) -> None:
+        """Returns when all processes have called it."""
+        self._ranks.wait()
+
     # -- what the harness asks of a model
 
     def _loglikelihood_tokens(
@@ -172,7 +192,7 @@ class PyquietLM(TemplateLM):
             seen[repr(arg)] += 1
         order = batches(range(len(args)), self.batch_size, lambda i: len(prompts[i]), lambda i: repr(wishes[i]))
         answers: list[str] = []
-        for batch in tqdm(order, "writing", disable=disable_tqdm):
+        for batch in tqdm(order, "writing", disable=disable_tqdm or self.rank > 0):
             answers += write(
                 self.model,
                 self.tokenizer,
@@ -211,7 +231,7 @@ class PyquietLM(TemplateLM):
     def _scored(self, rows: list[Continuation], disable_tqdm: bool) -> list[tuple[float, bool]]:
         order = batches(rows, self.batch_size, lambda row: len(row.read))
         answers: list[tuple[float, bool]] = []
-        for batch in tqdm(order, f"think={self.think}", disable=disable_tqdm):
+        for batch in tqdm(order, f"think={self.think}", disable=disable_tqdm or self.rank > 0):
             log_probs, likeliest = score_continuations(
                 self.model,
                 [rows[i] for i in batch],
@@ -240,14 +260,14 @@ def _load(
     return model, words or AutoTokenizer.from_pretrained(tokenizer or pretrained)
 
 
-def _usable(device: str | None) -> torch.device:
+def _usable(device: str | None) -> str:
     """The device of that name; the CPU for a GPU that is not there, since the harness asks for one by itself."""
     if torch.cuda.is_available():
-        return torch.device(device or "cuda")
+        return device or "cuda"
     if device is not None and device.startswith("cuda"):
         warnings.warn(f"device={device}: torch sees no GPU, so the CPU is used", stacklevel=3)
-        return torch.device("cpu")
-    return torch.device(device or "cpu")
+        return "cpu"
+    return device or "cpu"
 
 
 def _room(model: PreTrainedModel, think: Think) -> int:
