@@ -18,7 +18,7 @@ IGNORED = -100  # the label of a token that is not to be predicted
 
 def numbered(dataset: Any) -> Any:
     """The dataset, or each of a dict of them, with the number of each example and of the epoch; None stays None."""
-    if dataset is None or isinstance(dataset, NumberedTexts | _NumberedStream):
+    if dataset is None or isinstance(dataset, _Numbered):
         return dataset
     if isinstance(dataset, dict):
         return {name: numbered(part) for name, part in dataset.items()}
@@ -26,40 +26,40 @@ def numbered(dataset: Any) -> Any:
     return _NumberedStream(dataset) if streamed else NumberedTexts(dataset)
 
 
-class NumberedTexts(Dataset[dict[str, Any]]):
+class _Numbered:
     """Examples (dicts) with their index as `sequence_ids`, which names their noise, and the `epoch`."""
 
     def __init__(self, examples: Any) -> None:
         self.examples = examples
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # dataloader workers see it change
 
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+        if hasattr(self.examples, "set_epoch"):
+            self.examples.set_epoch(epoch)
+
+    def _numbered(self, index: int, example: dict[str, Any]) -> dict[str, Any]:
+        return {"sequence_ids": index, "epoch": int(self._epoch), **example}
+
+
+class NumberedTexts(_Numbered, Dataset[dict[str, Any]]):
+    """Examples that can be asked for by their index."""
+
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"sequence_ids": index, "epoch": int(self._epoch), **self.examples[index]}
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch.fill_(epoch)
+        return self._numbered(index, self.examples[index])
 
 
-class _NumberedStream(IterableDataset[dict[str, Any]]):
-    """The same for examples that come one by one; each of several workers numbers its own."""
-
-    def __init__(self, examples: Any) -> None:
-        self.examples = examples
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+class _NumberedStream(_Numbered, IterableDataset[dict[str, Any]]):
+    """Examples that come one by one; each of several workers numbers its own."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for index, example in enumerate(self.examples):
-            yield {"sequence_ids": first + step * index, "epoch": int(self._epoch), **example}
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch.fill_(epoch)
-        if hasattr(self.examples, "set_epoch"):
-            self.examples.set_epoch(epoch)
+            yield self._numbered(first + step * index, example)
 
 
 @dataclass

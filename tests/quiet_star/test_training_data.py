@@ -72,6 +72,16 @@ def test_pieces_cover_the_document(length):
     assert all(len(piece) >= min(length, 10) and len(piece) < 20 for piece in pieces)
 
 
+def test_examples_that_ask_for_the_epoch_hear_of_it():
+    class Texts(list):
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+    texts = Texts([{"input_ids": [1, 2]}])
+    numbered(texts).set_epoch(4)
+    assert texts.epoch == 4
+
+
 def test_numbers_and_epochs_reach_the_workers():
     texts = NumberedTexts([{"input_ids": [i, i]} for i in range(4)])
     loader = DataLoader(texts, batch_size=None, num_workers=1, persistent_workers=True)
