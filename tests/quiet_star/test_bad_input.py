@@ -17,18 +17,27 @@ def model(request):
     return thinker("llama", m=2, dtype=torch.float32, attention=request.param)
 
 
+@torch.no_grad()
+def said_by(model):
+    """What good calls give, and the base's own attention."""
+    thoughts, said = model.think_at_every_token(IDS, seed=1), model.generate(IDS, max_new_tokens=2, seed=1)
+    return thoughts, (model.base(IDS).logits, said), model.base.config._attn_implementation
+
+
+@pytest.fixture(scope="module")
+def before(model):
+    return said_by(model)
+
+
 @pytest.fixture(autouse=True)
-def still_good(model):
-    """After whatever the test did, a good call gives the right answer and the base is untouched."""
-    attention = model.base.config._attn_implementation
+def still_good(model, before):
+    """After whatever the test did, good calls give the right answer and the base is untouched."""
     with torch.no_grad():
-        thoughts, logits = model.think_at_every_token(IDS, seed=1), model.base(IDS).logits
-        said = model.generate(IDS, max_new_tokens=2, seed=1)
         yield
-        assert model.base.config._attn_implementation == attention
-        assert torch.equal(model.base(IDS).logits, logits)
-        assert_same_thoughts(model.think_at_every_token(IDS, seed=1), thoughts, 0)
-        assert torch.equal(model.generate(IDS, max_new_tokens=2, seed=1), said)
+    after = said_by(model)
+    assert_same_thoughts(after[0], before[0], 0)
+    assert all(map(torch.equal, after[1], before[1]))
+    assert after[2] == before[2]
 
 
 def ways(model, ids, mask=None, **options):
