@@ -278,13 +278,8 @@ def _fake(arguments: tuple[Any, ...]) -> Tensors:
     new, R = a.logits.new_empty, len(a.logits)
     dtype = torch.float64 if a.logits.dtype is torch.float64 else torch.float32
     log_probs, lse = new((R, a.k), dtype=dtype), new(R, dtype=dtype)
-    return (
-        new((R, a.k), dtype=torch.int64),
-        log_probs,
-        torch.empty_like(log_probs),
-        lse,
-        new(R, dtype=torch.int64),
-    )
+    tokens, fault = new((R, a.k), dtype=torch.int64), new(R, dtype=torch.int64)
+    return tokens, log_probs, torch.empty_like(log_probs), lse, fault
 
 
 _kernel = Kernel(
