@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pyquiet.checks import check_number
 from pyquiet.native import cpu
+from pyquiet.philox import LIMITS, make_counter, philox, reference_uniforms, uniform
 
-_LIMITS = {"sequence": 1 << 32, "position": 1 << 32, "step": 1 << 32, "index": 1 << 26}
 MAX_VOCABULARY = 1 << 24  # of native draws: sums of their integer weights stay below 2^64
 _CHUNK = 1 << 20  # float64 elements in flight in a draw: 8 MB
 
@@ -66,7 +66,7 @@ class Stream:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", _check_seed(self.seed))  # an int, whatever integer it was
-        for name, limit in _LIMITS.items():
+        for name, limit in LIMITS.items():
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
@@ -137,7 +137,7 @@ def uniforms(stream: Stream, rows: int, device: torch.device | str | None = None
     device = torch.device("cpu" if device is None else device)
     words = _counter_words(stream, rows, device)
     if device.type != "cpu" or cpu is None:
-        return _reference_uniforms(stream.seed, stream.purpose, words, rows, device)
+        return reference_uniforms(stream.seed, stream.purpose, words, rows, device)
     out = torch.empty(rows, dtype=torch.float64)
     fields = [(w.data_ptr(), 0) if isinstance(w, Tensor) else (0, w) for w in words]
     cpu.uniforms(out.data_ptr(), rows, stream.seed % 2**64, stream.purpose, *fields)
@@ -377,13 +377,13 @@ def _check_seed(seed: int) -> int:
 
 def counter_fields(stream: Stream, rows: int, device: torch.device) -> tuple[Fields, list[int]]:
     """The fields as native code takes them: int64 tensors [rows] or None, and for None an int (-1: the row)."""
-    values = [_counter_word(stream, name, rows, device) for name in _LIMITS]
+    values = [_counter_word(stream, name, rows, device) for name in LIMITS]
     sequence, position, step, index = (x if isinstance(x, Tensor) else None for x in values)
     return (sequence, position, step, index), [-1 if x is None else 0 if isinstance(x, Tensor) else x for x in values]
 
 
 def _counter_words(stream: Stream, rows: int, device: torch.device) -> list[Tensor | int]:
-    values = (_counter_word(stream, name, rows, device) for name in _LIMITS)
+    values = (_counter_word(stream, name, rows, device) for name in LIMITS)
     return [torch.arange(rows, device=device) if x is None else x for x in values]
 
 
@@ -399,62 +399,16 @@ def _counter_word(stream: Stream, name: str, rows: int, device: torch.device) ->
     return value.to(device, torch.int64).expand(rows).contiguous()
 
 
-def _reference_uniforms(seed: int, purpose: int, words: list[Tensor | int], rows: int, device: torch.device) -> Tensor:
-    counter = _counter(words, rows, device)
-    counter[3] |= purpose << 26
-    block = _philox(seed, counter)
-    return _uniform(block[0], block[1])
-
-
 def gumbel_noise(stream: Stream, rows: int, vocabulary: int, device: torch.device | str | None = None) -> Tensor:
     """Gumbel noise -log(-log(u)) for every id of every row, float64 [rows, vocabulary], on `device` (None: the CPU).
 
     Token v reads half v % 2 of block v // 2 at the stream's address; its purpose and index are not used.
     """
     device = torch.device("cpu" if device is None else device)
-    counter = _counter(_counter_words(stream, rows, device), rows, device)
+    counter = make_counter(_counter_words(stream, rows, device), rows, device)
     counter[3] = Purpose.GUMBEL << 26
     blocks = counter.unsqueeze(-1).repeat(1, 1, (vocabulary + 1) // 2)  # [4, R, V / 2]
     blocks[3] += torch.arange(blocks.shape[-1], device=device)
-    block = _philox(stream.seed, blocks)
-    u = torch.stack([_uniform(block[0], block[1]), _uniform(block[2], block[3])], -1)
+    block = philox(stream.seed, blocks)
+    u = torch.stack([uniform(block[0], block[1]), uniform(block[2], block[3])], -1)
     return u.flatten(1)[:, :vocabulary].log().neg_().log_().neg_()
-
-
-def _counter(words: list[Tensor | int], rows: int, device: torch.device) -> Tensor:
-    """The words of all rows, [4, R], their ranges checked."""
-    counter = torch.stack(
-        [w if isinstance(w, Tensor) else torch.full((rows,), w, dtype=torch.int64, device=device) for w in words]
-    )
-    limits = torch.tensor(list(_LIMITS.values()), device=device).unsqueeze(-1)
-    wrong = (counter < 0) | (counter >= limits)
-    if wrong.any():
-        field, row = wrong.nonzero()[0].tolist()
-        name, limit = list(_LIMITS.items())[field]
-        value = int(counter[field, row])
-        raise ValueError(f"stream.{name} must be in [0, {limit}), got {value} at row {row}")
-    return counter
-
-
-def _uniform(low: Tensor, high: Tensor) -> Tensor:
-    """The uniforms of two words of a block."""
-    x = high << 32 | low
-    return ((x >> 12 & (1 << 52) - 1).double() + 0.5) * 2.0**-52
-
-
-def _philox(seed: int, counter: Tensor) -> Tensor:
-    """Ten rounds of Philox4x32: counter int64 [4, ...] of 32-bit words -> the same of the block."""
-    low = (1 << 32) - 1
-    key0, key1 = seed & low, seed >> 32 & low
-    c0, c1, c2, c3 = counter
-    for _ in range(10):
-        # int64 products wrap modulo 2^64; the mask makes the arithmetic shift a logical one.
-        even, odd = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (
-            (odd >> 32 & low) ^ c1 ^ key0,
-            odd & low,
-            (even >> 32 & low) ^ c3 ^ key1,
-            even & low,
-        )
-        key0, key1 = key0 + 0x9E3779B9 & low, key1 + 0xBB67AE85 & low
-    return torch.stack([c0, c1, c2, c3])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyquiet import native, randomness
+from pyquiet import native, philox, randomness
 from pyquiet.randomness import Purpose, Stream, draw, resolve_seed, uniforms
 
 from .chi_square import chi_square
@@ -39,7 +39,7 @@ def answers(**fields: Tensor | int) -> Stream:
 @pytest.mark.parametrize(("seed", "counter", "block"), KNOWN_ANSWERS)
 def test_philox_known_answers_in_torch(seed, counter, block):
     words = torch.tensor(counter).unsqueeze(-1).expand(4, 3)
-    assert randomness._philox(seed, words).T.tolist() == [list(block)] * 3
+    assert philox.philox(seed, words).T.tolist() == [list(block)] * 3
 
 
 @needs_native
@@ -58,7 +58,7 @@ def test_native_uniforms_equal_the_reference(seed):
         word[:4] = torch.tensor([0, 1, limit - 1, limit // 2])
     for purpose in Purpose:
         ours = uniforms(Stream(seed, purpose, *words), rows)
-        reference = randomness._reference_uniforms(seed, purpose, words, rows, ours.device)
+        reference = philox.reference_uniforms(seed, purpose, words, rows, ours.device)
         assert torch.equal(ours, reference)
 
 
@@ -66,7 +66,7 @@ def test_uniform_is_made_of_the_first_two_words_at_the_counter_of_the_design(rou
     seed, sequence, position, step, index = 2**63 + 12345, 7, 2**32 - 1, 5, 2**26 - 1
     stream = Stream(seed, Purpose.GUMBEL, torch.tensor([sequence]), position, step, index)
     counter = torch.tensor([sequence, position, step, Purpose.GUMBEL << 26 | index]).unsqueeze(-1)
-    word0, word1, _, _ = randomness._philox(seed, counter).squeeze(-1).tolist()
+    word0, word1, _, _ = philox.philox(seed, counter).squeeze(-1).tolist()
     expected = ((word1 * 2**32 + word0 >> 12) + 0.5) * 2.0**-52
     assert uniforms(stream, 1).tolist() == [expected]
 
@@ -124,7 +124,7 @@ def test_negative_seeds_are_their_unsigned_twins(route):
 @pytest.mark.parametrize(("block", "expected"), [(0, 2.0**-53), (MASK, 1 - 2.0**-53)], ids=["lowest", "highest"])
 def test_uniforms_never_reach_zero_or_one(monkeypatch, block, expected):
     monkeypatch.setattr(randomness, "cpu", None)
-    monkeypatch.setattr(randomness, "_philox", lambda _, counter: torch.full_like(counter, block))
+    monkeypatch.setattr(philox, "philox", lambda _, counter: torch.full_like(counter, block))
     assert uniforms(answers(), 1).item() == expected
 
 
