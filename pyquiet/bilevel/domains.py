@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from pyquiet.bilevel.bsvrb import BSVRB
+from pyquiet.bilevel.method import check_positive
 from pyquiet.bilevel.problem import Problem
 from pyquiet.checks import check_count
 from pyquiet.heads import log_prob
@@ -269,7 +270,8 @@ class DomainReweighting(Problem):
         features = cast(Tensor, source.features)
         self.sources, self.m = _domains(source), _domains(target)
         self.classes = int(max(source.labels.max(), target.labels.max())) + 1
-        self.dim_y, self.l2, self.parts = self.classes * features.shape[1], l2, (source, target)
+        self.dim_y, self.l2 = self.classes * features.shape[1], check_positive("l2", l2)
+        self.parts = source, target
         self.source, self.held_out = DomainData(source.domains, self.sources), DomainData(target.domains, self.m)
 
     def sample(self, idx: Tensor, samples: int | None, generator: torch.Generator) -> list[Rows]:
@@ -329,6 +331,7 @@ def _run(problem: Problem, x: Any, steps: int, seed: int, options: dict[str, Any
         "eta": 0.02,
         "floor": 0.1,
     }
+    check_count("steps", steps, least=1)
     method = BSVRB(problem, x, seed=seed, y=y, **defaults | options)
     for _ in range(steps):
         method.step()

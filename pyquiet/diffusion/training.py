@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyquiet.checks import check_fraction
+from pyquiet.checks import check_count, check_fraction
 from pyquiet.diffusion.inputs import check_clean, read_schedule
 from pyquiet.diffusion.modeling import as_denoiser, native_head
 from pyquiet.diffusion.padding import places_of, where_real
@@ -167,9 +167,12 @@ def completions(
     candidate j in a sampler's step 0 for this seed and text's id, so batches and padding have no say.
 
     Raises:
-        ValueError: a text holds the mask token or what is no token.
+        ValueError, TypeError: a text holds the mask token or what is no token; another argument does not fit.
     """
-    denoiser = as_denoiser(denoiser)
+    denoiser, count = as_denoiser(denoiser), check_count("count", count, least=1)
+    if masked.shape != input_ids.shape:
+        raise ValueError(f"masked must be [B, T] = {list(input_ids.shape)}, got {list(masked.shape)}")
+    check_sequence_ids(sequence_ids, len(input_ids))
     real = where_real(input_ids, attention_mask)
     check_clean(denoiser, input_ids[real])
     masked = masked.to(input_ids.device)

@@ -13,6 +13,7 @@ from transformers import XLNetConfig, XLNetLMHeadModel
 
 from pyquiet.any_subset.engine import Cache, Engine, as_engine
 from pyquiet.any_subset.order import order_from_mask
+from pyquiet.checks import check_count
 from pyquiet.randomness import Purpose, Stream, epoch_seed, process_logits, uniforms
 
 _MOST_COMPLETIONS = 1 << 20
@@ -45,8 +46,8 @@ class TabularEngine(Engine):
         dtype: of the logits, float32 or float64.
 
     Raises:
-        ValueError: from the engine's methods where a query sees ranks that the cache does not hold, or a text is longer
-            than `length`: mistakes of a sampler.
+        TypeError, ValueError: vocab_size or length is no count; from the engine's methods, of a sampler's mistakes: a
+            query sees ranks that the cache does not hold, or a text is longer than `length`.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class TabularEngine(Engine):
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.vocab_size, self.strength, self.dtype = vocab_size, strength, dtype
+        self.vocab_size = check_count("vocab_size", vocab_size, least=1)
+        check_count("length", length, least=1)
+        self.strength, self.dtype = strength, dtype
         self.device = torch.device("cpu")
         self._seed = epoch_seed(seed, 0)  # a key of its own
         pairs = uniforms(Stream(self._seed, Purpose.CANDIDATE), length * vocab_size)

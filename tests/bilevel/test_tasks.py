@@ -239,6 +239,8 @@ def test_parts_that_do_not_fit_are_told() -> None:
     )
     with pytest.raises(ValueError, match=r"domains must be in 0 \.\. 1, those of the rows to train on; got \[2, 7\]"):
         calibrate_temperatures(few, more)
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        calibrate_temperatures(few, few, steps=0)
     with pytest.raises(ValueError, match="train needs thought_logits"):
         domain_mixing_heads(part, part)
     with pytest.raises(ValueError, match="source needs features"):

@@ -250,6 +250,10 @@ def test_texts_that_are_masked_already_are_refused():
             nelbo(small(), ids, masked=where, weight=torch.ones(1))
         with pytest.raises(ValueError, match="input_ids hold 10; give clean texts"):
             completions(small(), ids, masked=where, count=2, seed=0, sequence_ids=torch.arange(1))
+    good = {"masked": seen, "count": 2, "seed": 0, "sequence_ids": torch.arange(1)}
+    for wrong in ({"count": 0}, {"masked": masked[:, :2]}, {"sequence_ids": torch.arange(2)}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            completions(small(), ids, **good | wrong)
     with pytest.raises(ValueError, match="input_ids hold 99; give clean texts"):
         completions(small(), torch.tensor([[1, 99, 2]]), masked=seen, count=2, seed=0, sequence_ids=torch.arange(1))
     nelbo(small(), ids, masked=seen, weight=torch.ones(1), attention_mask=seen.long())  # padding may hold anything
