@@ -32,7 +32,8 @@ def command_line() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. Bad input is one line on stderr and exit code 2, Ctrl-C exit code 130."""
     logging.disable_progress_bar()  # of loading weights
-    warnings.formatwarning = _warning
+    if argv is None:  # the program, and not somebody who calls it
+        warnings.formatwarning = _warning
     args = argparse.Namespace()
     try:
         command_line().parse_args(argv, args)

@@ -177,7 +177,8 @@ def test_a_command_that_only_has_others_shows_them(group, capsys) -> None:
 
 def test_a_warning_is_a_line_as_an_error_is(monkeypatch) -> None:
     monkeypatch.setattr(warnings, "formatwarning", None)
-    assert main([]) == 0
+    monkeypatch.setattr(sys, "argv", ["pyquiet"])
+    assert main() == 0
     line = warnings.formatwarning(UserWarning("two\nlines"), UserWarning, "file.py", 1)
     assert line == "pyquiet: warning: two lines\n"
 

@@ -4,10 +4,12 @@ import json
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from pyquiet.cli import main, scale_models
+from pyquiet.cli import main, scale, scale_models
 from pyquiet.scaling import Retry, read_journal
 from pyquiet.scaling.backends.base import TransientError
 from pyquiet.scaling.backends.huggingface import HFBackend
@@ -97,6 +99,20 @@ def test_a_run_of_which_every_chain_failed_is_no_success(
     shown = capsys.readouterr()
     assert "chains ended by: failed 4" in shown.out
     assert "every chain failed" in shown.err
+
+
+def test_models_of_this_process_run_where_and_in_what_was_asked_for() -> None:
+    backend = scale_models.model("draft", "tiny-draft", None, torch.device("cpu"), torch.bfloat16)
+    assert {weight.dtype for weight in backend.model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("journal", "rest"), [(None, ""), ("run", "; the same command goes on from run")])
+def test_a_run_that_was_stopped_says_how_it_goes_on(
+    journal: str | None, rest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = SimpleNamespace(finished=False, report=SimpleNamespace(outcomes={}))
+    assert scale._status(result, journal) == 130
+    assert capsys.readouterr().err == f"pyquiet: stopped{rest}\n"
 
 
 def test_a_server_that_is_not_there_is_one_line_and_no_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
