@@ -56,7 +56,7 @@ def teacher_nlls(
     about = {} if path is None else _about(teacher, texts, seed, epoch, thoughts_per_token)
     done = _read(path, about) if path is not None and Path(path).exists() else []
     options = (epoch_seed(seed, epoch), thoughts_per_token, 1.0, None, None)
-    saved = time.monotonic()
+    kept, saved = len(done), time.monotonic()
     try:
         for start in tqdm(range(len(done), len(texts), batch_size), "teacher", disable=None if progress else True):
             batch = collate([texts[i] for i in range(start, min(start + batch_size, len(texts)))])
@@ -67,9 +67,9 @@ def teacher_nlls(
             done += [row[: n - 1] for row, n in zip(nlls, mask.sum(1).tolist(), strict=True)]
             if path is not None and time.monotonic() - saved >= _SAVE_EVERY:
                 _write(path, done, about)
-                saved = time.monotonic()
+                kept, saved = len(done), time.monotonic()
     finally:
-        if path is not None and done:
+        if path is not None and len(done) > kept:
             _write(path, done, about)
     return done
 
