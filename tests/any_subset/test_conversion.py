@@ -1,4 +1,4 @@
-"""Released checkpoints, made here with random numbers, and code written by a tokenizer that drops white space."""
+"""Released checkpoints, made here with random numbers."""
 
 import json
 
@@ -8,10 +8,8 @@ from safetensors.torch import save_file
 
 import pyquiet
 from pyquiet.any_subset import load_released
-from pyquiet.gaps import decode_code, drops_white_space, encode_code
 
 from .models import random_xlnet
-from .tokenizers import small_xlnet_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -107,29 +105,3 @@ def test_other_files_are_refused(model, tmp_path):
     save_file(changed(weights_of(model, head=False), **{"transformer.mask_emb": None}), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"lacks transformer.mask_emb"):
         load_released(tmp_path)
-
-
-CODE = "def f(x):\n\treturn a\n  if b:\n    return (un, able)\n\n      c = 1\n"
-
-
-def test_code_is_written_with_the_tokens_of_the_release_and_read_back():
-    tokenizer = small_xlnet_tokenizer()
-    assert drops_white_space(tokenizer)
-    pieces = tokenizer.convert_ids_to_tokens(encode_code(tokenizer, "def f:\n\t    return a\n"))
-    assert "".join(pieces) == "\u2581def\u2581f:<cls><sep><unk><unk>\u2581return\u2581a<cls>"
-    assert decode_code(tokenizer, encode_code(tokenizer, CODE)) == CODE
-    # The release looks for two spaces before it looks for three.
-    three = encode_code(tokenizer, "\n   a")
-    assert tokenizer.pad_token_id not in three
-    assert decode_code(tokenizer, three) == "\n  a"
-    assert decode_code(tokenizer, [tokenizer.pad_token_id, *three[-1:]]) == "   a"
-    tokenizer.cls_token = None
-    with pytest.raises(ValueError, match="code must have a tokenizer with cls_token"):
-        encode_code(tokenizer, CODE)
-
-
-def test_a_tokenizer_that_keeps_white_space_has_no_need_of_it():
-    tokenizer = pyquiet.load("tiny-causal")[1]
-    assert not drops_white_space(tokenizer)
-    with pytest.raises(ValueError, match="cls_token"):
-        encode_code(tokenizer, "a\n")

@@ -12,7 +12,6 @@ from transformers import XLNetLMHeadModel
 
 from pyquiet import AnySubsetTrainer, load
 from pyquiet.any_subset.training import any_subset_loss, random_blocks, random_order, subset_scores
-from pyquiet.datasets import packed
 from pyquiet.randomness import epoch_seed
 from pyquiet.trainers import prepare_arguments, stratified
 
@@ -202,22 +201,6 @@ def test_a_model_goes_through_the_disk(tmp_path):
     run(trained, arguments(tmp_path), examples(4)).save_model(str(tmp_path / "model"))
     loaded = XLNetLMHeadModel.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert_same(weights(loaded), weights(trained.float()))
-
-
-def test_packing_loses_nothing():
-    _, tokenizer = load("tiny-causal")
-    texts = ["Once upon a time", "The king was old. " * 9, "End"]
-    pieces = packed(texts, tokenizer, 8)
-    stream = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    assert [token for piece in pieces for token in piece["input_ids"].tolist()] == stream
-    assert [len(piece["input_ids"]) for piece in pieces] == [8] * (len(stream) // 8) + [len(stream) % 8]
-    assert len(stream) % 8
-    with pytest.raises(ValueError, match="no token"):
-        packed([], tokenizer, 8)
-    with pytest.raises(ValueError, match="text 1 is empty"):
-        packed(["a", " "], tokenizer, 8)
-    with pytest.raises(ValueError, match="max_length"):
-        packed(["a"], tokenizer, 1)
 
 
 @pytest.mark.parametrize(

@@ -271,3 +271,13 @@ def test_chunks_of_the_head_change_nothing(monkeypatch):
         assert_close(out.mixed_nlls, results[-1][0].mixed_nlls, 1e-12)
         assert_close(out.loss, results[-1][0].loss, 1e-12)
         assert_same_gradients(found, results[-1][1], 1e-10)
+
+
+def test_a_graph_serves_twice():
+    model = thinker(m=2, dtype=torch.float64)
+    ids = random_ids(2, 7)
+    loss = model.thinking_loss(ids, objective=QuietStarObjective(lookahead=2), seed=0).loss
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    once = torch.autograd.grad(loss, parameters, retain_graph=True)
+    for a, b in zip(once, torch.autograd.grad(loss, parameters), strict=True):
+        assert torch.equal(a, b)

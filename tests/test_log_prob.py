@@ -5,10 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyquiet import QuietStarObjective
 from pyquiet.heads import log_prob
-
-from .thinkers import random_ids, thinker
 
 SHAPE, V = (3, 5), 37
 
@@ -80,16 +77,6 @@ def test_only_the_logits_are_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()), lambda _: None):
         log_prob(logits.requires_grad_(), token)
     assert sorted(saved)[-2:] == [token.numel(), logits.numel()]
-
-
-def test_a_graph_serves_twice():
-    model = thinker(m=2, dtype=torch.float64)
-    ids = random_ids(2, 7)
-    loss = model.thinking_loss(ids, objective=QuietStarObjective(lookahead=2), seed=0).loss
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    once = torch.autograd.grad(loss, parameters, retain_graph=True)
-    for a, b in zip(once, torch.autograd.grad(loss, parameters), strict=True):
-        assert torch.equal(a, b)
 
 
 def test_a_second_derivative_is_refused():
