@@ -34,7 +34,8 @@ def infilling_view(filled: Infilling, tokenizer: PreTrainedTokenizerBase, row: i
         if rounds[at] > number:
             return MASK
         if rounds[at] < number:
-            return span(pieces[at], "was" * (rounds[at] >= 0))
+            hidden = rounds[at] < 0 and ids[at] in tokenizer.all_special_ids  # what opens or pads the text
+            return "" if hidden else span(pieces[at], "was" * (rounds[at] >= 0))
         struck = f"<del>{shown(token_pieces(tokenizer, [refused[at]])[0])}</del>" if refused[at] >= 0 else ""
         hint = f"{LEGEND[Origin(origins[at])]}, log-probability {filled.log_probs[row, at]:.2f}"
         return struck + span(pieces[at], f"o{origins[at]}", hint=hint, stop=True)

@@ -11,7 +11,8 @@ from pyquiet.plotting.pieces import token_pieces
 LEVELS = (0.01, 0.05, 0.2, 1.0)  # nats of gain or loss from which a token is coloured deeper
 WORDS = (
     "Point at a word, touch it or tab to it: it tells how probable it was without the thought before it and with it, "
-    "and the thought. Blue words became more probable, orange ones less."
+    "and the thought. Blue words became more probable, orange ones less. The weight is how much the thought counts; "
+    "where it is negative, the prediction moves away from what the thought says."
 )
 _DEPTHS = [*enumerate(LEVELS, 1)]
 _KEY = " ".join(
@@ -48,13 +49,9 @@ def write_thoughts_page(
         raise ValueError(f"limit must be at least 1, got {limit}")
     tokens, total = _Shown(gains, tokenizer, limit), len(gains.token)
     counted = f"{total} tokens" if limit >= total else f"The first {limit} of {total} tokens (the limit can be raised)"
-    weight = (
-        "Weight: how much what is predicted behind the thought counts, 1 less that being left to the plain prediction; "
-        "where it is negative, the model moves away from what the thought says."
-    )
     views = (
         View(f"<pre>{gains.table(by)}</pre>", words=f"The gain of all tokens, by tenths of the base's {by}, in nats."),
-        thoughts_view(gains, tokenizer, limit=limit, words=f"{counted}. {WORDS} {weight}"),
+        thoughts_view(gains, tokenizer, limit=limit, words=f"{counted}. {WORDS}"),
         View(f"<details><summary>Tokens by gain</summary>{tokens.table()}</details>"),
     )
     write_page(path, title, [Section("Tokens", (), views)])

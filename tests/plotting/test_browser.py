@@ -103,9 +103,11 @@ def test_figures_have_their_words(browser: Any, page: Path) -> None:
 def test_nothing_is_wider_than_the_window_and_all_views_are_seen(browser: Any, page: Path, width: int) -> None:
     size = {"width": width, "height": 1600, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
     browser.get(page.as_uri())
     for token in browser.find_elements("css selector", "[data-hint]"):
         browser.execute_script("arguments[0].focus()", token)
+        assert browser.execute_script(HINT, token) != "none"
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     for section in browser.find_elements("tag name", "section"):
         seen = [x for x in section.find_elements("css selector", "span, svg") if x.size["height"] > 0]

@@ -43,7 +43,13 @@ def test_infilling_is_shown_round_by_round(infilled):
             now = (out.reveal_round == number) & (out.origin == origin)
             assert line.count(f'class="o{origin:d}') == int(now.sum())
         assert line.count("<del>") == int(((out.reveal_round == number) & (out.refused >= 0)).sum())
-    assert words_of(lines[-1]) == tokenizer.decode(out.tokens[0])
+    assert words_of(lines[-1]) == tokenizer.decode(out.tokens[0], skip_special_tokens=True)
+
+
+def test_what_earlier_rounds_filled_in_is_told_from_what_was_given(infilled):
+    out, tokenizer = infilled
+    for number, line in enumerate(lines_of(infilling_view(out, tokenizer).markup, "text")):
+        assert line.count('class="was"') == int(((out.reveal_round >= 0) & (out.reveal_round < number)).sum())
 
 
 def test_the_refused_draft_is_struck_out(infilled):
