@@ -33,17 +33,6 @@ SHAPES: dict[str, LlamaConfig] = {
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     ),
-    # The shape of SmolLM2-135M.
-    "llama-135m": LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-    ),
 }
 
 # Two-stream models of one shape with many words, and with the 256 bytes, where the head costs nothing.
