@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 
 from pyquiet.checks import check_count
 from pyquiet.kernels.registration import Kernel, Tensors, check_tensor, left_to_check, reads_natively
+from pyquiet.philox import LIMITS
 from pyquiet.randomness import (
     MAX_VOCABULARY,
     Purpose,
@@ -29,7 +30,6 @@ from pyquiet.randomness import (
 )
 
 SCHEMES = ("systematic", "multinomial", "stratified", "residual")
-_MAX_INDEX = 1 << 26  # of a stream's indices
 _LOGITS_IN_FLIGHT = 1 << 24  # bytes of the chunks of rows that hidden states are multiplied in
 
 
@@ -300,7 +300,7 @@ def _raise_fault(arguments: tuple[Any, ...], fault: Tensor, first: int = 0) -> N
         if fault[row] < 0:  # an address out of range, which on CUDA the kernel is the first to see
             uniforms(a.stream(), len(a.logits), a.logits.device)
             index = a.stream_words[3] if a.stream_index is None else int(a.stream_index[row])
-            limit = _MAX_INDEX + 1 - a.k
+            limit = LIMITS["index"] + 1 - a.k
             raise ValueError(f"stream.index must be in [0, {limit}), got {index} at row {first + row}")
         check_row(a.logits[row : row + 1], f"logits: row {first + row}", a.temperature, a.banned)
         raise AssertionError(f"the kernel found a fault in row {row} that has none")
@@ -316,7 +316,7 @@ def _check(a: Arguments) -> None:
     check_processing(logits.shape[1], a.temperature, a.top_k, a.top_p, a.banned)
     if a.banned is not None:
         check_tensor("banned", a.banned, (logits.shape[1],), torch.bool, "logits", logits.device)
-    if not a.stream_words[3] + a.k <= _MAX_INDEX:
+    if not a.stream_words[3] + a.k <= LIMITS["index"]:
         raise ValueError(f"stream.index + k must be at most 2^26, got {a.stream_words[3]} + {a.k}")
 
 

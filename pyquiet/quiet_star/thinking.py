@@ -122,11 +122,8 @@ class Thinker:
         """
         m, N = self.model.config.thought_tokens, self.options.thoughts
         n = 0 if new_text is None else new_text.shape[1]
-        text_positions = self._text_positions(n)
         opening = [self.model.start] if m else [self.model.start, self.model.end]
-        hidden = self._run_paths(
-            limits, torch.stack(opening), 0, copies=N, text=new_text, text_positions=text_positions
-        )
+        hidden = self._run_paths(limits, torch.stack(opening), 0, copies=N, text=new_text)
         text_hidden, hidden = hidden[:, :n], hidden[:, n:].unflatten(1, (limits.shape[1], 1, -1))
         limits = limits.repeat_interleave(N, 1)
         tokens, log_probs = [], []
@@ -191,7 +188,6 @@ class Thinker:
         *,
         copies: int = 1,
         text: Tensor | None = None,
-        text_positions: Tensor | None = None,
     ) -> Tensor:
         """Runs path rows [steps, d] or [B, paths, steps, d], after the rows of `text`; hidden [B, all rows, d]."""
         B, paths = limits.shape
@@ -202,9 +198,9 @@ class Thinker:
         positions = seen[..., None] + torch.arange(first_step, first_step + steps, device=limits.device)
         embeds = rows.flatten(1, 2).contiguous()  # some bases scale in place what they get
         positions = positions.flatten(1)
-        if text is not None and text_positions is not None:
+        if text is not None:
             embeds = torch.cat([self.model.embed(text), embeds], 1)
-            positions = torch.cat([text_positions, positions], 1)
+            positions = torch.cat([self._text_positions(text.shape[1]), positions], 1)
         return self._run(
             embeds,
             positions,
