@@ -93,12 +93,13 @@ def test_a_cancelled_request_leaves_and_others_go_on() -> None:
         await asyncio.sleep(0.02)
         long.cancel()
         answer = await other
-        await asyncio.sleep(0.05)
-        return long.cancelled(), answer, backend._worker._runner.running()
+        async with asyncio.timeout(60):  # for ever, if it did not leave
+            while backend._worker._runner.running():
+                await asyncio.sleep(0.005)
+        return long.cancelled(), answer
 
-    cancelled, answer, running = using(llama(), work)
+    cancelled, answer = using(llama(), work)
     assert cancelled
-    assert not running
     assert answer == using(llama(), lambda backend: backend.generate(wants(2, max_tokens=20)))
 
 
