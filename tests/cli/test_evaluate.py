@@ -71,7 +71,7 @@ def test_thoughts_are_reported_drawn_and_shown(folder, thinker, tmp_path, capsys
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gain.png", "page.html"]
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("<span") == 7
-    assert f"{gains.gain[0]:+.3f}, entropy" in page
+    assert f"gain {gains.gain[0]:+.3f} nats, entropy" in page
     assert (
         evaluate(folder, "thoughts", *options, "--by", "loss", "--json", "--batch-size", "1", "--max-length", "30") == 0
     )
