@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from pyquiet import __version__
 from pyquiet.cli import bilevel, demo, diffuse, doctor, evaluate, infill, scale, think, train
-from pyquiet.cli.options import Parser, add_commands
+from pyquiet.cli.options import Parser, add_commands, stopped
 
 COMMANDS = (demo, think, infill, diffuse, scale, bilevel, train, evaluate, doctor)
 
@@ -41,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(end="", flush=True)  # who reads may be gone
         return code
     except KeyboardInterrupt:
-        print("pyquiet: stopped", file=sys.stderr)
-        return 130
+        return stopped()
     except BrokenPipeError:  # who reads has seen enough; what Python would still write at its end goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -203,6 +203,13 @@ def given_text(option: str, text: str | None, example: str) -> str:
         raise ValueError("standard input: not UTF-8 text") from None
 
 
+def stopped(place: str | None = None) -> int:
+    """Tells that Ctrl-C ended the command, and from which file it goes on; returns the exit code."""
+    goes_on = "" if place is None else f"; the same command goes on from {place}"
+    print(f"pyquiet: stopped{goes_on}", file=sys.stderr)
+    return 130
+
+
 def check_needed(args: argparse.Namespace, other: str, *names: str) -> None:
     """ValueError for the first of these options that is given, which have no use without the other."""
     for name in names:

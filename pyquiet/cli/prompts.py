@@ -86,7 +86,10 @@ def answer(
         return [[name | row for row in several] for name, several in zip(names, rows, strict=True)], cost
 
     many = {"batch_size": args.batch_size, "progress": not args.quiet}
-    cost = answer_prompts(prompts[0], named, args.output, header, **many)
+    try:
+        cost = answer_prompts(prompts[0], named, args.output, header, **many)
+    except KeyboardInterrupt:
+        return options.stopped(args.output)
     if cost is not None:
         report = {"output": args.output, "prompts": len(prompts[0]), **cost}
         answered = f"{len(prompts[0])} prompt{'s' if len(prompts[0]) != 1 else ''} answered in {args.output}"

@@ -15,6 +15,7 @@ from pyquiet.cli.options import (
     add_top_p,
     check_needed,
     dtype,
+    stopped,
     usable_device,
 )
 from pyquiet.cli.reports import STANDARD_OUTPUT, add_json, check_json, give
@@ -211,12 +212,7 @@ def _status(result: "ATTSResult", journal: str | None) -> int:
     if result.finished and outcomes.get("failed") and outcomes.keys() == {"failed"}:
         print("pyquiet: error: every chain failed: its requests were given up; see to the servers", file=sys.stderr)
         return 1
-    if not result.finished:
-        print(
-            f"pyquiet: stopped{'' if journal is None else f'; the same command goes on from {journal}'}",
-            file=sys.stderr,
-        )
-    return 0 if result.finished else 130
+    return 0 if result.finished else stopped(journal)
 
 
 def _build(args: argparse.Namespace, embedded: bool) -> "ATTS":

@@ -64,7 +64,8 @@ def _read(line: bytes, fields: tuple[str, ...], place: str) -> tuple[str | int |
     except UnicodeDecodeError:
         raise ValueError(f"{place}: not UTF-8 text") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: no JSON ({error}); write {_example(fields)}") from None
+        why = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise ValueError(f"{place}: no JSON ({why}); write {_example(fields)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{place}: must be an object, got {_short(values)}; write {_example(fields)}")
     if unknown := [name for name in values if name not in (*fields, "id")]:

@@ -24,7 +24,7 @@ def answer_prompts(
     *,
     batch_size: int = 8,
     ranks: Ranks | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Cost | None:
     """Writes the answers to all prompts, as JSON lines in their order, to `output`; what is there already is kept.
 

@@ -247,6 +247,23 @@ def test_a_plain_model_is_the_same_each_time_and_has_a_context_too(folder, tmp_p
     assert "exceed the model's 32" in line
 
 
+def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(folder, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def stopped_in_the_second_call(*given, **options):
+        calls.append(options["sequence_ids"].tolist())
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return diffuse(*given, **options)
+
+    monkeypatch.setattr("pyquiet.diffusion.sampling.diffuse", stopped_in_the_second_call)
+    command = many(folder, "diffuse", tmp_path / "out", "--batch-size", "2")
+    assert main(command) == 130
+    assert capsys.readouterr().err == f"pyquiet: stopped; the same command goes on from {tmp_path / 'out'}\n"
+    assert main(command) == 0
+    assert calls == [[0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7], [8, 9]]
+
+
 def test_prompts_need_an_output(folder, tmp_path, capsys):
     given = ["--prompts", folder / "think.jsonl"]
     assert main(words(folder, "think", *given)) == 2

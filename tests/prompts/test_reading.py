@@ -31,7 +31,7 @@ def test_prompts_are_numbered_and_named(tmp_path):
         (b'{"text": "\\ud83d"}', "UTF-8"),
         (b'{"text": "a", "id": "\\ud83d"}', "UTF-8"),
         (b"text", "no JSON"),
-        (b'{"text": "a"} {}', "no JSON"),
+        (b'{"text": "a"} {}', r"no JSON \(Extra data, column 15\); write "),
         (b"[" * 100_000, "no JSON"),
         (b'["a"]', "must be an object"),
         (b'{"text": "a", "temperature": 1}', "unknown field 'temperature'"),
