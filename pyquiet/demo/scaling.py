@@ -6,7 +6,7 @@ from typing import Any
 
 from pyquiet.demo.scene import Scene
 from pyquiet.plotting.page import View
-from pyquiet.scaling import ATTS, AcceptAll, ATTSResult, Plan, Pools, Question, Sampling, read_questions
+from pyquiet.scaling import ATTS, AcceptAll, ATTSResult, Plan, Pools, Question, Report, Sampling, read_questions
 from pyquiet.scaling.records import Record
 from pyquiet.zoo import folder
 
@@ -46,21 +46,6 @@ def show(seed: int, progress: bool) -> Scene:
         "runs": runs,
     }
 
-    def draw() -> tuple[View, ...]:
-        from pyquiet.plotting.figures import as_svg
-        from pyquiet.plotting.scaling import draw_slots, draw_takeovers
-
-        rates, slots = draw_takeovers(result.report), draw_slots(records)
-        bars = (
-            "Each dot is the share of lines that the large model replaced at a turn, the first line being turn 0: nine "
-            "times in ten it lies in the green band. No promise is made for grey ones, which are seldom reached."
-        )
-        times = (
-            "Each row is a slot that holds one request at a time: the small model writes, the large one rates and "
-            "writes, all at once, since no solution waits for another."
-        )
-        return View(as_svg(rates, bars), words=bars), View(as_svg(slots, times), words=times)
-
     return Scene(
         "A small model, helped out at a promised rate (ATTS)",
         "A small model writes a solution line by line; a large one rates each line and replaces the unusually bad "
@@ -77,8 +62,24 @@ def show(seed: int, progress: bool) -> Scene:
             f"replaced at turn {most}, {turns[most].rate.value:.0%}.",
         ),
         numbers,
-        draw,
+        lambda: _views(result.report, records),
     )
+
+
+def _views(report: Report, records: list[Record]) -> tuple[View, ...]:
+    from pyquiet.plotting.figures import as_svg
+    from pyquiet.plotting.scaling import draw_slots, draw_takeovers
+
+    rates, slots = draw_takeovers(report), draw_slots(records)
+    bars = (
+        "Each dot is the share of lines that the large model replaced at a turn, the first line being turn 0: nine "
+        "times in ten it lies in the green band. No promise is made for grey ones, which are seldom reached."
+    )
+    times = (
+        "Each row is a slot that holds one request at a time: the small model writes, the large one rates and "
+        "writes, all at once, since no solution waits for another."
+    )
+    return View(as_svg(rates, bars), words=bars), View(as_svg(slots, times), words=times)
 
 
 def _timed(

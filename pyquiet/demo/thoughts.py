@@ -4,10 +4,10 @@ from itertools import zip_longest
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyquiet.demo.scene import Scene, lower
-from pyquiet.evaluation import Estimate, TokenGains, gain_by_decile, opening_ids, thinking_gains
+from pyquiet.evaluation import DifficultyTable, Estimate, TokenGains, gain_by_decile, opening_ids, thinking_gains
 from pyquiet.plotting.page import View
 from pyquiet.tokens import padded
 from pyquiet.zoo import held_out, load
@@ -45,19 +45,6 @@ def show(seed: int, progress: bool) -> Scene:
         x = numbers[group]
         return f"{x['thinking']:.3f} with thoughts, {x['not_thinking']:.3f} without ({lower(gained[group])})"
 
-    def draw() -> tuple[View, ...]:
-        from pyquiet.plotting.difficulty import draw_gain_by_decile
-        from pyquiet.plotting.figures import as_svg
-        from pyquiet.plotting.thoughts import WORDS, thoughts_view
-
-        drawn = "".join(
-            as_svg(draw_gain_by_decile(table, title=kind), f"gains by tenths of difficulty, {kind}")
-            for kind, table in tables.items()
-        )
-        bars = "Each bar is a tenth of the tokens, the easiest on the left: above zero, thoughts helped there."
-        words = f"{WORDS} These are the first {_SHOWN} of {len(story)} tokens."
-        return View(drawn, words=bars), thoughts_view(gains, tokenizer, limit=_SHOWN, words=words)
-
     deciles = ", ".join(f"{row['mixed_nll']:.3f}/{row['base_nll']:.3f}" for row in tables["stories"].rows())
     causal = ", ".join(f"{numbers[kind]['tiny_causal']:.3f} on {kind}" for kind in tables)
     return Scene(
@@ -76,8 +63,24 @@ def show(seed: int, progress: bool) -> Scene:
             "gain": {group: gain.to_dict() for group, gain in gained.items()},
             "deciles": {kind: table.to_dict() for kind, table in tables.items()},
         },
-        draw,
+        lambda: _views(gains, tokenizer, tables),
     )
+
+
+def _views(
+    gains: TokenGains, tokenizer: PreTrainedTokenizerBase, tables: dict[str, DifficultyTable]
+) -> tuple[View, ...]:
+    from pyquiet.plotting.difficulty import draw_gain_by_decile
+    from pyquiet.plotting.figures import as_svg
+    from pyquiet.plotting.thoughts import WORDS, thoughts_view
+
+    drawn = "".join(
+        as_svg(draw_gain_by_decile(table, title=kind), f"gains by tenths of difficulty, {kind}")
+        for kind, table in tables.items()
+    )
+    bars = "Each bar is a tenth of the tokens, the easiest on the left: above zero, thoughts helped there."
+    words = f"{WORDS} These are the first {_SHOWN} of {len(gains.token)} tokens."
+    return View(drawn, words=bars), thoughts_view(gains, tokenizer, limit=_SHOWN, words=words)
 
 
 def mean_gain(gains: TokenGains, where: Tensor) -> Estimate:
