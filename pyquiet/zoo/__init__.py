@@ -31,15 +31,14 @@ def available() -> list[str]:
 def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The embedded model called `name`, in float32 and evaluation mode, and its tokenizer.
 
-    Reads the files that came with the package: no network, no cache folder. Each call gives new objects. Five have one
-    tokenizer, to which the two of diffusion add `<mask>`, and know English prose in the manner of their training books:
-    `tiny-causal`, a Llama of 1.9 million parameters; `tiny-thinker`, the same taught to think; `tiny-any-subset`, an
-    XLNet of 2.3 million that fills in any part of a text; `tiny-denoiser`, a ModernBERT of 1.8 million for masked
-    diffusion, and `tiny-energy`, an `NCEEnergy` of as many that corrects it. All of these also know
-    a small generated world of stories. `tiny-draft` and `tiny-target`, Llamas of 0.2 and 1.6 million with another
-    tokenizer, write out solutions of arithmetic word problems; the draft gets half of them right. `tiny-puzzler`, of
-    0.1 million, learned to think from REINFORCE alone, on one puzzle. The limits of each are in the README.md of its
-    folder.
+    Reads the files that came with the package: no network, no cache folder. Each call gives new objects. All but
+    `tiny-puzzler` have one tokenizer, to which the two of diffusion add `<mask>`. Five know English prose in the manner
+    of their training books, and a small generated world of stories: `tiny-causal`, a Llama of 1.9 million parameters;
+    `tiny-thinker`, the same taught to think; `tiny-any-subset`, an XLNet of 2.3 million that fills in any part of a
+    text; `tiny-denoiser`, a ModernBERT of 1.8 million for masked diffusion, and `tiny-energy`, an `NCEEnergy` of as
+    many that corrects it. `tiny-draft` and `tiny-target`, Llamas of 0.3 and 1.7 million, write out solutions of
+    arithmetic word problems; the draft gets half of them right. `tiny-puzzler`, of 0.1 million, learned to think from
+    REINFORCE alone, on one puzzle. The limits of each are in the README.md of its folder.
 
     Raises ValueError for an unknown name.
 

@@ -13,7 +13,6 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from operator import neg
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -142,7 +141,10 @@ def separation(target: Any, tokenizer: Any, problems: Sequence[Problem], drafted
             lines[right].append((problem.question + "\n" + before, line))
     nlls = {right: line_nlls(target, tokenizer, lines[right]) for right in lines}
     behind = {right: [(before + line, "Wait") for before, line in lines[right]] for right in lines}
-    wait = {right: fmean(map(math.exp, map(neg, line_nlls(target, tokenizer, behind[right])))) for right in lines}
+    tokens = len(tokenizer("Wait", add_special_tokens=False).input_ids)
+    wait = {
+        right: fmean(math.exp(-tokens * nll) for nll in line_nlls(target, tokenizer, behind[right])) for right in lines
+    }
     return (
         f"\nMean NLL of the draft's lines under the target: {len(nlls[True])} right {fmean(nlls[True]):.3f}, "
         f"{len(nlls[False])} wrong {fmean(nlls[False]):.3f}; AUC {area_under_curve(nlls[False], nlls[True]):.3f}\n"

@@ -1,4 +1,4 @@
-"""Problems as token ids: the tokenizer of both models, held-out problems, and texts to train on."""
+"""Problems as token ids: the tokenizer, held-out problems, and texts to train on."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ import torch
 from errors import Line, with_errors
 from problems import Problem
 from stories import draw_problem
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
+import pyquiet
 from pyquiet.datasets import IGNORED
 
-VOCABULARY = 512
-SPECIALS = ("<pad>", "<bos>", "<eos>")
 PAD, BOS, EOS = range(3)
 CONTEXT = 512
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] | trim }}\n{% endfor %}"
@@ -27,39 +25,13 @@ HELD_OUT = {"questions": (1, 64), "calibration": (2, 128), "evaluation": (3, 100
 TRAINING_SEED = 0
 ERRORS = (0.7, 0.22, 0.08)  # shares of the texts that hold no, one and two wrong lines
 
-# A word with the space before it, a digit, a run of other signs, or spaces.
-_PIECES = r" ?\p{L}+|\p{N}|\n| ?[^\s\p{L}\p{N}]+|\s"
 
-
-def make_tokenizer(problems: int = 5000) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learned on the texts; each digit is a token of its own."""
-    tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(_PIECES), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=list(SPECIALS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    texts = (question + "".join(line.text for line in lines) for question, lines in training_texts(problems))
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", BOS)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        model_max_length=CONTEXT,
-        chat_template=CHAT_TEMPLATE,
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-    )
+def family_tokenizer() -> PreTrainedTokenizerBase:
+    """That of tiny-causal, in which each digit is a token of its own, with a chat template."""
+    tokenizer = pyquiet.load("tiny-causal")[1]
+    tokenizer.model_max_length = CONTEXT
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def held_out(use: str) -> list[Problem]:
@@ -99,7 +71,7 @@ def _problems(seed: int) -> Iterator[Problem]:
 class Texts(Dataset[dict[str, list[int]]]):
     """Encoded training texts: <bos> question solution <eos>, where wrong lines have no labels."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, count: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
         ids, learned, ends = [], [], [0]
         for question, lines in training_texts(count):
             parts = tokenizer([question, *(line.text for line in lines)], add_special_tokens=False).input_ids

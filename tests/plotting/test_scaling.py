@@ -11,7 +11,7 @@ QUESTIONS = ["Ann has 3 eggs. Ann buys 4. How many eggs are there?", "Ben has 9 
 
 @pytest.fixture(scope="module")
 def run():
-    plan = Plan(chains=3, turns=3, draft=Sampling(16), target=Sampling(16), stop=("\n",), seed=1)
+    plan = Plan(chains=3, turns=3, draft=Sampling(32), target=Sampling(32), stop=("\n",), seed=1)
     records = []
     atts = ATTS("tiny-draft", "tiny-target", takeover_rate=0.5, plan=plan, on_takeover="replace")
     return atts.run(QUESTIONS, engine="sync", on_record=records.append).report, records

@@ -36,7 +36,7 @@ def problems(recipe: SimpleNamespace) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def tokenizer(recipe: SimpleNamespace) -> Any:
-    return recipe.texts.make_tokenizer(problems=1000)
+    return recipe.texts.family_tokenizer()
 
 
 def true_equations(lines: list[str]) -> list[str]:
@@ -146,7 +146,7 @@ def test_tokenizer_spells_any_text_and_digits_one_by_one(tokenizer: Any, text: s
 
 
 def test_no_token_holds_two_digits_and_lines_end_with_their_break(tokenizer: Any, problems: list[Any]) -> None:
-    assert len(tokenizer) == 512
+    assert len(tokenizer) == 2048
     assert not [token for token in tokenizer.get_vocab() if len(re.findall(r"\d", token)) > 1]
     lengths = []
     for problem in problems[:300]:
@@ -246,7 +246,7 @@ def test_nlls_of_lines_and_the_area_under_the_curve(
     recipe: SimpleNamespace, tokenizer: Any, problems: list[Any]
 ) -> None:
     torch.manual_seed(0)
-    model = recipe.train.new_model(recipe.train.SIZES["draft"]).eval()
+    model = recipe.train.new_model(recipe.train.SIZES["draft"], len(tokenizer)).eval()
     texts = [(problem.question + "\n", problem.lines[0]) for problem in problems[:3]]
     for (before, line), nll in zip(texts, recipe.evaluate.line_nlls(model, tokenizer, texts), strict=True):
         given, scored = tokenizer(before).input_ids, tokenizer(line, add_special_tokens=False).input_ids

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from string import ascii_letters
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import pyquiet
 from pyquiet.scaling import ATTS, MeanNLL, Plan, Sampling
@@ -20,7 +21,7 @@ from pyquiet.scaling.records import Decision, Question, Record
 from pyquiet.scaling.score import MeanEntropy
 from pyquiet.scaling.views import Views
 
-from .small_models import using_backend
+from .small_models import SIZES, TOKENIZER, using_backend
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "models"
 MODELS = ["tiny-causal", "tiny-draft", "tiny-target", "stories260K"]
@@ -30,13 +31,25 @@ QUESTIONS = ["Ida has 21 pens for 3 €. She gives 2 away. How many pens are lef
 @cache
 def real(name: str) -> Any:
     """The model in float64, so that nothing but its own float32 parts is inexact, and its tokenizer."""
-    if name == "stories260K":
+    if name == "letters":
+        model, tokenizer = letters(), TOKENIZER
+    elif name == "stories260K":
         if not (SHARED / name).is_dir():
             pytest.skip(f"no {name}")
         model, tokenizer = (kind.from_pretrained(SHARED / name) for kind in (AutoModelForCausalLM, AutoTokenizer))
     else:
         model, tokenizer = pyquiet.load(name)
     return model.double().eval(), tokenizer
+
+
+def letters() -> Any:
+    """A random model with a tokenizer of bytes, that writes letters alone."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | {"max_position_embeddings": 512}))
+    model.lm_head = torch.nn.Linear(SIZES["hidden_size"], SIZES["vocab_size"])
+    with torch.no_grad():
+        model.lm_head.bias.fill_(-1e4)[TOKENIZER(ascii_letters).input_ids] = 0
+    return model
 
 
 @torch.no_grad()
@@ -143,7 +156,7 @@ def test_scores_of_a_run_that_shares_ids(template: Any, score: Any) -> None:
 @pytest.mark.parametrize("target", ["tiny-causal", "stories260K"])
 def test_scores_of_a_run_with_two_tokenizers(target: str, per: Any) -> None:
     model, tokenizer = real(target)
-    chains, asked = run("tiny-draft", target, template="Q: {question}\nA:", score=MeanNLL(per, min_tokens=1))
+    chains, asked = run("letters", target, template="Q: {question}\nA:", score=MeanNLL(per, min_tokens=1))
     for request in asked:
         ids = request.prompt.ids or ()
         assert [i for i, token in enumerate(ids) if token == tokenizer.bos_token_id] == [0]
@@ -167,7 +180,7 @@ def test_a_token_counts_where_it_overlaps_the_chunk(target: str) -> None:
 
     async def work(backend: HFBackend) -> None:
         nonlocal shared_token
-        views = Views(HFBackend(*real("tiny-draft")), backend, Question("q", text[:12]), template="{question}")
+        views = Views(HFBackend(*real("letters")), backend, Question("q", text[:12]), template="{question}")
         for cut in range(12, len(text) - 1, 5):
             chunk = Generated((5,), text[cut : cut + 9], "length", NO_USAGE)
             prompt, start = views.with_chunk(chunk)
