@@ -33,13 +33,13 @@ def check_target(path: str | os.PathLike[str]) -> Path:
 
 def check_writable(folder: str | os.PathLike[str], *, make: bool = False) -> None:
     """OSError, before any work is done, if no file can be written to the folder or, to `make` it, to those above it."""
-    place = Path(folder).absolute()
+    place = Path(folder)
     while make and not os.path.lexists(place):
         place = place.parent
     if not os.path.lexists(place):
         raise FileNotFoundError(f"there is no folder {folder}; make it first")
     if not place.is_dir():
-        raise NotADirectoryError(f"{place if make else folder} is no folder; give the name of one")
+        raise NotADirectoryError(f"{place} is no folder; give the name of one")
     try:
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:

@@ -31,9 +31,11 @@ def test_looking_at_a_target_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["old.json"]
 
 
-def test_a_folder_that_is_yet_to_be_made_is_looked_at_without_a_trace(tmp_path: Path) -> None:
+def test_a_folder_that_is_yet_to_be_made_is_looked_at_without_a_trace(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(FileNotFoundError, match="make it first"):
         check_writable(tmp_path / "a" / "b")
+    monkeypatch.chdir(tmp_path)
+    check_writable("a/b", make=True)
     check_writable(tmp_path / "a" / "b", make=True)
     assert not (tmp_path / "a").exists()
     (tmp_path / "file").touch()

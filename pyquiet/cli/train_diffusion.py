@@ -103,7 +103,10 @@ def start_denoiser(args: argparse.Namespace, option: str, tokenizer: Any) -> Any
     model = load_for_training(option, getattr(args, option[2:]), AutoModelForMaskedLM)
     if args.attention:
         model.set_attn_implementation(args.attention)
-    return MaskedDenoiser(model, tokenizer.mask_token_id)
+    try:
+        return MaskedDenoiser(model, tokenizer.mask_token_id)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{option} {getattr(args, option[2:])}: {error}") from None
 
 
 def _fresh(args: argparse.Namespace, tokenizer: Any) -> Any:

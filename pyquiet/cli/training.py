@@ -155,6 +155,8 @@ def train(trainer: Any, in_words: Callable[[int, dict[str, float]], str]) -> int
         return 0
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        print(f"the trained model is in {trainer.args.output_dir}")
     return 0
 
 

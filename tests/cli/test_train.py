@@ -50,7 +50,9 @@ def test_the_command_goes_on_where_it_was_stopped(text, tmp_path, capsys):
             path.unlink()
     capsys.readouterr()
     assert train(text, tmp_path / "halves", *rates) == 0
-    assert "going on from" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "going on from" in out
+    assert out.endswith(f"the trained model is in {tmp_path / 'halves'}\n")
     whole, halves = (QuietStarForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
     state = json.loads((tmp_path / "halves" / "checkpoint-4" / "trainer_state.json").read_text())

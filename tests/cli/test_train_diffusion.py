@@ -111,7 +111,11 @@ def test_documents_stay_apart_on_request(tmp_path, monkeypatch):
     [
         ("diffusion", [], "say which --model to train"),
         ("diffusion", ["--model", "nowhere"], "nowhere: no model folder"),
-        ("diffusion", ["--model", "tiny-causal"], "reads to the left alone"),
+        (
+            "diffusion",
+            ["--model", "tiny-causal"],
+            "error: --model tiny-causal: model is a LlamaForCausalLM, which reads to",
+        ),
         (
             "diffusion",
             ["--tokenizer", "tiny-causal", "--objective", "x"],
