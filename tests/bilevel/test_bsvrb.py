@@ -9,6 +9,7 @@ import torch
 
 from pyquiet.bilevel import BSVRB, Problem
 from pyquiet.bilevel.bsvrb import _gamma
+from pyquiet.bilevel.method import at_least
 
 from .quadratics import L, Noise, Quadratics, Replicas
 
@@ -79,6 +80,16 @@ class Finite(Quadratics):
 
     def sample_upper(self, idx: torch.Tensor, samples: int | None, generator: torch.Generator) -> Any:
         return {name: torch.zeros_like(x) for name, x in self.sample(idx, None, generator).items()}
+
+
+def test_matrices_become_the_nearest_ones_that_can_be_inverted() -> None:
+    basis = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    low, high = (basis @ torch.diag(torch.tensor(v).double()) @ basis.T for v in ([-1, 0.005, 2.0], [0.02, 0.5, 2]))
+    skew = torch.tensor([[0.0, 1, 2], [-1, 0, 3], [-2, -3, 0]], dtype=torch.float64)
+    found, share = at_least(torch.stack([low, high + skew]), 0.01)
+    nearest = basis @ torch.diag(torch.tensor([0.01, 0.01, 2.0]).double()) @ basis.T
+    torch.testing.assert_close(found, torch.stack([nearest, high]))
+    assert share == 0.5
 
 
 @pytest.mark.parametrize("fresh", [False, True])
