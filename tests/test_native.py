@@ -62,7 +62,7 @@ def test_a_wrong_level_is_an_error_that_names_the_allowed_ones(word):
 @needs_native
 def test_the_command_tells_a_wrong_level_in_a_line(tmp_path):
     script = tmp_path / "pyquiet"
-    script.write_text("from pyquiet.cli import main\nmain()\n")
+    script.write_text(f"{BARE}from pyquiet import native\n")  # what its first import leads to
     for command in ([str(script)], ["-m", "pyquiet"], ["-m", "pyquiet.evaluation.lm_eval"]):
         env = os.environ | {"PYQUIET_ISA": "bogus"}
         done = subprocess.run([sys.executable, *command, "doctor"], env=env, capture_output=True, text=True)
