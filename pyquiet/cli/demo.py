@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         if speaks:  # as they come
             print(f"{in_lines(scene)}\n  ({seconds:.1f} s)\n", flush=True)
     if args.html:
-        write_page(args.html, "pyquiet", [scene.section() for _, scene, _ in scenes], words=LEAD)
+        write_page(args.html, "pyquiet", [scene.section() for _, scene, _ in scenes], words=f"{LEAD} Seed {args.seed}.")
     found = {name: {**scene.to_dict(), "seconds": seconds} for name, scene, seconds in scenes}
     whole = sum(seconds for _, _, seconds in scenes)
     page = f", {args.html} has what there is to look at" if args.html else ""
@@ -64,5 +64,7 @@ def in_lines(scene: Scene) -> str:
 
 LEAD = (
     "Five ways to get more out of a language model, each at work on small models that come with the package, and "
-    "beside its plain alternative. Every number and picture on this page was made by one run of pyquiet demo."
+    "beside its plain alternative. Every number and picture on this page was made by one run of pyquiet demo. A token "
+    "is a word or a piece of one; nats measure surprise: a nat less is 2.7 times as probable. What is not above twice "
+    "its error (+-) may be chance."
 )

@@ -61,6 +61,7 @@ def test_a_page_has_every_view_and_says_what_it_is(played, capsys, tmp_path):
     assert re.findall(r"picture of (\w+)", text) == ["infilling", "bilevel"]
     assert '<p class="number">found 0</p>' in text
     assert "<li>It adds.</li>" in text
+    assert " Seed 0.</p>" in text
     assert str(page) in capsys.readouterr().out
 
 
