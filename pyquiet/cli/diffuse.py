@@ -44,7 +44,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help=f"none, ar ({CAUSAL}), tiny-energy, or the folder of a causal LM or a trained energy (default: ar for "
         f"{DENOISER}, none for others)",
     )
-    parser.add_argument("--steps", type=options.Whole(), default=64, help="of the whole text")
+    words = "from blanks to the whole text; fewer are quicker, more write better"
+    parser.add_argument("--steps", type=options.Whole(), default=64, help=words)
     parser.add_argument("--sampler", choices=SAMPLERS, default="schedule_first", help=SAMPLER_HELP)
     parser.add_argument("--context", type=options.Whole(), help="tokens that semi_autoregressive sees at once")
     add_law(parser, temperature=0.8)
@@ -69,13 +70,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_law(parser: argparse.ArgumentParser, *, temperature: float) -> None:
     """Adds the options of `pyquiet.diffuse` that a command passes on, with that default of --temperature."""
-    law = parser.add_argument_group("the law")
-    law.add_argument("--candidates", type=options.Whole(), default=8, help="of a step, to pick from")
-    words = "first share of time that is corrected; 1 is all"
+    law = parser.add_argument_group("what is drawn")
+    law.add_argument("--candidates", type=options.Whole(), default=8, help="of a step, for the energy to pick from")
+    words = "share of the time, from its beginning on, in which the energy picks; 1 is all"
     law.add_argument("--window", type=options.Number(0, 1), default=1.0, help=words)
     words = "of the energy; 1 is exact"
     law.add_argument("--energy-temperature", type=options.Number(0, open=True), default=1.0, help=words)
-    words = "double the candidates of a step up to this effective sample size"
+    words = "double the candidates of a step until so many have a say (their effective sample size)"
     law.add_argument("--ess-target", type=options.Number(1), help=words)
     options.add_temperature(law, temperature, "what is proposed")
     options.add_top(law)

@@ -34,7 +34,8 @@ def _add_thoughts(measures: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser = measures.add_parser(
         "thoughts",
         help="the gain by thinking, from the easiest tokens of a text to the hardest",
-        description="Print how much more probable thoughts make the tokens of a text, by decile of difficulty.",
+        description="Print how much more probable thoughts make the tokens of a text, from the easiest tenth to the "
+        "hardest.",
     )
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="plain text, one document a file")
     parser.add_argument("--max-tokens", type=options.Whole(), help="of each document (default: all)")

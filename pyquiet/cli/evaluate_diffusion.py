@@ -29,7 +29,7 @@ def add_parser(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     words = f"several of {', '.join(SAMPLERS)}"
     parser.add_argument("--sampler", nargs="+", choices=SAMPLERS, default=[SAMPLERS[0]], metavar="NAME", help=words)
-    words = "of the whole text, several"
+    words = "from blanks to the whole text, several"
     parser.add_argument("--steps", nargs="+", type=options.Whole(), default=[8, 16, 32, 64], help=words)
     add_law(parser, temperature=1.0)
     parser.add_argument("--num-samples", type=options.Whole(), default=16, help="texts to write by each")

@@ -28,9 +28,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "infill",
         help="fill the gaps of a text",
-        description="Fill the gaps of a text from the model's joint law, several tokens at a time. A gap is "
-        r"___, ___3___ for 3 tokens, or ___2-5___: each length is then filled, and one drawn by how probable the text "
-        r"makes it. \_ is an underscore, \\ a backslash. Spaces before a gap are the model's to write.",
+        description="Fill the gaps of a text, several tokens at a time, each with the probability that it has one by "
+        "one. A gap is ___, ___3___ for 3 tokens, or ___2-5___: each length is then filled, and one drawn by how "
+        r"probable the text makes it. \_ is an underscore, \\ a backslash. Spaces before a gap are left to it.",
     )
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--text", help="with gaps (default: standard input; on a terminal an example)")
@@ -39,7 +39,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--code", action="store_true", help="white space is written as the released code model has it")
     add_model(parser)
     add_law(parser)
-    parser.add_argument("--method", choices=METHODS, default="auto", help="all give the same law")
+    words = "how tokens are guessed; what they become has the same probabilities by all"
+    parser.add_argument("--method", choices=METHODS, default="auto", help=words)
     add_json(parser)
     prompts.add_prompts(parser, given, ["text"])
     parser.set_defaults(run=run)
@@ -59,7 +60,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_law(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `pyquiet.infill` that a command passes on."""
-    parser.add_argument("--k", type=_drafts, default="auto", metavar="N", help="drafts a round, or auto")
+    words = "tokens guessed before they are checked, or auto"
+    parser.add_argument("--k", type=_drafts, default="auto", metavar="N", help=words)
     options.add_temperature(parser, 1.0, "the tokens")
     options.add_top(parser)
     options.add_seed(parser, "tokens")

@@ -63,7 +63,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _add_promise(parser: argparse.ArgumentParser) -> None:
-    promise = parser.add_argument_group("the promise")
+    promise = parser.add_argument_group("the promise", "how often the target model takes over")
     promise.add_argument(
         "--takeover-rate", type=Number(0, 1), default=0.4, metavar="RHO", help="share of drafts taken over"
     )
@@ -95,7 +95,8 @@ def _add_promise(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bank(parser: argparse.ArgumentParser) -> None:
-    bank = parser.add_argument_group("the bank")
+    what = "earlier scores, among which that of a draft is ranked to decide whether the target takes over"
+    bank = parser.add_argument_group("the bank", what)
     bank.add_argument("--calibration", metavar="DIR", help="bank that --save-calibration wrote")
     bank.add_argument("--calibrate", metavar="FILE", help="questions to calibrate on first, as --questions")
     bank.add_argument(
@@ -133,7 +134,8 @@ def _add_bank(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_chains(parser: argparse.ArgumentParser) -> None:
-    chains = parser.add_argument_group("the chains")
+    what = "answers to a question side by side, which vote; a chain is written in turns, each a chunk of text"
+    chains = parser.add_argument_group("the chains", what)
     chains.add_argument("--chains", type=Whole(), default=16, metavar="M", help="of a question")
     chains.add_argument("--turns", type=Whole(), default=15, metavar="T", help="of a chain at most")
     chains.add_argument(
