@@ -240,6 +240,11 @@ def evenly_spread(numbers: Tensor, *, seed: int) -> Tensor:
     return (shift + numbers * _GOLDEN) % 1
 
 
+def text_in(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The tokens of a batch and, where it has one, their mask, by name."""
+    return {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+
+
 def tokens_in(inputs: dict[str, Any]) -> Tensor:
     """[], the tokens of a batch that are no padding."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")

@@ -10,10 +10,9 @@ from pyquiet.any_subset.arguments import AnySubsetTrainingArguments
 from pyquiet.any_subset.modeling import XLNetEngine
 from pyquiet.any_subset.training import SubsetLearner, random_blocks, random_order, subset_scores
 from pyquiet.datasets import TextCollator
-from pyquiet.trainers import SeededTrainer, check_trainable, tokens_in
+from pyquiet.trainers import SeededTrainer, check_trainable, text_in, tokens_in
 
 REACH = 3  # drafts behind the exact one that evaluation looks at
-_TEXT = ("input_ids", "attention_mask")
 _NOISE = ("order", "prompt", "block_size", "block_offset")
 
 
@@ -72,8 +71,7 @@ class AnySubsetTrainer(SeededTrainer):
         for number, batch in enumerate(batches):
             u = self.strata(number, batch)
             seed, ids = self.training_seed, batch["sequence_ids"]
-            text = {name: batch[name] for name in _TEXT if name in batch}
-            order, prompt = random_order(low + (high - low) * u, **text, seed=seed, sequence_ids=ids)
+            order, prompt = random_order(low + (high - low) * u, **text_in(batch), seed=seed, sequence_ids=ids)
             blocks = random_blocks(ids, seed=seed, sizes=(args.smallest_block, args.largest_block))
             batch.update(zip(_NOISE, (order, prompt, *blocks), strict=True))
 
@@ -83,8 +81,8 @@ class AnySubsetTrainer(SeededTrainer):
         return targets
 
     def _loss(self, model: Any, inputs: dict[str, Any], counts: Tensor | None) -> tuple[Tensor, Any]:
-        batch = {name: inputs[name] for name in (*_TEXT, *_NOISE) if name in inputs}
-        out = model(**batch, draft_weight=self.args.draft_weight, target_count=counts)
+        noise = {name: inputs[name] for name in _NOISE}
+        out = model(**text_in(inputs), **noise, draft_weight=self.args.draft_weight, target_count=counts)
         parts = {"joint_nll": out.joint_nll, "draft_nll": out.draft_nll}
         tokens = tokens_in(inputs)
         known = {name: part.detach() for name, part in parts.items() if part is not None}
@@ -99,8 +97,7 @@ class AnySubsetTrainer(SeededTrainer):
 
     def _evaluated(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """The mean joint NLL, and the scores [B, rates, 2 + 2 REACH] of the texts at the fixed rates."""
-        text = {name: inputs[name] for name in _TEXT if name in inputs}
-        scores, ids = [], inputs["sequence_ids"]
+        text, scores, ids = text_in(inputs), [], inputs["sequence_ids"]
         for rate in self.args.eval_mask_rates:
             share = torch.full((len(ids),), rate)
             order, prompt = random_order(share, **text, seed=self.evaluation_seed, sequence_ids=ids)
