@@ -165,6 +165,11 @@ def test_each_domain_gets_its_own_temperature() -> None:
     )
     found = calibrate_temperatures(train, held_out, steps=200)
     assert float((found.values[:, 0] * spoilt - 1).abs().max()) < 0.3
+    nlls = [
+        torch.nn.functional.cross_entropy(*(x[held_out.domains == i] for x in (held_out.logits, held_out.labels)))
+        for i in range(4)
+    ]
+    assert found.before == pytest.approx(float(torch.stack(nlls).mean()), rel=1e-5)
     assert found.after < found.before - 0.1
 
 
