@@ -55,6 +55,9 @@ def test_the_losses_of_batches_are_those_of_all_rows_in_the_mean() -> None:
     every = torch.arange(6).expand(2, 6), torch.arange(5).expand(2, 5)
     torch.testing.assert_close(problem.lower(x, Y, idx, every[0]), problem.lower(x, Y, idx, None))
     torch.testing.assert_close(problem.upper(x, Y, idx, every[1]), problem.upper(x, Y, idx, None))
+    margins = (V * right[:, None]) @ Y.T / problem.temperatures  # [5, 2]
+    expected = torch.nn.functional.softplus(-margins).mean(0)
+    torch.testing.assert_close(problem.upper(x, Y, idx, None), expected)
 
 
 @pytest.mark.parametrize("samples", [4, None])
