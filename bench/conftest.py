@@ -1,5 +1,6 @@
 """The machine record of a bench run, its printed tables, and `--bench-record NAME`."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ def machine() -> Machine:
 def gpu() -> cuda.Gpu:
     """The record of the CUDA device; its ceilings are measured before the first bench that asks."""
     return cuda.this_gpu()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread for a test; the others get theirs back."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:

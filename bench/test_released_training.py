@@ -19,13 +19,7 @@ PAD, VOCABULARY = 0, 97
 SIZES = [(5, 4, 2), (3, 3, 3), (5, 1, 2), (2, 3, 1)]  # m, A, N
 TABLE = "base.model.embed_tokens.weight"
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def thinker(m: int) -> Any:
