@@ -4,7 +4,7 @@ import torch
 
 from pyquiet.bilevel.demonstration import demonstrate
 from pyquiet.demo.scene import Scene
-from pyquiet.plotting.page import View
+from pyquiet.plotting import View, as_svg, draw_hypergradient, draw_loss, draw_weights
 from pyquiet.tokens import padded
 from pyquiet.zoo import held_out, load
 
@@ -18,9 +18,6 @@ def show(seed: int, progress: bool) -> Scene:
     numbers = shown.to_dict()
 
     def draw() -> tuple[View, ...]:
-        from pyquiet.plotting.bilevel import draw_hypergradient, draw_loss, draw_weights
-        from pyquiet.plotting.figures import as_svg
-
         curves = (
             "Both curves should end low: the loss on the right texts, and how much is left to gain by other weights."
         )

@@ -5,7 +5,7 @@ from typing import Any
 import pyquiet
 from pyquiet.demo.scene import Scene, lower
 from pyquiet.evaluation import Estimate, NGramModel, histogram_entropy
-from pyquiet.plotting.page import View
+from pyquiet.plotting import film_view
 from pyquiet.zoo import held_out, load
 
 _TEXTS, _LENGTH, _STEPS, _MORE_STEPS, _CANDIDATES = 48, 64, 8, 64, 8
@@ -48,11 +48,6 @@ def show(seed: int, progress: bool) -> Scene:
 
     plain = numbers["plain"]
 
-    def draw() -> tuple[View, ...]:
-        from pyquiet.plotting.film import film_view
-
-        return (film_view(out["with tiny-energy"], tokenizer),)
-
     return Scene(
         "Text out of noise, corrected by an energy (EDLM)",
         f"All tokens begin masked and each step opens several at once; of {_CANDIDATES} guesses at them, an energy "
@@ -67,5 +62,5 @@ def show(seed: int, progress: bool) -> Scene:
             f"{_CANDIDATES} whole texts a step, which is where its time goes.",
         ),
         {"texts": _TEXTS, "length": _LENGTH, "candidates": _CANDIDATES, "by_energy": numbers},
-        draw,
+        lambda: (film_view(out["with tiny-energy"], tokenizer),),
     )

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 import pyquiet
 from pyquiet.demo.scene import Scene
-from pyquiet.plotting.page import View
+from pyquiet.plotting import View, infilling_view
 from pyquiet.zoo import held_out, load
 
 _EACH, _LENGTH, _MASKED = 4, 64, 0.5  # texts of a kind, their tokens, the share of these that is missing
@@ -34,8 +34,6 @@ def show(seed: int, progress: bool) -> Scene:
     gap = float((joint - out["assd"].log_probs.sum(1)).abs().max())
 
     def draw() -> tuple[View, ...]:
-        from pyquiet.plotting.infilling import infilling_view
-
         drafted = out["assd"]
         refusals = (drafted.refused >= 0).sum(1)
         row = int((drafted.rounds + 100 * (refusals < 3)).argmin())  # the shortest to read that has some refusals

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pyquiet.demo.scene import Scene
-from pyquiet.plotting.page import View
+from pyquiet.plotting import View, as_svg, draw_slots, draw_takeovers
 from pyquiet.scaling import ATTS, AcceptAll, ATTSResult, Plan, Pools, Question, Report, Sampling, read_questions
 from pyquiet.scaling.records import Record
 from pyquiet.zoo import folder
@@ -67,9 +67,6 @@ def show(seed: int, progress: bool) -> Scene:
 
 
 def _views(report: Report, records: list[Record]) -> tuple[View, ...]:
-    from pyquiet.plotting.figures import as_svg
-    from pyquiet.plotting.scaling import draw_slots, draw_takeovers
-
     rates, slots = draw_takeovers(report), draw_slots(records)
     bars = (
         "Each dot is the share of lines that the large model replaced at a turn, the first line being turn 0: nine "

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyquiet.evaluation.estimates import Estimate, finite
-from pyquiet.plotting.page import Section, View
+from pyquiet.plotting import Section, View
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyquiet.demo.scene import Scene, lower
 from pyquiet.evaluation import DifficultyTable, Estimate, TokenGains, gain_by_decile, opening_ids, thinking_gains
-from pyquiet.plotting.page import View
+from pyquiet.plotting import View, as_svg, draw_gain_by_decile, thoughts_view
+from pyquiet.plotting.thoughts import WORDS
 from pyquiet.tokens import padded
 from pyquiet.zoo import held_out, load
 
@@ -70,10 +71,6 @@ def show(seed: int, progress: bool) -> Scene:
 def _views(
     gains: TokenGains, tokenizer: PreTrainedTokenizerBase, tables: dict[str, DifficultyTable]
 ) -> tuple[View, ...]:
-    from pyquiet.plotting.difficulty import draw_gain_by_decile
-    from pyquiet.plotting.figures import as_svg
-    from pyquiet.plotting.thoughts import WORDS, thoughts_view
-
     drawn = "".join(
         as_svg(draw_gain_by_decile(table, title=kind), f"gains by tenths of difficulty, {kind}")
         for kind, table in tables.items()
