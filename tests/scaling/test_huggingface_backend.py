@@ -48,6 +48,24 @@ def test_a_batch_writes_what_each_request_writes_alone(make: Any) -> None:
     assert len({answer.ids for answer in expected}) == len(expected)
 
 
+@pytest.mark.parametrize("thinks", [False, True])
+def test_ids_that_the_tokenizer_has_no_word_for_are_never_written(thinks: bool) -> None:
+    """A vocabulary that is padded for speed, its logits the largest of all."""
+    model = llama()
+    model.resize_token_embeddings(320, mean_resizing=False)
+    model.lm_head = torch.nn.Linear(32, 320, dtype=torch.float64)
+    model.lm_head.bias.data[len(TOKENIZER) :] = 50.0
+    if thinks:
+        model = pyquiet.QuietStarForCausalLM.from_base(model, thought_tokens=2, start_init=7).eval()
+
+    async def work(backend: HFBackend) -> list[Generated]:
+        return list(await asyncio.gather(*(backend.generate(wants(i, temperature=i % 2)) for i in range(4))))
+
+    written = [i for answer in using(model, work) for i in answer.ids]
+    assert len(written) > 8
+    assert max(written) < len(TOKENIZER)
+
+
 def test_a_takeover_reads_one_token_after_a_score() -> None:
     ids = ids_of(4, 30)
 

@@ -34,10 +34,15 @@ class DecoderRunner:
 
     Rows join and leave between tokens. A model whose cache is more than keys and values of every token (state spaces)
     writes each text in a cache of its own and keeps nothing between requests.
+
+    Args:
+        words: ids that are drawn are below this. A model may have logits for more than its tokenizer has words.
     """
 
-    def __init__(self, model: PreTrainedModel, writing: Callable[[Job, int], Writing], store: KVStore) -> None:
-        self.model, self.store, self._writing = model, store, writing
+    def __init__(
+        self, model: PreTrainedModel, writing: Callable[[Job, int], Writing], store: KVStore, words: int
+    ) -> None:
+        self.model, self.store, self._writing, self._words = model, store, writing, words
         self._reader = Reader(model, store)
         self._lanes: list[_Lane] = []
 
@@ -148,7 +153,8 @@ class DecoderRunner:
                 _DRAWS, Purpose.ANSWER, sequence=seeds & 0xFFFFFFFF, step=seeds >> 32,
                 position=torch.tensor([len(rows[i].new) for i in some]),
             )  # fmt: skip
-            drawn = draw(logits[some], stream=stream, temperature=temperature, top_p=top_p if top_p < 1 else None)
+            law = logits[some, : self._words]
+            drawn = draw(law, stream=stream, temperature=temperature, top_p=top_p if top_p < 1 else None)
             tokens[some] = drawn.tokens.cpu()
         return [int(token) for token in tokens]
 

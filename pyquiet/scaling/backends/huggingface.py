@@ -83,8 +83,8 @@ class HFBackend:
         self._store = KVStore(0 if deterministic else cache_bytes)
         self._thinks = can_think(model)
         runner: Runner = (
-            ThinkingRunner(self.model, self._writing) if self._thinks
-            else DecoderRunner(self.model, self._writing, self._store)
+            ThinkingRunner(self.model, self._writing, self._codec.size) if self._thinks
+            else DecoderRunner(self.model, self._writing, self._store, self._codec.size)
         )  # fmt: skip
         self._runner, self._batching = runner, (1, 0.0, 0) if deterministic else (max_batch, max_wait, max_steps)
         self._worker = self._new_worker()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from pyquiet.heads import embedding_table
 from pyquiet.scaling.backends.base import Score, Scored, Usage
 from pyquiet.scaling.backends.jobs import Job, Writing
 from pyquiet.tokens import padded
@@ -17,10 +18,11 @@ _DRAWS = 0x7468_696E6B  # key of all draws: a request's own seed numbers its seq
 
 
 class ThinkingRunner:
-    """The `Runner` of a `QuietStarForCausalLM`. A batch is written to its end."""
+    """The `Runner` of a `QuietStarForCausalLM`. A batch is written to its end, in ids below `words`."""
 
-    def __init__(self, model: Any, writing: Callable[[Job, int], Writing]) -> None:
+    def __init__(self, model: Any, writing: Callable[[Job, int], Writing], words: int) -> None:
         self.model, self._writing = model, writing
+        self._no_words = list(range(words, embedding_table(model).shape[0]))
 
     def begin(self, jobs: Sequence[Job]) -> None:
         """Answers all jobs."""
@@ -50,7 +52,7 @@ class ThinkingRunner:
         self.model.generate(
             ids, think="always", attention_mask=mask, pad_token_id=0, eos_token_id=None, seed=_DRAWS,
             sequence_ids=torch.tensor([row.request.seed & 0xFFFFFFFF for row in rows], device=ids.device),
-            max_new_tokens=max(row.request.max_tokens for row in rows),
+            max_new_tokens=max(row.request.max_tokens for row in rows), suppress_tokens=self._no_words or None,
             stopping_criteria=StoppingCriteriaList([_Watch(rows)]),
             **(sampling if temperature else {"do_sample": False}),
         )  # fmt: skip
