@@ -39,7 +39,7 @@ def fill_gaps(
     model: Any,
     texts: Sequence[Gapped],
     *,
-    seed: int | None = None,
+    seed: int | None = 0,
     sequence_ids: Sequence[int] | None = None,
     temperature: float = 1.0,
     **options: Any,

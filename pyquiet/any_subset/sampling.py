@@ -70,7 +70,7 @@ def infill(
     mask: Tensor,
     method: Any = "auto",
     k: int | str = "auto",
-    seed: int | None = None,
+    seed: int | None = 0,
     attention_mask: Tensor | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,

@@ -179,11 +179,12 @@ def test_greedy_and_seedless(model, ids, mask):
     assert all(torch.equal(out.tokens, greedy[0].tokens) for out in greedy)
     assert all((out.log_probs == 0).all() for out in greedy)
     torch.manual_seed(0)
-    first = pyquiet.infill(model, ids, mask=mask, method="assd").tokens
-    second = pyquiet.infill(model, ids, mask=mask, method="assd").tokens
+    first, second = (pyquiet.infill(model, ids, mask=mask, method="assd", seed=None).tokens for _ in range(2))
     torch.manual_seed(0)
-    assert torch.equal(first, pyquiet.infill(model, ids, mask=mask, method="assd").tokens)
+    assert torch.equal(first, pyquiet.infill(model, ids, mask=mask, method="assd", seed=None).tokens)
     assert not torch.equal(first, second)
+    default = pyquiet.infill(model, ids, mask=mask, method="assd").tokens
+    assert torch.equal(default, pyquiet.infill(model, ids, mask=mask, method="assd", seed=0).tokens)
 
 
 def test_through_generate(model, ids, mask):
