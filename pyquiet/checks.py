@@ -36,3 +36,8 @@ def check_text(name: str, text: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in text):  # so Python hands on bytes it cannot decode
         raise ValueError(f"{name}: not UTF-8 text")
     return text
+
+
+def can_think(model: object) -> bool:
+    """Whether it is a thinking model and no plain one."""
+    return hasattr(model, "think_at_every_token")

@@ -1,8 +1,5 @@
 """Masked diffusion whose parallel steps are corrected by an energy (EDLM, arXiv 2410.21357)."""
 
-from importlib import import_module
-from typing import Any
-
 from pyquiet.diffusion.ar_energy import AREnergy, check_tokenizers
 from pyquiet.diffusion.energy import Energy, as_energy
 from pyquiet.diffusion.hooks import (
@@ -23,6 +20,7 @@ from pyquiet.diffusion.partition import log_z
 from pyquiet.diffusion.sampling import Diffusion, diffuse
 from pyquiet.diffusion.schedule import Schedule
 from pyquiet.diffusion.session import Trace
+from pyquiet.lazy import lazily
 
 __all__ = [
     "NLL",
@@ -61,20 +59,16 @@ __all__ = [
     "remdm",
 ]
 
-_TRAINING = {
-    "DiffusionTrainer": "trainer",
-    "DiffusionTrainingArguments": "arguments",
-    "NCETrainer": "trainer",
-    "NCETrainingArguments": "arguments",
-    "completions": "training",
-    "nce_loss": "training",
-    "nelbo": "training",
-    "random_masks": "training",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """What training needs, imported when it is asked for: transformers' Trainer brings accelerate and more along."""
-    if name not in _TRAINING:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_TRAINING[name]}"), name)
+__getattr__ = lazily(
+    __name__,
+    {
+        "DiffusionTrainer": "trainer",
+        "DiffusionTrainingArguments": "arguments",
+        "NCETrainer": "trainer",
+        "NCETrainingArguments": "arguments",
+        "completions": "training",
+        "nce_loss": "training",
+        "nelbo": "training",
+        "random_masks": "training",
+    },
+)

@@ -8,14 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pyquiet.checks import can_think
 from pyquiet.tokens import padded
 
 Think = Literal["always", "never"]
-
-
-def can_think(model: PreTrainedModel) -> bool:
-    """Whether it is a thinking model and no plain one."""
-    return hasattr(model, "think_at_every_token")
 
 
 def check_think(model: PreTrainedModel, think: str) -> None:

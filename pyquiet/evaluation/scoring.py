@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pyquiet.evaluation.prompts import Think, can_think, check_think
+from pyquiet.checks import can_think
+from pyquiet.evaluation.prompts import Think, check_think
 from pyquiet.heads import log_prob
 from pyquiet.quiet_star.thinking import average, chunks
 from pyquiet.tokens import padded

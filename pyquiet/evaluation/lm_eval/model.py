@@ -14,9 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from pyquiet.checks import can_think
 from pyquiet.environment import environment_record
 from pyquiet.evaluation.lm_eval.requests import Wish, batches, in_order, write
-from pyquiet.evaluation.prompts import Think, can_think, check_think
+from pyquiet.evaluation.prompts import Think, check_think
 from pyquiet.evaluation.scoring import Continuation, number_of, score_continuations
 from pyquiet.prompts import Ranks
 from pyquiet.zoo import available, load

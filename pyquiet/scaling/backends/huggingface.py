@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pyquiet.checks import check_count
+from pyquiet.checks import can_think, check_count
 from pyquiet.environment import bits
-from pyquiet.evaluation.prompts import can_think
 from pyquiet.heads import embedding_table
 from pyquiet.randomness import check_processing
 from pyquiet.scaling.backends.base import (
