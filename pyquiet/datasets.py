@@ -146,7 +146,7 @@ def read_dataset(name: str, column: str) -> Iterable[str]:
     try:
         import datasets
     except ImportError:
-        raise ImportError("datasets is needed to read --dataset: pip install 'pyquiet[train]'") from None
+        raise ImportError('datasets is needed to read --dataset: pip install "pyquiet[train]"') from None
     kind = _FILES.get(Path(name).suffix)
     if kind is not None and not Path(name).exists():  # no name of a data set, which would be looked for on the network
         raise FileNotFoundError(f"there is no file {name}")

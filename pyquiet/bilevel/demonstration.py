@@ -107,7 +107,7 @@ def read_rows(source: str) -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits, load_svmlight_file
     except ImportError:
-        raise ImportError("reading this data needs scikit-learn: pip install 'pyquiet[demo]'") from None
+        raise ImportError('reading this data needs scikit-learn: pip install "pyquiet[demo]"') from None
     if source == "digits":
         images, numbers = load_digits(return_X_y=True)
         features, labels = torch.tensor(images / 16), torch.tensor(numbers > 4)

@@ -105,7 +105,7 @@ def infill_stories(
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        raise ImportError("rouge-score is needed to score stories: pip install 'pyquiet[eval]'") from None
+        raise ImportError('rouge-score is needed to score stories: pip install "pyquiet[eval]"') from None
     codec, part = Codec(tokenizer), _HIDDEN[hidden]
     texts, missing = [], []
     for story in stories:

@@ -23,7 +23,7 @@ def plot_cleaning(
 
     Raises:
         ValueError: another ending than .png, .svg or .pdf. OSError: the file cannot be written.
-        ImportError: matplotlib is missing (`pip install 'pyquiet[plot]'`).
+        ImportError: matplotlib is missing (`pip install "pyquiet[plot]"`).
     """
     draws = (partial(draw_loss, found), partial(draw_hypergradient, found), partial(draw_weights, found, wrong=wrong))
     save_panels(path, draws, title)

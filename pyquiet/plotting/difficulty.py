@@ -17,7 +17,7 @@ def plot_gain_by_decile(
 
     Raises:
         ValueError: another ending of the file's name. OSError: it cannot be written.
-        ImportError: matplotlib is missing (`pip install 'pyquiet[plot]'`).
+        ImportError: matplotlib is missing (`pip install "pyquiet[plot]"`).
     """
     check_figure(path)
     figure = new_figure((8, 4.5))

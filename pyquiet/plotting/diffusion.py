@@ -36,7 +36,7 @@ def plot_diffusion(
 
     Raises:
         ValueError: no such quality; another ending of the file's name. OSError: it cannot be written.
-        ImportError: matplotlib is missing (`pip install 'pyquiet[plot]'`).
+        ImportError: matplotlib is missing (`pip install "pyquiet[plot]"`).
     """
     check_figure(path)
     if quality not in QUALITIES:

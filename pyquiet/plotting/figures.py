@@ -32,7 +32,7 @@ def check_figure(path: str | os.PathLike[str]) -> None:
 def check_matplotlib() -> None:
     """Raises ImportError where matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("figures need matplotlib: pip install 'pyquiet[plot]'")
+        raise ImportError('figures need matplotlib: pip install "pyquiet[plot]"')
 
 
 def these_or_new(axes: "Axes | None") -> "Axes":

@@ -26,7 +26,7 @@ def plot_run(report: Report, records: Iterable[Record], path: str | os.PathLike[
 
     Raises:
         ValueError: another ending than .png, .svg or .pdf. OSError: the file cannot be written.
-        ImportError: matplotlib is missing (`pip install 'pyquiet[plot]'`).
+        ImportError: matplotlib is missing (`pip install "pyquiet[plot]"`).
     """
     kept = list(records)
     save_panels(path, (partial(draw_takeovers, report), partial(draw_p_values, kept), partial(draw_slots, kept)))

@@ -136,7 +136,9 @@ def lay_out_adapters(base: PreTrainedModel, record: Record) -> None:
         from peft.utils import AuxiliaryTrainingWrapper
     except ImportError as error:
         names = ", ".join(record["configs"])
-        raise ImportError(f"the base of this model has PEFT adapters ({names}): pip install 'peft>=0.21'") from error
+        raise ImportError(
+            f'the base of this model has PEFT adapters ({names}): pip install "pyquiet[train]"'
+        ) from error
     with warnings.catch_warnings(action="ignore"):  # PEFT has said them when the adapters were made
         for name, fields in record["configs"].items():
             inject_adapter_in_model(PeftConfig.from_peft_type(**fields), base, name)

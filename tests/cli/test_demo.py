@@ -88,4 +88,4 @@ def test_matplotlib_is_needed_for_figures_alone(played, monkeypatch, tmp_path, c
     assert main(["demo", "--only", "infilling", "diffusion", "--html", page]) == 0
     capsys.readouterr()
     assert main(["demo", "--only", "infilling", "scaling", "--html", page]) == 2
-    assert "pip install 'pyquiet[plot]'" in error_line(capsys)
+    assert 'pip install "pyquiet[plot]"' in error_line(capsys)

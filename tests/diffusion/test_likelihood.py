@@ -51,10 +51,6 @@ class Quarters(InDouble, Product):
         super().__init__(SHARES.double() / 4, MASK)
 
 
-class DoubleMarginals(InDouble, ExactMarginals):
-    pass
-
-
 class Posterior(Energy):
     """`LawEnergy` in float64."""
 

@@ -65,7 +65,7 @@ def test_bad_names_are_refused_before_anything_is_drawn(tmp_path):
 def test_without_matplotlib_the_extra_is_named(table, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for draw in (lambda: plot_gain_by_decile(table, tmp_path / "gain.png"), lambda: draw_gain_by_decile(table)):
-        with pytest.raises(ImportError, match=r"pip install 'pyquiet\[plot\]'"):
+        with pytest.raises(ImportError, match=r'pip install "pyquiet\[plot\]"'):
             draw()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pyquiet.scaling.answers import extract
-from pyquiet.scaling.backends.base import NO_USAGE, GoneError, RefusedError
+from pyquiet.scaling.backends.base import GoneError, RefusedError
 from pyquiet.scaling.backends.openai import OpenAIBackend
 from pyquiet.scaling.calls import Retry
 from pyquiet.scaling.engine import run_async
@@ -98,10 +98,6 @@ def transcript(path: Path) -> dict[Any, Record]:
     by_key = {record.key: replace(record, timing=None) for record in records}
     assert len(by_key) == len(records)
     return by_key
-
-
-def without_cost(records: dict[Any, Record]) -> dict[Any, Record]:
-    return {key: replace(record, usage=NO_USAGE) for key, record in records.items()}
 
 
 def of(path: Path, stage: str) -> list[Record]:
