@@ -72,7 +72,7 @@ def expected(models, parts, lengths, energy="none", **options):
     text = codec.gapped(parts, [range(n, n + 1) for n in lengths], trim=True)
     ids, given = text.tokens(lengths, denoiser.mask_id)[None], text.given(lengths)
     banned = codec.banned(denoiser.vocab_size)
-    options = {"temperature": 0.8, **options}
+    options = {"temperature": 0.5, **options}
     out = diffuse(denoiser, energies[energy], input_ids=ids, mask=~given[None], banned=banned, **options)
     return [codec.parts(row, given.tolist()) for row in out.tokens.tolist()], out
 
