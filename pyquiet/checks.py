@@ -1,6 +1,9 @@
 """Checks of arguments that every system makes, and their words."""
 
 from numbers import Real
+from typing import Any, TypeVar, get_args
+
+T = TypeVar("T")
 
 
 def check_count(name: str, value: int, *, least: int) -> int:
@@ -28,6 +31,14 @@ def check_fraction(name: str, value: float) -> float:
     """`value`, if it lies in [0, 1]; else a TypeError or ValueError that names it."""
     if not 0 <= check_number(name, value) <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
+    return value
+
+
+def check_word(name: str, value: T, words: Any) -> T:
+    """`value`, if it is one of `words`, a `Literal` or the words themselves; else a ValueError that names it."""
+    known = get_args(words) or tuple(words)
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     return value
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyquiet.checks import check_number
+from pyquiet.checks import check_number, check_word
 from pyquiet.native import cpu
 from pyquiet.philox import LIMITS, make_counter, philox, reference_uniforms, uniform
 
@@ -201,8 +201,7 @@ def draw(
     """
     _check_logits(logits)
     check_processing(logits.shape[1], temperature, top_k, top_p, banned)
-    if coupling not in COUPLINGS:
-        raise ValueError(f"coupling must be one of {COUPLINGS}, got {coupling!r}")
+    check_word("coupling", coupling, COUPLINGS)
     if stream.purpose is None and coupling == "rejection":
         raise ValueError("stream.purpose is None: say what the numbers are for, e.g. Purpose.ANSWER")
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32

@@ -16,6 +16,7 @@ from pyquiet.any_subset.drafting import ngram_drafter
 from pyquiet.any_subset.engine import Engine, undisturbed
 from pyquiet.any_subset.inputs import read_inputs
 from pyquiet.any_subset.rounds import Round, Session
+from pyquiet.checks import check_word
 from pyquiet.randomness import COUPLINGS, check_processing, resolve_seed, resolve_sequence_ids
 
 FIXED_METHODS = ("sequential", "assd", "one_call", "ngram")
@@ -221,8 +222,7 @@ def _check_options(method: Any, k: Any, coupling: str) -> None:
         raise ValueError(f"k must be a number of drafts, 1 or more, or 'auto', got {k!r}")
     if k != "auto" and method == "auto":
         raise ValueError(f"k={k} goes with a method of its own; leave it out, or name the method: 'assd' or 'one_call'")
-    if coupling not in COUPLINGS:
-        raise ValueError(f"coupling must be one of {COUPLINGS}, got {coupling!r}")
+    check_word("coupling", coupling, COUPLINGS)
 
 
 def _checked_law(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyquiet.bilevel.method import BlockMethod, Rate, at_least, check_positive, check_rate, check_share, rate
 from pyquiet.bilevel.problem import Derivatives, Problem
+from pyquiet.checks import check_word
 
 VARIANTS = ("auto", "v1", "v2")
 _INVERTIBLE, _MOST_NUMBERS = 64, 2**28  # dim_y, and numbers of all H_i, up to which "auto" inverts
@@ -92,8 +93,7 @@ class BSVRB(BlockMethod):
         H: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        if variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        check_word("variant", variant, VARIANTS)
         small = problem.dim_y <= _INVERTIBLE and problem.m * problem.dim_y**2 <= _MOST_NUMBERS
         self.inverts = variant == "v1" or (variant == "auto" and small)
         self.moving = {"y": "s"} if self.inverts else {"y": "s", "v": "u"}

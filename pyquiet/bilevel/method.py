@@ -19,7 +19,7 @@ from pyquiet.bilevel.hypergradient import hypergradient
 from pyquiet.bilevel.problem import Derivatives, Flat, Problem, Variables
 from pyquiet.bilevel.samplers import SAMPLERS, BlockSampler
 from pyquiet.bilevel.table import BlockTable
-from pyquiet.checks import check_count, check_fraction, check_number
+from pyquiet.checks import check_count, check_fraction, check_number, check_word
 from pyquiet.files import replacing
 from pyquiet.randomness import Purpose, Stream, resolve_seed, uniforms
 
@@ -71,8 +71,7 @@ class BlockMethod(ABC):
     ) -> None:
         check_count("blocks_per_step", blocks_per_step, least=1)
         self.samples_per_block = check_count("samples_per_block", samples_per_block, least=1)
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+        check_word("sampler", sampler, SAMPLERS)
         self.problem, self.flat, self.group, self.eta = problem, Flat(x), group, check_rate("eta", eta)
         self.seed, self.steps = (resolve_seed(seed) + 2**63) % 2**64 - 2**63, 0  # as an int64, for states
         self._seeds: dict[int, int] = {}  # of the next steps

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from pyquiet.checks import check_count, check_fraction
+from pyquiet.checks import check_count, check_fraction, check_word
 from pyquiet.diffusion.schedule import Schedule
 from pyquiet.diffusion.training import MIN_TIME, OBJECTIVES
 from pyquiet.trainers import prepare_arguments
@@ -48,8 +48,7 @@ class DiffusionTrainingArguments(NoiseArguments):
     level_warmup_steps: int = field(default=0, metadata={"help": "Steps from there to all levels."})
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        check_word("objective", self.objective, OBJECTIVES)
         check_fraction("start_level", self.start_level)
         check_count("level_warmup_steps", self.level_warmup_steps, least=0)
         super().__post_init__()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pyquiet.checks import check_count, check_fraction, check_number
+from pyquiet.checks import check_count, check_fraction, check_number, check_word
 from pyquiet.diffusion.schedule import Schedule
 from pyquiet.diffusion.steps import Laws, State
 
@@ -185,8 +185,7 @@ def remdm(
     Raises:
         ValueError, TypeError: the rule is unknown, or a number out of range or none.
     """
-    if rule not in tuple(RULES):
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    check_word("rule", rule, RULES)
     eta = check_fraction("eta", RULES[rule] if eta is None else eta)
     if not 0 < check_number("t_off", t_off) < check_number("t_on", t_on) < 1:
         raise ValueError(f"t_off and t_on must be 0 < t_off < t_on < 1, got {t_off} and {t_on}")

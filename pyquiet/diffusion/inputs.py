@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyquiet.checks import check_count, check_fraction, check_number
+from pyquiet.checks import check_count, check_fraction, check_number, check_word
 from pyquiet.diffusion.energy import Energy, as_energy
 from pyquiet.diffusion.modeling import Denoiser
 from pyquiet.diffusion.padding import places_of, where_real
@@ -218,9 +218,8 @@ def read_options(denoiser: Denoiser, options: Options) -> Options:
     check_fraction("window", o.window)
     if not 0 < check_number("energy_temperature", o.energy_temperature) < math.inf:
         raise ValueError(f"energy_temperature must be positive and finite, got {o.energy_temperature}")
-    for name, value, known in (("mode", o.mode, MODES), ("scheme", o.scheme, SCHEMES)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    check_word("mode", o.mode, MODES)
+    check_word("scheme", o.scheme, SCHEMES)
     check_count("max_candidates", most, least=1)
     if o.ess_target is not None and not 1 <= check_number("ess_target", o.ess_target) <= most:
         raise ValueError(f"ess_target must be in [1, max_candidates] = [1, {most}], got {o.ess_target}")
@@ -253,8 +252,7 @@ def check_sampler(
     stride: int | None,
 ) -> None:
     """Raises TypeError or ValueError for a sampler, its windows or hooks that do not go together."""
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    check_word("sampler", sampler, SAMPLERS)
     for name, hook in hooks.items():
         if hook is not None and not callable(hook):
             raise TypeError(f"{name} must be callable or None, got {type(hook).__name__}")

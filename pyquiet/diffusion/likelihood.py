@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyquiet.checks import check_count
+from pyquiet.checks import check_count, check_word
 from pyquiet.diffusion import plan as plans
 from pyquiet.diffusion.energy import Energy
 from pyquiet.diffusion.inputs import (
@@ -334,9 +334,8 @@ def _check_energy(energy: Energy | None, texts: Texts, targets: Tensor) -> None:
 
 
 def _check(kind: str, n: int, log_z: str, samples: int, energy_microbatch: int | None) -> None:
-    for name, value, known in (("kind", kind, get_args(Kind)), ("log_z", log_z, get_args(Side))):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    check_word("kind", kind, Kind)
+    check_word("log_z", log_z, Side)
     check_count("samples", samples, least=1)
     check_count("n", n, least=2)
     if energy_microbatch is not None:

@@ -5,12 +5,13 @@ Letters: B texts, k candidates of each, R = B k rows, T positions, e embedding a
 
 import copy
 import inspect
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from pyquiet.checks import check_word
 from pyquiet.diffusion.energy import Energy, check_candidates, check_mask_id
 from pyquiet.diffusion.modeling import MaskedDenoiser, as_denoiser, longest_text
 from pyquiet.diffusion.padding import leftward, where_real
@@ -43,8 +44,7 @@ class NCEEnergyConfig(PreTrainedConfig):
         mask_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
-        if pool not in get_args(Pool):
-            raise ValueError(f"pool must be one of {', '.join(get_args(Pool))}, got {pool!r}")
+        check_word("pool", pool, Pool)
         base = AutoConfig.for_model(**base_config) if isinstance(base_config, dict) else base_config
         self.base_config: PreTrainedConfig | None = base
         self.pool = pool

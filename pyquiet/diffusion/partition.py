@@ -1,10 +1,12 @@
 """The partition function of a residual model, Z = E[exp(-E)] over the denoiser's draws, from n of them."""
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from pyquiet.checks import check_word
 
 Side = Literal["lower", "jackknife", "upper"]
 
@@ -28,8 +30,7 @@ def log_z(log_weights: Tensor, kind: Side = "jackknife") -> Tensor:
     """
     if not isinstance(log_weights, Tensor) or not log_weights.is_floating_point():
         raise TypeError("log_weights must be a floating point tensor [..., n], one number a draw")
-    if kind not in get_args(Side):
-        raise ValueError(f"kind must be one of {', '.join(get_args(Side))}, got {kind!r}")
+    check_word("kind", kind, Side)
     n, least = log_weights.shape[-1] if log_weights.ndim else 0, 1 if kind == "lower" else 2
     if n < least:
         raise ValueError(f"log_weights must hold at least {least} draws for kind={kind!r}, got {n}")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyquiet.checks import check_count, check_number
+from pyquiet.checks import check_count, check_number, check_word
 
 _HALF_PI = math.pi / 2
 _LEAST, _MOST = 1e-4, 20.0  # of the noise level sigma of the geometric schedule
@@ -74,8 +74,7 @@ class Schedule:
     eps: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        check_word("kind", self.kind, KINDS)
         if not 0 <= check_number("eps", self.eps) < 1:
             raise ValueError(f"eps must be in [0, 1), got {self.eps}")
 

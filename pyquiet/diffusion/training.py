@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyquiet.checks import check_count, check_fraction
+from pyquiet.checks import check_count, check_fraction, check_word
 from pyquiet.diffusion.inputs import check_clean, read_schedule
 from pyquiet.diffusion.modeling import as_denoiser, native_head
 from pyquiet.diffusion.padding import places_of, where_real
@@ -213,6 +213,5 @@ def _check(level: Tensor, input_ids: Tensor, sequence_ids: Tensor, objective: st
     check_sequence_ids(sequence_ids, len(input_ids))
     if level.shape != input_ids.shape[:1] or not bool(((level >= 0) & (level <= 1)).all()):
         raise ValueError(f"level must be [B] = [{len(input_ids)}] numbers in [0, 1], got {level.tolist()}")
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    check_word("objective", objective, OBJECTIVES)
     check_fraction("min_time", min_time)

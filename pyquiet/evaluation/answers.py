@@ -11,8 +11,9 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 
 from pyquiet.checks import check_count
 from pyquiet.evaluation.estimates import Estimate
-from pyquiet.evaluation.prompts import Think, check_think, continue_prompts
+from pyquiet.evaluation.prompts import check_think, continue_prompts
 from pyquiet.evaluation.tasks import AnswerItem, spell
+from pyquiet.quiet_star.thinking import Think
 from pyquiet.tokens import opening_ids, token_ids
 
 

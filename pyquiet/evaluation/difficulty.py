@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyquiet.checks import check_count
+from pyquiet.checks import check_count, check_word
 from pyquiet.evaluation.estimates import finite, mean_and_error
 from pyquiet.randomness import resolve_seed
 from pyquiet.tokens import padded
@@ -121,8 +121,7 @@ class TokenGains:
         those where the base was unlucky, and any other prediction, be it no better, does better there (regression to
         the mean), and worse at those of a low loss.
         """
-        if by not in ("entropy", "loss"):
-            raise ValueError(f'by must be "entropy" or "loss", got {by!r}')
+        check_word("by", by, Difficulty)
         return self.entropy if by == "entropy" else self.base_nll
 
     def table(self, by: Difficulty = "entropy", bins: int = 10) -> DifficultyTable:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pyquiet.checks import check_count
+from pyquiet.checks import check_count, check_word
 from pyquiet.datasets import packed
 from pyquiet.diffusion.sampling import Diffusion, diffuse
 from pyquiet.evaluation.estimates import Estimate, aligned
@@ -125,8 +125,7 @@ class DiffusionTable:
         Raises:
             ValueError: there is no such quality.
         """
-        if quality not in QUALITIES:
-            raise ValueError(f"quality must be one of {', '.join(QUALITIES)}, got {quality!r}")
+        check_word("quality", quality, QUALITIES)
         curves = {name: [row.estimates() for row in rows] for name, rows in self.methods().items()}
         if value is None:
             value = max(min(point[quality].mean for point in curve) for curve in curves.values())
@@ -252,9 +251,8 @@ class TextMetrics:
         order: int = 2,
         add: float = 0.02,
     ) -> None:
-        if level not in ("token", "character"):
-            raise ValueError(f'level must be "token" or "character", got {level!r}')
-        self.codec, self.judge, self.level = Codec(tokenizer), judge, level
+        self.level = check_word("level", level, ("token", "character"))
+        self.codec, self.judge = Codec(tokenizer), judge
         self.reference = self._symbols(reference)
         self.model = NGramModel(self.reference, order, add=add)
 

@@ -2,22 +2,20 @@
 
 from collections.abc import Sequence
 from random import Random
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pyquiet.checks import can_think
+from pyquiet.checks import can_think, check_word
+from pyquiet.quiet_star.thinking import Think
 from pyquiet.tokens import padded
-
-Think = Literal["always", "never"]
 
 
 def check_think(model: PreTrainedModel, think: str) -> None:
     """Raises ValueError for another word than "always" and "never", or for thoughts of a plain model."""
-    if think not in ("always", "never"):
-        raise ValueError(f'think must be "always" or "never", got {think!r}')
+    check_word("think", think, Think)
     if think == "always" and not can_think(model):
         raise ValueError(
             f'think="always" needs a thinking model, got {type(model).__name__}: wrap it with '

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pyquiet.checks import can_think
-from pyquiet.evaluation.prompts import Think, check_think
+from pyquiet.evaluation.prompts import check_think
 from pyquiet.heads import log_prob
-from pyquiet.quiet_star.thinking import average, chunks
+from pyquiet.quiet_star.thinking import Think, average, chunks
 from pyquiet.tokens import padded
 
 

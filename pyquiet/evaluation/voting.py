@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyquiet.checks import check_count
 from pyquiet.evaluation.estimates import Estimate
-from pyquiet.evaluation.prompts import Think, check_think, continue_prompts, until_the_end
+from pyquiet.evaluation.prompts import check_think, continue_prompts, until_the_end
 from pyquiet.evaluation.tasks import AnswerItem
+from pyquiet.quiet_star.thinking import Think
 from pyquiet.randomness import check_temperature
 from pyquiet.tokens import continuation_ids, opening_ids, token_ids
 

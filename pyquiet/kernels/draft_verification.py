@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyquiet.checks import check_word
 from pyquiet.kernels.registration import Kernel, Tensors, check_tensor, left_to_check, reads_natively
 from pyquiet.randomness import (
     COUPLINGS,
@@ -136,8 +137,7 @@ def verify_draft(
         TypeError, ValueError: an argument breaks the contract, or a row that was looked at holds NaN or +inf at an id
             that is not banned, or has no id left; the message names it.
     """
-    if coupling not in COUPLINGS:
-        raise ValueError(f"coupling must be one of {COUPLINGS}, got {coupling!r}")
+    check_word("coupling", coupling, COUPLINGS)
     if not isinstance(target_logits, Tensor):
         raise TypeError(f"target_logits must be a tensor, got {type(target_logits).__name__}")
     tensors, words = counter_fields(stream, len(target_logits), target_logits.device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pyquiet.checks import check_count
+from pyquiet.checks import check_count, check_word
 from pyquiet.kernels.registration import Kernel, Tensors, check_tensor, left_to_check, reads_natively
 from pyquiet.philox import LIMITS
 from pyquiet.randomness import (
@@ -396,5 +396,4 @@ def _check_resample(log_weights: Tensor, survivors: int, scheme: str) -> None:
     if log_weights.ndim == 0 or log_weights.shape[-1] == 0:
         raise ValueError(f"log_weights must be [..., k] with k >= 1, got shape {list(log_weights.shape)}")
     check_count("survivors", survivors, least=1)
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme must be one of {SCHEMES}, got {scheme!r}")
+    check_word("scheme", scheme, SCHEMES)

@@ -3,6 +3,7 @@
 import os
 from typing import TYPE_CHECKING
 
+from pyquiet.checks import check_word
 from pyquiet.evaluation.diffusion import QUALITIES, DiffusionTable
 from pyquiet.plotting.figures import check_figure, new_figure, save_figure
 
@@ -39,8 +40,7 @@ def plot_diffusion(
         ImportError: matplotlib is missing (`pip install "pyquiet[plot]"`).
     """
     check_figure(path)
-    if quality not in QUALITIES:
-        raise ValueError(f"quality must be one of {', '.join(QUALITIES)}, got {quality!r}")
+    check_word("quality", quality, QUALITIES)
     texts = len(table.rows[0].values["perplexity"])
     figure = new_figure((17, 7), title or f"{texts} texts of {table.length} tokens")
     grid = figure.add_gridspec(2, len(_COSTS) + 1)

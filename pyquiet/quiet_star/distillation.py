@@ -10,12 +10,13 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pyquiet.checks import check_word
 from pyquiet.heads import embedding_table, finish_logits, head_weight, log_prob
 from pyquiet.quiet_star.adapters import unwrapped
 from pyquiet.quiet_star.inputs import check_inputs, check_labels, check_no_nan, check_positions
@@ -201,8 +202,7 @@ def _check_texts(
 
 def check_objective(ntp_objective: str, policy_weight: float, nll_weight: float) -> None:
     """Raises ValueError unless the objective is one of the four and the weights are finite and not negative."""
-    if ntp_objective not in (names := get_args(NtpObjective)):
-        raise ValueError(f"ntp_objective must be one of {', '.join(names)}, got {ntp_objective!r}")
+    check_word("ntp_objective", ntp_objective, NtpObjective)
     for name, weight in (("policy_weight", policy_weight), ("nll_weight", nll_weight)):
         if not 0 <= weight < math.inf:
             raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")

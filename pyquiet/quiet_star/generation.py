@@ -15,9 +15,10 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
 
+from pyquiet.checks import check_word
 from pyquiet.heads import embedding_table
 from pyquiet.quiet_star.inputs import check_context, check_inputs, check_way, to_left_padding
-from pyquiet.quiet_star.thinking import Text, Thinker, ThoughtOptions, average
+from pyquiet.quiet_star.thinking import Text, Think, Thinker, ThoughtOptions, average
 from pyquiet.randomness import Purpose, Stream, check_temperature, draw
 
 if TYPE_CHECKING:
@@ -90,8 +91,7 @@ class ThinkingGeneration(GenerationMixin):
             ValueError, TypeError: as `think_at_every_token`; also for beam search and assisted generation, and for a
                 temperature by which float32 cannot divide.
         """
-        if think not in ("always", "never"):
-            raise ValueError(f'think must be "always" or "never", got {think!r}')
+        check_word("think", think, Think)
         if think == "never":
             if return_thoughts:
                 raise ValueError('return_thoughts=True needs think="always"')

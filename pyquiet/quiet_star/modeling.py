@@ -3,7 +3,7 @@
 import copy
 import os
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from pyquiet.checks import check_count
+from pyquiet.checks import check_count, check_word
 from pyquiet.heads import apply_head, embedding_table, finish_logits, head_weight, log_prob
 from pyquiet.quiet_star.adapters import AdaptedBase, lay_out_adapters, record_adapters, settle_adapters, unwrapped
 from pyquiet.quiet_star.configuration import QuietStarConfig
@@ -25,10 +25,8 @@ from pyquiet.quiet_star.generation import ThinkingGeneration
 from pyquiet.quiet_star.inputs import check_context, check_inputs, check_no_nan, check_positions, real_tokens
 from pyquiet.quiet_star.objective import QuietStarObjective, ThinkingLoss
 from pyquiet.quiet_star.support import check_supported
-from pyquiet.quiet_star.thinking import Round, Text, Thinker, ThoughtOptions, average, chunks
+from pyquiet.quiet_star.thinking import Round, Text, Think, Thinker, ThoughtOptions, average, chunks
 from pyquiet.quiet_star.training import ThinkingTraining
-
-Think = Literal["always", "never"]
 
 
 @dataclass
@@ -318,8 +316,7 @@ class QuietStarForCausalLM(ThinkingTraining, ThinkingGeneration, AdaptedBase, Pr
         flows through a thinking forward, but with an objective: then this is `thinking_loss`, behind the door that
         wrappers (DistributedDataParallel, FSDP, autocast, PEFT) watch.
         """
-        if think not in ("always", "never"):
-            raise ValueError(f'think must be "always" or "never", got {think!r}')
+        check_word("think", think, Think)
         if think == "never":
             return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
         given = {name for name, value in kwargs.items() if value is not None}

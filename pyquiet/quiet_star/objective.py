@@ -5,12 +5,12 @@ Letters: B batch, C = T - 1 positions with a next token, N thoughts, m thought t
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pyquiet.checks import check_count
+from pyquiet.checks import check_count, check_word
 from pyquiet.datasets import IGNORED
 from pyquiet.quiet_star.inputs import check_no_nan, real_tokens
 
@@ -71,9 +71,8 @@ class QuietStarObjective:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}")
         if not 0 < self.policy_temperature < math.inf:
             raise ValueError(f"policy_temperature must be positive, got {self.policy_temperature}")
-        for name, choices in (("baseline", get_args(Baseline)), ("over_steps", get_args(Reduction))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        check_word("baseline", self.baseline, Baseline)
+        check_word("over_steps", self.over_steps, Reduction)
 
     def target_counts(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None

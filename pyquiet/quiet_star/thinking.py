@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pyquiet.quiet_star.modeling import QuietStarForCausalLM
 
 _LOGITS_AT_ONCE = 1 << 22  # elements of a chunk of logits [rows, V]: 16 MB in float32
+
+Think = Literal["always", "never"]
 
 
 @dataclass

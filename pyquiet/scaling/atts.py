@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
+from pyquiet.checks import check_word
 from pyquiet.scaling import answers
 from pyquiet.scaling.answers import Vote
 from pyquiet.scaling.arguments import check_kinds, check_together
@@ -28,7 +29,7 @@ from pyquiet.scaling.identity import header, made_with, taxonomy
 from pyquiet.scaling.journal import Journal
 from pyquiet.scaling.limits import TakeoverLimit
 from pyquiet.scaling.panel import Panel
-from pyquiet.scaling.plan import OnScoreFailure, OnTakeover, Plan, check_resamples, check_word
+from pyquiet.scaling.plan import OnScoreFailure, OnTakeover, Plan, check_resamples
 from pyquiet.scaling.policy import AcceptAll, ConformalPolicy, Policy
 from pyquiet.scaling.questions import Asked, as_questions
 from pyquiet.scaling.records import Question, Record
@@ -192,9 +193,7 @@ class ATTS:
     ) -> ATTSResult:
         """`run` in a running event loop."""
         asked = as_questions(questions)
-        drive = _ENGINES.get(engine)
-        if drive is None:
-            raise ValueError(f'engine must be "async" or "sync", got {engine!r}')
+        drive = _ENGINES[check_word("engine", engine, _ENGINES)]
         if self.policy is not None and self.policy.together and engine != "sync":
             raise ValueError(f'{type(self.policy).__name__} compares the chains of a turn: use engine="sync"')
         done: dict[int, Panel] = {}  # votes are counted in the end: to compare answers may take seconds each

@@ -3,11 +3,10 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from pyquiet.checks import check_count
+from pyquiet.checks import check_count, check_word
 from pyquiet.scaling.calibration import BUCKETS, Hierarchical, Kind, PerTurn, Pooled, fit
 from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.panel import Panel
-from pyquiet.scaling.plan import check_word
 from pyquiet.scaling.records import Question, Record
 from pyquiet.scaling.spent import Spent
 from pyquiet.scaling.table import Table

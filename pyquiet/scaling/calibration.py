@@ -10,10 +10,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from pyquiet.checks import check_count
+from pyquiet.checks import check_count, check_word
 from pyquiet.scaling.cells import Cell, Members
 from pyquiet.scaling.conformal import Bank, ClusteredBank, PValue, check_bank, rank
-from pyquiet.scaling.plan import check_word
 from pyquiet.scaling.spent import Spent
 
 Base = Literal["pooled", "hierarchical"]

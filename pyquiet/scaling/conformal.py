@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pyquiet.checks import check_count, check_number
+from pyquiet.checks import check_count, check_number, check_word
 
 Tail = Literal["budget", "coverage", "smoothed"]
 Label = Literal["accept", "takeover", "discard"]
@@ -190,8 +190,7 @@ class Rule:
             object.__setattr__(self, name, float(getattr(self, name)))
         if not 0 <= self.discard_rate <= self.takeover_rate:
             raise ValueError(f"discard_rate must lie in [0, takeover_rate], got {self.discard_rate}")
-        if self.tail not in ("budget", "coverage", "smoothed"):
-            raise ValueError(f'tail must be "budget", "coverage" or "smoothed", got {self.tail!r}')
+        check_word("tail", self.tail, ("budget", "coverage", "smoothed"))
 
     @property
     def alpha(self) -> float:

@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pyquiet.checks import check_count, check_number
+from pyquiet.checks import check_count, check_number, check_word
 from pyquiet.scaling.calibration import Calibrator, Ours, keep
 from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.conformal import Bank, PValue, check_bank, p_values
-from pyquiet.scaling.plan import check_word
 
 Update = Literal["frozen", "epoch", "stream", "window"]
 

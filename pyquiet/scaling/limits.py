@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
-from pyquiet.checks import check_count, check_number
-from pyquiet.scaling.plan import check_word
+from pyquiet.checks import check_count, check_number, check_word
 from pyquiet.scaling.records import TAKEOVERS, Record
 
 WhenEmpty = Literal["wait", "accept"]

@@ -2,23 +2,13 @@
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal
 
-from pyquiet.checks import check_count, check_number
+from pyquiet.checks import check_count, check_number, check_word
 
 OnTakeover = Literal["continue", "replace", "resample"]
 OnScoreFailure = Literal["takeover", "accept", "fail"]
 Order = Literal["fifo", "oldest", "deepest"]
-
-T = TypeVar("T")
-
-
-def check_word(name: str, value: T, kind: Any) -> T:
-    """The value, if it is one of the words of a `Literal`; else a ValueError that names it."""
-    *first, last = (f'"{word}"' for word in get_args(kind))
-    if value not in get_args(kind):
-        raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {value!r}")
-    return value
 
 
 def check_resamples(resamples: int, on_takeover: OnTakeover) -> int:

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
-from pyquiet.checks import check_count, check_fraction, check_number
+from pyquiet.checks import check_count, check_fraction, check_number, check_word
 from pyquiet.scaling.calibration import Calibrator, keep
 from pyquiet.scaling.cells import Cell
 from pyquiet.scaling.conformal import NEAR, Bank, Label, PValue, Rule, check_bank
 from pyquiet.scaling.drift import DriftMonitor
 from pyquiet.scaling.learning import Adaptive
-from pyquiet.scaling.plan import OnScoreFailure, OnTakeover, check_resamples, check_word
+from pyquiet.scaling.plan import OnScoreFailure, OnTakeover, check_resamples
 from pyquiet.scaling.records import TAKEOVERS, Action, Decision, Key
 
 Takeover = Literal["continue", "replace"]

@@ -7,9 +7,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from pyquiet.checks import check_count, check_fraction
+from pyquiet.checks import check_count, check_fraction, check_word
 from pyquiet.scaling.backends.base import NO_USAGE, Backend, Choose, Prompt, RefusedError, Score, Scored, Usage
-from pyquiet.scaling.plan import check_word
 from pyquiet.scaling.records import Question
 from pyquiet.scaling.views import encode_after
 

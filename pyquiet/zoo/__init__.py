@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from pyquiet.checks import check_word
+
 __all__ = ["available", "folder", "held_out", "load"]
 
 _FOLDER = Path(__file__).parent
@@ -83,8 +85,7 @@ def held_out(kind: Literal["stories", "passages"]) -> list[dict[str, str]]:
 
     Raises ValueError for another kind.
     """
-    if kind not in ("stories", "passages"):
-        raise ValueError(f'kind={kind!r} must be "stories" or "passages"')
+    check_word("kind", kind, ("stories", "passages"))
     lines = (_FOLDER / "texts" / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 

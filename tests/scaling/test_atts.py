@@ -571,7 +571,7 @@ def test_what_is_no_number_is_named(make: Callable[[], Any], words: str) -> None
         (lambda: Retry(deadline=math.nan), "retry.deadline must be at least 0 seconds, got nan"),
         (lambda: Budget(4, 0), "chains must be at least 1, got 0"),
         (lambda: Hierarchical(Bank(np.arange(3.0)), chains=0), "chains must be at least 1, got 0"),
-        (lambda: PerTurn({}, base="pool"), 'base must be "pooled" or "hierarchical", got \'pool\''),  # type: ignore[arg-type]
+        (lambda: PerTurn({}, base="pool"), "base must be one of pooled, hierarchical, got 'pool'"),  # type: ignore[arg-type]
     ],
 )
 def test_numbers_and_texts_that_make_no_sense_are_named(make: Callable[[], Any], words: str) -> None:
@@ -650,7 +650,7 @@ def test_no_bank_is_filled_that_would_not_serve() -> None:
     with pytest.raises(ValueError, match="policy: AcceptAll decides, and would not use a bank"):
         runner.calibrate(BANK)
     runner.policy = None
-    with pytest.raises(ValueError, match='kind must be "pooled", "hierarchical" or "per_turn", got \'best\''):
+    with pytest.raises(ValueError, match="kind must be one of pooled, hierarchical, per_turn, got 'best'"):
         runner.calibrate(BANK, kind="best")  # type: ignore[arg-type]
     assert runner.draft.requests == []
 
@@ -691,7 +691,7 @@ def test_bad_questions_are_named(tmp_path: Path) -> None:
         runner.run([{"id": 1, "question": "a"}, {"id": "1", "question": "b"}])
     with pytest.raises(ValueError, match=r"questions\[1\] has no text"):
         runner.run(["a", {"anser": 3}])
-    with pytest.raises(ValueError, match='engine must be "async" or "sync"'):
+    with pytest.raises(ValueError, match="engine must be one of async, sync"):
         runner.run(["a"], engine="fast")  # type: ignore[arg-type]
     file = tmp_path / "questions.jsonl"
     file.write_text('{"question": "a", "answer": 7}\n\n{"problem": \n')

@@ -136,7 +136,7 @@ def test_names_tell_settings_apart() -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    with pytest.raises(ValueError, match='per must be "token"'):
+    with pytest.raises(ValueError, match="per must be one of token"):
         MeanNLL("word")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="min_tokens must be at least 1"):
         MeanNLL(min_tokens=0)

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from pyquiet.checks import can_think
 from pyquiet.environment import environment_record
 from pyquiet.evaluation.lm_eval.requests import Wish, batches, in_order, write
-from pyquiet.evaluation.prompts import Think, check_think
+from pyquiet.evaluation.prompts import check_think
 from pyquiet.evaluation.scoring import Continuation, number_of, score_continuations
 from pyquiet.prompts import Ranks
+from pyquiet.quiet_star.thinking import Think
 from pyquiet.zoo import available, load
 
 _DEFAULT_LENGTH = 2048  # of a model that names no context

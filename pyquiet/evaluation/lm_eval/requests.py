@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from pyquiet.evaluation.prompts import Think, continue_prompts, until_the_end
+from pyquiet.evaluation.prompts import continue_prompts, until_the_end
+from pyquiet.quiet_star.thinking import Think
 
 T = TypeVar("T")
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
+from pyquiet.checks import check_word
 from pyquiet.scaling.backends.base import (
     NO_USAGE,
     BackendError,
@@ -29,7 +30,6 @@ from pyquiet.scaling.backends.prompt_log_probs import scored
 from pyquiet.scaling.backends.replicas import Replicas
 from pyquiet.scaling.backends.wire import Endpoint, new_client
 from pyquiet.scaling.calls import together
-from pyquiet.scaling.plan import check_word
 
 if TYPE_CHECKING:
     import httpx
