@@ -10,6 +10,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+_LOGITS_AT_ONCE = 1 << 22  # elements: 16 MB in float32
+
+
+def rows_at_once(elements_a_row: int) -> int:
+    """How many rows of logits to compute together, so that they stay small however long the text."""
+    return max(1, _LOGITS_AT_ONCE // max(1, elements_a_row))
+
 
 def embedding_table(base: PreTrainedModel) -> Tensor:
     """The rows [V, d] that token ids look up."""

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from pyquiet.any_subset.engine import Engine, undisturbed
 from pyquiet.any_subset.inputs import read_inputs
-
-_LOGITS = 1 << 22  # in flight, beside what is returned: 16 MB
+from pyquiet.heads import rows_at_once
 
 
 @undisturbed
@@ -68,5 +67,5 @@ def marginals(model: Any, input_ids: Tensor, *, known: Tensor, attention_mask: T
 
 
 def _parts(vocab_size: int, hidden: Tensor) -> list[slice]:
-    step = max(1, _LOGITS // (vocab_size * max(1, len(hidden))))
+    step = rows_at_once(vocab_size * len(hidden))
     return [slice(start, start + step) for start in range(0, hidden.shape[1], step)]

@@ -15,10 +15,9 @@ from transformers.cache_utils import DynamicLayer
 from pyquiet.checks import check_count
 from pyquiet.diffusion.energy import Energy, check_candidates, check_mask_id
 from pyquiet.diffusion.padding import leftward
-from pyquiet.heads import cache_argument, finish_logits, head_weight, log_prob
+from pyquiet.heads import cache_argument, finish_logits, head_weight, log_prob, rows_at_once
 
 _TOKENS = 1 << 15  # of texts that go through the model at once, unless `microbatch` says otherwise
-_LOGITS = 1 << 22  # in flight: 16 MB
 
 
 class AREnergy(Energy):
@@ -179,7 +178,7 @@ class AREnergy(Energy):
     def _score(self, hidden: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
         """The sum over counted tokens [R, S] of their log-probabilities, float64 [R], after hidden states [R, S, d]."""
         out = torch.zeros(counted.shape, dtype=torch.float64, device=hidden.device)
-        size = max(1, _LOGITS // self.vocab_size)
+        size = rows_at_once(self.vocab_size)
         pieces = zip(hidden[counted].split(size), targets[counted].split(size), strict=True)
         scores = [log_prob(self._logits(rows), tokens).double() for rows, tokens in pieces]
         out[counted] = torch.cat(scores) if scores else out.new_empty(0)

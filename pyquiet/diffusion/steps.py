@@ -13,10 +13,9 @@ from torch import Tensor
 
 from pyquiet.diffusion.inputs import Options, Texts
 from pyquiet.diffusion.modeling import Denoiser, native_head, widened
+from pyquiet.heads import rows_at_once
 from pyquiet.kernels.importance_resampling import draw_candidates, resample
 from pyquiet.randomness import Purpose, Stream
-
-_CHUNK = 1 << 22  # logits in flight: 16 MB
 
 
 class Laws:
@@ -67,7 +66,7 @@ class Laws:
             return
         hidden = self.hidden()
         row, column = (x.to(hidden.device) for x in where.nonzero(as_tuple=True))
-        size = max(1, _CHUNK // self._denoiser.vocab_size)
+        size = rows_at_once(self._denoiser.vocab_size)
         head = native_head(self._denoiser, hidden.dtype) if native else self._denoiser.head
         for part in _portions(n, size):
             logits = self._checked(head(hidden[row[part], column[part]]), part.stop - part.start)

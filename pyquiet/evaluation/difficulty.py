@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from pyquiet.checks import check_count, check_word
 from pyquiet.evaluation.estimates import finite, mean_and_error
+from pyquiet.heads import rows_at_once
 from pyquiet.randomness import resolve_seed
 from pyquiet.tokens import padded
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 Difficulty = Literal["entropy", "loss"]
 
-_LOGITS_AT_ONCE = 1 << 22  # elements of a chunk of logits [rows, V]
 _LONGEST_WINDOW = 256  # of the paper's texts
 
 
@@ -237,7 +237,7 @@ def _base_entropy(model: "QuietStarForCausalLM", ids: Tensor, mask: Tensor, chos
     network = model.base.base_model
     hidden = network(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1][chosen]
     parts = []
-    for rows in hidden.split(max(1, _LOGITS_AT_ONCE // model.logits_size)):
+    for rows in hidden.split(rows_at_once(model.logits_size)):
         law = model.finish(model.raw_logits(rows)).softmax(-1)
         parts.append(torch.special.entr(law).sum(-1))
     return torch.cat(parts)

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from pyquiet.checks import check_count
+from pyquiet.heads import rows_at_once
 from pyquiet.quiet_star.thoughts import ThoughtCache, ThoughtLayout, run_rows
 from pyquiet.randomness import Purpose, Stream, check_processing, check_sequence_ids, draw, resolve_seed
 
 if TYPE_CHECKING:
     from pyquiet.quiet_star.modeling import QuietStarForCausalLM
-
-_LOGITS_AT_ONCE = 1 << 22  # elements of a chunk of logits [rows, V]: 16 MB in float32
 
 Think = Literal["always", "never"]
 
@@ -231,7 +230,7 @@ class Thinker:
 
 def chunks(rows: int, elements_a_row: int) -> Iterator[slice]:
     """Slices of `rows` such that no chunk of logits gets large, however long the text."""
-    size = max(1, _LOGITS_AT_ONCE // elements_a_row)
+    size = rows_at_once(elements_a_row)
     return (slice(i, min(i + size, rows)) for i in range(0, rows, size))
 
 

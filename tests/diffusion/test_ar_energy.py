@@ -186,7 +186,7 @@ def test_logits_never_stand_in_memory_at_once():
 
     energy = AREnergy(lm)
     with pytest.MonkeyPatch.context() as patch, Watch():
-        patch.setattr("pyquiet.diffusion.ar_energy._LOGITS", 5 * V)
+        patch.setattr("pyquiet.heads._LOGITS_AT_ONCE", 5 * V)
         found = energy(candidates, input_ids, time, log_mu)
     assert 0 < largest <= 5 * V
     torch.testing.assert_close(found, energy(candidates, input_ids, time, log_mu))

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from pyquiet.diffusion import steps
 from pyquiet.diffusion.hooks import RULES, by_confidence, by_threshold, left_to_right_blocks, remdm
 from pyquiet.diffusion.sampling import diffuse
 from pyquiet.diffusion.schedule import Schedule
@@ -137,7 +136,7 @@ def test_the_head_is_asked_once_for_a_row(denoiser):
 @pytest.mark.parametrize("order", [by_confidence(3), by_threshold(0.3)], ids=["surest", "sure enough"])
 def test_logits_of_many_positions_never_exist_at_once(denoiser, order, monkeypatch):
     whole = diffuse(denoiser, input_ids=texts(), order=order, seed=1)
-    monkeypatch.setattr(steps, "_CHUNK", 4 * V)
+    monkeypatch.setattr("pyquiet.heads._LOGITS_AT_ONCE", 4 * V)
     rows, head = [], denoiser.head
     monkeypatch.setattr(denoiser, "head", lambda given: rows.append(len(given)) or head(given))
     parts = diffuse(denoiser, input_ids=texts(), order=order, seed=1)

@@ -595,7 +595,7 @@ def test_half_precision_is_not_widened_to_be_drawn_from(order, chunk, monkeypatc
     names = ("mask_id", "vocab_size", "device", "training", "hidden", "head")
     expected = diffuse(SimpleNamespace(**{name: getattr(denoiser, name) for name in names}), PairEnergy(), **options)
     dtypes = set()
-    monkeypatch.setattr(steps, "_CHUNK", chunk)
+    monkeypatch.setattr("pyquiet.heads._LOGITS_AT_ONCE", chunk)
     monkeypatch.setattr(
         steps, "draw_candidates", lambda logits, *a, **k: dtypes.add(logits.dtype) or draw_candidates(logits, *a, **k)
     )

@@ -127,7 +127,7 @@ def test_a_text_of_one_window_is_what_the_model_says(model):
 
 @torch.no_grad()
 def test_entropy_is_that_of_the_base(model, monkeypatch):
-    monkeypatch.setattr("pyquiet.evaluation.difficulty._LOGITS_AT_ONCE", 300)  # three rows at a time
+    monkeypatch.setattr("pyquiet.heads._LOGITS_AT_ONCE", 300)  # three rows at a time
     ids = random_ids(2, 11)
     gains = thinking_gains(model, list(ids), seed=0, progress=False)
     law = model.base(ids).logits[:, :-1].softmax(-1).tolist()

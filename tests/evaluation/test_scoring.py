@@ -74,7 +74,7 @@ def test_a_plain_model_is_its_own_base(reader):
 
 def test_one_chunk_of_logits_or_many(reader, monkeypatch):
     expected, _ = score_continuations(reader, ROWS, think="always", seed=4)
-    monkeypatch.setattr("pyquiet.quiet_star.thinking._LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr("pyquiet.heads._LOGITS_AT_ONCE", 1)
     assert score_continuations(reader, ROWS, think="always", seed=4)[0].tolist() == pytest.approx(expected.tolist())
 
 

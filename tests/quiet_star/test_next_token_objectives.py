@@ -284,7 +284,7 @@ def test_chunks_change_nothing_and_keep_no_logits(objective, monkeypatch):
     student, teacher = pair()
     whole = fast(student, teacher, TEXTS, objective)
     expected = gradients(whole.loss, student)
-    monkeypatch.setattr(pyquiet.quiet_star.thinking, "_LOGITS_AT_ONCE", 3 * 99 * (2 if objective == "kl" else 1))
+    monkeypatch.setattr("pyquiet.heads._LOGITS_AT_ONCE", 3 * 99 * (2 if objective == "kl" else 1))
     sizes: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(_logits_in(x)) or x, lambda x: x):
         chunked = fast(student, teacher, TEXTS, objective)

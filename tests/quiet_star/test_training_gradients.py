@@ -264,7 +264,7 @@ def test_chunks_of_the_head_change_nothing(monkeypatch):
     model, (ids, mask) = thinker("gpt2", m=2), padded(TEXTS, "left")
     results = []
     for size in (1, 3000, 1 << 22):
-        monkeypatch.setattr("pyquiet.quiet_star.thinking._LOGITS_AT_ONCE", size)
+        monkeypatch.setattr("pyquiet.heads._LOGITS_AT_ONCE", size)
         out = model.thinking_loss(ids, mask, seed=0)
         results.append((out, gradients(model, out.loss)))
     for out, found in results[:-1]:

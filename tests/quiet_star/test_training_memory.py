@@ -34,7 +34,7 @@ def test_a_training_step(checkpointing):
 
 def test_no_logits_of_the_whole_batch(monkeypatch):
     at_once = 1 << 17
-    monkeypatch.setattr("pyquiet.quiet_star.thinking._LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr("pyquiet.heads._LOGITS_AT_ONCE", at_once)
     vocabulary, B, length = 8000, 2, 40
     sizes = {"vocab_size": vocabulary, "hidden_size": 16, "intermediate_size": 16}
     model = thinker(m=2, dtype=torch.float32, attention="sdpa", **sizes)

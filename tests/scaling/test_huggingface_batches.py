@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pyquiet.scaling import ATTS, Plan, Sampling
-from pyquiet.scaling.backends import decoding, reading
+from pyquiet.scaling.backends import reading
 from pyquiet.scaling.backends.base import Prompt, RefusedError, Score, Scored
 from pyquiet.scaling.backends.huggingface import HFBackend
 from pyquiet.scaling.plan import Pools
@@ -87,7 +87,7 @@ def test_short_prompts_are_not_padded_to_a_long_one() -> None:
 
 def test_no_forward_and_no_head_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "_TOKENS_AT_ONCE", 50)
-    monkeypatch.setattr(decoding, "_LOGITS_AT_ONCE", 258 * 7)
+    monkeypatch.setattr("pyquiet.heads._LOGITS_AT_ONCE", 258 * 7)
     model = llama()
     prompts = [ids_of(i, 20) for i in range(6)]
     shapes, rows = watched(model), list[int]()

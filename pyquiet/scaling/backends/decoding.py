@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pyquiet.heads import apply_head, finish_logits, head_weight
+from pyquiet.heads import apply_head, finish_logits, head_weight, rows_at_once
 from pyquiet.randomness import Purpose, Stream, draw
 from pyquiet.scaling.backends.base import RefusedError, Score, Scored, Usage
 from pyquiet.scaling.backends.jobs import Job, Writing
@@ -17,7 +17,6 @@ from pyquiet.scaling.backends.kv import KV, Alone, KVStore, Rows, length
 from pyquiet.scaling.backends.reading import Read, Reader
 
 _DRAWS = 0x736361_6C696E67  # key of all draws: a request's own seed is in the counter
-_LOGITS_AT_ONCE = 1 << 22  # elements: 16 MB in float32
 _ROOM = 64  # tokens that a batch of texts may grow before it is moved
 
 
@@ -118,7 +117,7 @@ class DecoderRunner:
         """Log-probabilities of tokens behind hidden states [n, d], and the entropies there if asked for."""
         log_probs: list[float] = []
         entropies: list[float] = []
-        size = max(1, _LOGITS_AT_ONCE // len(head_weight(self.model)))
+        size = rows_at_once(len(head_weight(self.model)))
         targets = torch.tensor(tokens, device=hidden.device)[:, None]
         for some, target in zip(hidden.split(size), targets.split(size), strict=True):
             law = self._logits(some).log_softmax(-1)
