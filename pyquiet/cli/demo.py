@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from pyquiet.files import check_target
     from pyquiet.plotting import write_page
     from pyquiet.plotting.figures import check_matplotlib
+    from pyquiet.zoo import load
 
     check_json(args)
     if args.html:
@@ -46,7 +47,9 @@ def run(args: argparse.Namespace) -> int:
     found = {name: {**scene.to_dict(), "seconds": seconds} for name, scene, seconds in scenes}
     whole = sum(seconds for _, _, seconds in scenes)
     page = f", {args.html} has what there is to look at" if args.html else ""
-    give(args, {"seed": args.seed, "scenes": found}, f"{whole:.0f} s in all{page}")
+    models = dict.fromkeys(model for _, scene, _ in scenes for model in scene.models) if args.json is not None else ()
+    report = {"seed": args.seed, "scenes": found}
+    give(args, report, f"{whole:.0f} s in all{page}", {model: load(model)[0] for model in models})
     return 0
 
 

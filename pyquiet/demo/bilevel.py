@@ -41,6 +41,7 @@ def show(seed: int, progress: bool) -> Scene:
         ),
         numbers,
         draw,
+        ("tiny-causal",),
     )
 
 

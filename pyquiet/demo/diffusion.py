@@ -63,4 +63,5 @@ def show(seed: int, progress: bool) -> Scene:
         ),
         {"texts": _TEXTS, "length": _LENGTH, "candidates": _CANDIDATES, "by_energy": numbers},
         lambda: (film_view(out["with tiny-energy"], tokenizer),),
+        ("tiny-denoiser", "tiny-energy", "tiny-causal"),
     )

@@ -54,6 +54,7 @@ def show(seed: int, progress: bool) -> Scene:
         ),
         {"tokens": missing, "calls_per_token": calls, "seconds": seconds, "same_texts": equal, "joint_gap": gap},
         draw,
+        ("tiny-any-subset",),
     )
 
 

@@ -63,6 +63,7 @@ def show(seed: int, progress: bool) -> Scene:
         ),
         numbers,
         lambda: _views(result.report, records),
+        ("tiny-draft", "tiny-target"),
     )
 
 

@@ -16,6 +16,7 @@ class Scene:
         shows: what the system does, in a sentence for a reader who never heard of it. found: this run's number beside
             its plain alternative, in a sentence. more: further numbers of the run, a sentence each.
         numbers: all of them as JSON values. draw: what there is to look at, made when asked for.
+        models: the names of the embedded models at work.
     """
 
     title: str
@@ -24,6 +25,7 @@ class Scene:
     more: tuple[str, ...]
     numbers: dict[str, Any]
     draw: Callable[[], tuple[View, ...]]
+    models: tuple[str, ...]
 
     def section(self) -> Section:
         """The part of the page."""

@@ -65,6 +65,7 @@ def show(seed: int, progress: bool) -> Scene:
             "deciles": {kind: table.to_dict() for kind, table in tables.items()},
         },
         lambda: _views(gains, tokenizer, tables),
+        ("tiny-thinker", "tiny-causal"),
     )
 
 

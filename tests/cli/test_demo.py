@@ -8,7 +8,9 @@ import pytest
 
 from pyquiet.cli import main
 from pyquiet.demo import SCENES, Scene, scenes
+from pyquiet.environment import fingerprint
 from pyquiet.plotting import View
+from pyquiet.zoo import load
 
 from .one_line import error_line
 
@@ -22,7 +24,8 @@ class Played:
     def show(self, seed, progress):
         view = View(f"<b>picture of {self.name}</b>")
         numbers = {"seed": seed, "progress": progress}
-        return Scene(f"Title of {self.name}", "It shows.", f"found {seed}", ("It adds.",), numbers, lambda: (view,))
+        words = f"Title of {self.name}", "It shows.", f"found {seed}", ("It adds.",)
+        return Scene(*words, numbers, lambda: (view,), ("tiny-draft",))
 
 
 @pytest.fixture
@@ -40,7 +43,7 @@ def test_every_scene_is_told_in_its_order(played, capsys):
 def test_lines_are_no_wider_than_the_terminal(played, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "50")
     monkeypatch.setattr(
-        Played, "show", lambda self, *_: Scene("T", "word " * 60, "word " * 60, ("word " * 60,), {}, tuple)
+        Played, "show", lambda self, *_: Scene("T", "word " * 60, "word " * 60, ("word " * 60,), {}, tuple, ())
     )
     assert main(["demo", "--only", "scaling"]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) in range(40, 51)
@@ -52,6 +55,8 @@ def test_on_standard_output_json_stands_alone(played, capsys):
     assert list(report["scenes"]) == ["scaling", "thoughts"]
     assert report["scenes"]["thoughts"]["numbers"] == {"seed": 0, "progress": False}
     assert report["environment"]["command"] == "pyquiet demo"
+    assert list(report["environment"]["models"]) == ["tiny-draft"]
+    assert report["environment"]["models"]["tiny-draft"]["fingerprint"] == fingerprint(load("tiny-draft")[0])
 
 
 def test_a_page_has_every_view_and_says_what_it_is(played, capsys, tmp_path):

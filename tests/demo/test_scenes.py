@@ -28,7 +28,7 @@ def test_scenes_are_played_in_the_order_asked_for(monkeypatch):
 
         def show(self, seed, progress):
             return Scene(
-                self.name, "shows", f"found {seed}", ("more",), {"nan": float("nan")}, lambda: (View("<b></b>"),)
+                self.name, "shows", f"found {seed}", ("more",), {"nan": float("nan")}, lambda: (View("<b></b>"),), ()
             )
 
     monkeypatch.setattr(scenes, "import_module", Played)
