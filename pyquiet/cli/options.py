@@ -129,10 +129,6 @@ def add_top(parser: Any, prefix: str = "") -> None:
     """Adds `--top-k` and `--top-p`."""
     words = "draw from the N likeliest tokens (default: all)"
     parser.add_argument(f"--{prefix}top-k", type=Whole(), help=words)
-    add_top_p(parser, prefix)
-
-
-def add_top_p(parser: Any, prefix: str = "") -> None:
     words = "draw from the likeliest tokens that have this probability together (default: all)"
     parser.add_argument(f"--{prefix}top-p", type=Number(0, 1, open=True), help=words)
 

@@ -12,7 +12,7 @@ from pyquiet.cli.options import (
     add_quiet,
     add_seed,
     add_temperature,
-    add_top_p,
+    add_top,
     check_needed,
     dtype,
     stopped,
@@ -145,7 +145,7 @@ def _add_chains(parser: argparse.ArgumentParser) -> None:
         "--target-tokens", type=Whole(), help="of a takeover at most (default: 500; 48 for the embedded pair)"
     )
     add_temperature(chains, 0.8, "both models")
-    add_top_p(chains)
+    add_top(chains)
     chains.add_argument(
         "--stop", action="append", metavar="TEXT", help=r"ends a chunk (\n for a newline); may be given again"
     )
@@ -246,11 +246,12 @@ def _plan(args: argparse.Namespace, embedded: bool) -> "Plan":
     draft, score, target = map(int, slots)
     short = 48 if embedded else 500  # a line of the embedded pair has 25 tokens at most
     stop = [text.replace("\\n", "\n") for text in args.stop or (["\\n"] if embedded else [])]
+    law = args.temperature, args.top_p or 1.0, args.top_k
     return Plan(
         chains=args.chains,
         turns=args.turns,
-        draft=Sampling(args.draft_tokens or short, args.temperature, args.top_p or 1.0),
-        target=Sampling(args.target_tokens or short, args.temperature, args.top_p or 1.0),
+        draft=Sampling(args.draft_tokens or short, *law),
+        target=Sampling(args.target_tokens or short, *law),
         stop=tuple(stop),
         early_majority=args.early_majority,
         pools=Pools(draft, score, target, args.inflight),

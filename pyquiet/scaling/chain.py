@@ -132,8 +132,9 @@ class Chain:
         if self._plan.chain_tokens is not None:
             tokens = min(tokens, self._plan.chain_tokens - self.tokens)
         return Generate(
-            self.name, self._views.prompt(role), tokens, sampling.temperature, sampling.top_p, seed, self._plan.stop
-        )
+            self.name, self._views.prompt(role), tokens, sampling.temperature, sampling.top_p, seed, self._plan.stop,
+            sampling.top_k,
+        )  # fmt: skip
 
     def _written(self, record: Record) -> None:
         text = Generated(record.ids, record.text, record.finish, record.usage)  # type: ignore[arg-type]

@@ -42,11 +42,12 @@ class Pools:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a model writes a chunk: tokens at most, temperature, top-p."""
+    """How a model writes a chunk: tokens at most, temperature, top-p (1: all tokens), top-k (None: all tokens)."""
 
     tokens: int = 500
     temperature: float = 0.8
     top_p: float = 1.0
+    top_k: int | None = None
 
     def __post_init__(self) -> None:
         check_count("tokens", self.tokens, least=1)
@@ -56,6 +57,8 @@ class Sampling:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k is not None:
+            check_count("top_k", self.top_k, least=1)
 
 
 @dataclass(frozen=True)
@@ -113,5 +116,9 @@ class Plan:
         return "" if self.chain_seconds is None else "chain_seconds: which chunks are judged depends on the clock"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self) | {"stop": list(self.stop)}
+        """JSON values; without a top_k that is None, as in journals and banks made before there was one."""
+        values = asdict(self) | {"stop": list(self.stop)}
+        for role in ("draft", "target"):
+            if values[role]["top_k"] is None:
+                del values[role]["top_k"]
+        return values

@@ -529,6 +529,11 @@ def test_what_cannot_serve_is_named_before_any_model_is_asked(options: dict[str,
         ATTS(HashModel("draft"), HashModel("target"), **options)
 
 
+def test_a_plan_without_top_k_is_written_as_before_there_was_one() -> None:
+    assert Plan().to_dict()["draft"] == {"tokens": 500, "temperature": 0.8, "top_p": 1.0}
+    assert Plan(target=Sampling(top_k=5)).to_dict()["target"]["top_k"] == 5
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -538,6 +543,7 @@ def test_what_cannot_serve_is_named_before_any_model_is_asked(options: dict[str,
         (lambda: Adaptive(PerQuestion(), step="a"), "step must be a number, got str 'a'"),  # type: ignore[arg-type]
         (lambda: Sampling(temperature="hot"), "temperature must be a number, got str 'hot'"),  # type: ignore[arg-type]
         (lambda: Sampling(top_p=True), "top_p must be a number, got bool True"),
+        (lambda: Sampling(top_k=2.0), "top_k must be an int, got float 2.0"),  # type: ignore[arg-type]
         (lambda: Plan(chain_seconds="1"), "chain_seconds must be a number, got str '1'"),  # type: ignore[arg-type]
         (lambda: Plan(draft=5), "draft must be of type Sampling, got 5"),  # type: ignore[arg-type]
         (lambda: Plan(pools=None), "pools must be of type Pools, got None"),  # type: ignore[arg-type]

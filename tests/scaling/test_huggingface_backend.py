@@ -142,7 +142,7 @@ def test_what_cannot_be_is_refused_before_anything_runs() -> None:
         for prompt in (Prompt(()), Prompt((999,))):
             with pytest.raises(RefusedError, match="a prompt must hold"):
                 await backend.generate(wants(0, prompt=prompt))
-        for wrong in ({"temperature": -1.0}, {"top_p": 0.0}):
+        for wrong in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_k": 0}):
             with pytest.raises(RefusedError, match=f"{next(iter(wrong))} must be"):
                 await backend.generate(wants(0, **wrong))
         with pytest.raises(RefusedError, match="must start at token 1"):
@@ -211,15 +211,25 @@ def test_a_thinking_target_scores_with_its_thoughts() -> None:
         using(model, lambda backend: backend.score(Score("c", Prompt(ids), 7, entropy=True)))
 
 
-def test_tokens_are_drawn_by_the_seed_and_their_place() -> None:
-    model, request = llama(), wants(3, max_tokens=8)
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_tokens_are_drawn_by_the_seed_and_their_place(top_k: int | None) -> None:
+    model, request = llama(), wants(3, max_tokens=8, top_k=top_k)
     ids, seed = list(request.prompt.ids or ()), request.seed
     for i in range(8):
         stream = Stream(_DRAWS, Purpose.ANSWER, sequence=seed % 2**32, step=seed >> 32, position=i)
         logits = model(torch.tensor([ids])).logits[:, -1]
-        ids.append(int(draw(logits.detach(), stream=stream, temperature=0.9, top_p=0.95).tokens))
+        ids.append(int(draw(logits.detach(), stream=stream, temperature=0.9, top_k=top_k, top_p=0.95).tokens))
     answer = using(model, lambda backend: backend.generate(request))
     assert answer.ids == tuple(ids[-8:])
+
+
+def test_a_thinking_model_draws_from_the_likeliest_tokens_alone() -> None:
+    async def work(backend: HFBackend) -> list[Generated]:
+        return [await backend.generate(wants(2, **law)) for law in ({"top_k": 1}, {"temperature": 0.0}, {})]
+
+    one, greedy, drawn = using(thinker(), work)
+    assert one == greedy
+    assert one.ids != drawn.ids
 
 
 def test_a_thinking_model_draws_by_the_seed() -> None:

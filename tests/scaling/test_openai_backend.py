@@ -119,7 +119,15 @@ def test_requests_say_everything_that_decides_over_the_draws(dialect: str):
         if dialect != "openai":
             assert sampling["stop"] == ["x", "y"]
             assert (sampling["top_k"], sampling["min_p"], sampling["repetition_penalty"]) == (-1, 0.0, 1.0)
+        assert ("top_k" in sampling) == (dialect != "openai")  # no field of OpenAI's
         assert body["input_ids" if native else "prompt"] == list(PROMPT.ids or ())
+        if dialect == "openai":
+            with pytest.raises(RefusedError, match="top_k"):
+                await backend.generate(writing(max_tokens=5, top_k=4))
+            return
+        await backend.generate(writing(max_tokens=5, top_k=4))
+        _, body = server.bodies[-1]
+        assert body.get("sampling_params", body)["top_k"] == 4
 
     against(use, dialect)
 

@@ -47,6 +47,7 @@ class Generate:
         seed: of the draws, in [0, 2^63). The same prompt, options and seed give the same tokens where a backend can
             promise that.
         stop: strings after which the text ends; the one that was found is part of the text.
+        top_k: draw from that many tokens, the likeliest; None: from all.
     """
 
     chain: str
@@ -56,6 +57,7 @@ class Generate:
     top_p: float
     seed: int
     stop: tuple[str, ...] = ()
+    top_k: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

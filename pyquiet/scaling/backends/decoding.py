@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,18 +144,18 @@ class DecoderRunner:
     def _draw(self, rows: Sequence[Writing], logits: Tensor) -> list[int]:
         """A token a row; the request's 63-bit seed is the counter's sequence and step, so no two share a number."""
         tokens = torch.zeros(len(rows), dtype=torch.int64)
-        kinds: dict[tuple[float, float], list[int]] = {}
+        kinds: dict[tuple[float, float, int | None], list[int]] = {}
         for i, row in enumerate(rows):
-            kinds.setdefault((row.request.temperature, row.request.top_p), []).append(i)
-        for (temperature, top_p), some in kinds.items():
+            kinds.setdefault((row.request.temperature, row.request.top_p, row.request.top_k), []).append(i)
+        for (temperature, top_p, top_k), some in kinds.items():
             seeds = torch.tensor([rows[i].request.seed for i in some])
             stream = Stream(
                 _DRAWS, Purpose.ANSWER, sequence=seeds & 0xFFFFFFFF, step=seeds >> 32,
                 position=torch.tensor([len(rows[i].new) for i in some]),
             )  # fmt: skip
             law = logits[some, : self._words]
-            drawn = draw(law, stream=stream, temperature=temperature, top_p=top_p if top_p < 1 else None)
-            tokens[some] = drawn.tokens.cpu()
+            cut: dict[str, Any] = {"top_k": top_k, "top_p": top_p if top_p < 1 else None}
+            tokens[some] = draw(law, stream=stream, temperature=temperature, **cut).tokens.cpu()
         return [int(token) for token in tokens]
 
     def _keep(self, row: Writing, kv: KV) -> None:

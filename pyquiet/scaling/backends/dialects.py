@@ -69,6 +69,8 @@ class Completions:
         body |= {"top_p": request.top_p, "seed": request.seed}
         if self._ids_by:
             body |= PLAIN | {"stop": list(request.stop), "include_stop_str_in_output": True} | self._wanted_ids()
+        if request.top_k is not None:  # no field of OpenAI's; a server that does not know it says so
+            body |= {"top_k": request.top_k}
         return Call("/v1/completions", body)
 
     def wrote(self, answer: Any, request: Generate) -> Generated:
@@ -122,6 +124,7 @@ class Native:
             "max_new_tokens": request.max_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
+            "top_k": PLAIN["top_k"] if request.top_k is None else request.top_k,
             "sampling_seed": request.seed,
             "stop": list(request.stop),
             "no_stop_trim": True,

@@ -137,7 +137,7 @@ class HFBackend:
         if request.max_tokens < 1 or not 0 <= request.seed < 2**63:
             raise RefusedError(f"max_tokens and seed must be at least 1 and in [0, 2^63), got {request}")
         try:
-            check_processing(self._vocabulary, request.temperature, top_p=request.top_p)
+            check_processing(self._vocabulary, request.temperature, request.top_k, request.top_p)
         except ValueError as error:
             raise RefusedError(str(error)) from None
         self._check(ids, request.max_tokens)

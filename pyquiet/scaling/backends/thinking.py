@@ -26,15 +26,16 @@ class ThinkingRunner:
 
     def begin(self, jobs: Sequence[Job]) -> None:
         """Answers all jobs."""
-        kinds: dict[tuple[float, float], list[Writing]] = {}
+        kinds: dict[tuple[float, float, int | None], list[Writing]] = {}
         for job in jobs:
             if isinstance(job.request, Score):
                 self._score(job)
             else:
                 row = self._writing(job, 0)
-                kinds.setdefault((row.request.temperature, row.request.top_p), []).append(row)
-        for (temperature, top_p), rows in kinds.items():
-            self._write(rows, temperature, top_p)
+                kinds.setdefault((row.request.temperature, row.request.top_p, row.request.top_k), []).append(row)
+        for (temperature, top_p, top_k), rows in kinds.items():
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k or 0}
+            self._write(rows, sampling if temperature else {"do_sample": False})
 
     def step(self) -> None:
         """Nothing is left to do."""
@@ -46,15 +47,14 @@ class ThinkingRunner:
     def drop(self) -> None:
         """There is nothing to give up."""
 
-    def _write(self, rows: list[Writing], temperature: float, top_p: float) -> None:
+    def _write(self, rows: list[Writing], sampling: dict[str, Any]) -> None:
         ids, mask = (x.to(self.model.device) for x in padded([row.job.ids for row in rows], "left"))
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         self.model.generate(
             ids, think="always", attention_mask=mask, pad_token_id=0, eos_token_id=None, seed=_DRAWS,
             sequence_ids=torch.tensor([row.request.seed & 0xFFFFFFFF for row in rows], device=ids.device),
             max_new_tokens=max(row.request.max_tokens for row in rows), suppress_tokens=self._no_words or None,
             stopping_criteria=StoppingCriteriaList([_Watch(rows)]),
-            **(sampling if temperature else {"do_sample": False}),
+            **sampling,
         )  # fmt: skip
         for row in rows:
             if row.finish is not None:
