@@ -2,23 +2,19 @@
 
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
-
 from pyquiet.checks import check_count, check_fraction, check_word
 from pyquiet.diffusion.schedule import Schedule
 from pyquiet.diffusion.training import MIN_TIME, OBJECTIVES
-from pyquiet.trainers import prepare_arguments
+from pyquiet.trainers import SeededArguments
 
 
 @dataclass
-class NoiseArguments(TrainingArguments):
+class NoiseArguments(SeededArguments):
     """`transformers.TrainingArguments`, and what trainings with noised texts share."""
 
     noise_schedule: str = field(default="linear", metadata={"help": "As `Schedule` names it."})
     min_time: float = field(default=MIN_TIME, metadata={"help": "The smallest time that a text is noised to."})
     ema_decay: float = field(default=0.999, metadata={"help": "Of the average of the weights; 0: no average."})
-    max_length: int = field(default=256, metadata={"help": "Longer texts are cropped at seeded places."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator takes what it knows."})
 
     def __post_init__(self) -> None:
         self.schedule = Schedule(self.noise_schedule)
@@ -26,8 +22,6 @@ class NoiseArguments(TrainingArguments):
             raise ValueError(f"min_time must be in (0, 1), got {self.min_time}")
         if check_fraction("ema_decay", self.ema_decay) == 1:
             raise ValueError("ema_decay must be below 1, where the average would never move")
-        check_count("max_length", self.max_length, least=2)
-        prepare_arguments(self)
         super().__post_init__()
 
 

@@ -13,9 +13,8 @@ from pyquiet.diffusion.ema import AveragingTrainer
 from pyquiet.diffusion.modeling import MaskedDenoiser, as_denoiser, longest_text
 from pyquiet.diffusion.nce_energy import NCEEnergy
 from pyquiet.diffusion.training import DenoiserLearner, Masks, completions, nce_loss, nelbo, random_masks
-from pyquiet.trainers import check_trainable, evenly_spread, tokens_in
+from pyquiet.trainers import check_trainable, evenly_spread, text_in, tokens_in
 
-_TEXT = ("input_ids", "attention_mask")
 _BINS = 4  # of time, in which an energy's calibration is watched
 _LARGEST = 300.0  # of -E in a mean of exp(-E), far beyond what means anything, and far from overflow
 
@@ -47,7 +46,7 @@ class NoiseTrainer(AveragingTrainer):
         """What is masked at these levels of noise [B]."""
         args, ids = self.args, inputs["sequence_ids"]
         options: dict[str, Any] = {"objective": self._objective, "schedule": args.schedule, "min_time": args.min_time}
-        return random_masks(level, **self._text(inputs), seed=seed, sequence_ids=ids, **options)
+        return random_masks(level, seed=seed, sequence_ids=ids, **(options | text_in(inputs)))
 
     def _draw_noise(self, batches: list[dict[str, Any]]) -> None:
         for number, batch in enumerate(batches):
@@ -62,9 +61,6 @@ class NoiseTrainer(AveragingTrainer):
         """Those of evaluation, which depend on the texts' numbers alone; the levels of many texts are evenly spread."""
         level = evenly_spread(inputs["sequence_ids"].cpu(), seed=self.evaluation_seed)
         return self._masks(level, inputs, self.evaluation_seed)
-
-    def _text(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {name: inputs[name] for name in _TEXT if name in inputs}
 
 
 class DiffusionTrainer(NoiseTrainer):
@@ -122,7 +118,7 @@ class DiffusionTrainer(NoiseTrainer):
 
     def _loss(self, model: Any, inputs: dict[str, Any], counts: Tensor | None) -> tuple[Tensor, Any]:
         masked, weight = inputs["masked"], inputs["weight"]
-        out = model(**self._text(inputs), masked=masked, weight=weight, token_count=counts)
+        out = model(**text_in(inputs), masked=masked, weight=weight, token_count=counts)
         tokens = tokens_in(inputs)
         self.meter.add({"nelbo": out.loss.detach(), "tokens": tokens}, joint=counts is not None)
         self.meter.add({"masked_fraction": masked.sum() / tokens}, joint=False)
@@ -135,7 +131,7 @@ class DiffusionTrainer(NoiseTrainer):
         """The loss, and the NELBO and the tokens of each text, [B, 2]."""
         masks = self._evaluation_masks(inputs)
         with self.accelerator.autocast():
-            out = nelbo(self.denoiser, **self._text(inputs), masked=masks.masked, weight=masks.weight)
+            out = nelbo(self.denoiser, **text_in(inputs), masked=masks.masked, weight=masks.weight)
         ids = inputs["input_ids"]
         tokens = inputs.get("attention_mask", torch.ones_like(ids)).sum(1)
         sums = torch.stack([out.text.double(), tokens.double()], 1)
@@ -206,7 +202,7 @@ class NCETrainer(NoiseTrainer):
 
     def _energies(self, model: Any, inputs: dict[str, Any], masked: Tensor, time: Tensor, seed: int) -> Tensor:
         """Of each text and its completions, [B, 1 + nu]."""
-        text, ids = self._text(inputs), inputs["input_ids"]
+        text, ids = text_in(inputs), inputs["input_ids"]
         masked = masked.to(ids.device)
         with torch.autocast(ids.device.type, enabled=False):
             negatives = completions(

@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache, lru_cache
 
-from pyquiet.scaling import symbolic, votes
-from pyquiet.scaling.votes import Vote as Vote
-from pyquiet.scaling.votes import first as first
-from pyquiet.scaling.votes import pass_at_k as pass_at_k
+from pyquiet.scaling import symbolic
 
 # Tried in turn where nothing is boxed; of several places the last one counts.
 DEFAULT = (
@@ -179,20 +176,3 @@ def _can_compare() -> bool:
         stacklevel=5,
     )
     return False
-
-
-class Votes(votes.Votes):
-    """Votes on a question as they come in; answers are one vote when `equal` says so."""
-
-    def __init__(self) -> None:
-        super().__init__(equal)
-
-
-def majority(given: Sequence[Vote]) -> str | None:
-    """The most frequent answer; ties by lowest mean score, then lowest chain. None if nobody has one."""
-    return votes.majority(given, equal)
-
-
-def weighted(given: Sequence[Vote]) -> str | None:
-    """The answer whose votes weigh most, exp(-score) each; ties as for `majority`."""
-    return votes.weighted(given, equal)

@@ -12,8 +12,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from pyquiet.checks import check_word
-from pyquiet.scaling import answers
-from pyquiet.scaling.answers import Vote
+from pyquiet.scaling import answers, votes
 from pyquiet.scaling.arguments import check_kinds, check_together
 from pyquiet.scaling.backends.connect import Model, connect
 from pyquiet.scaling.calibrating import Filling
@@ -385,9 +384,11 @@ class ATTS:
 
     def _result(self, panel: Panel) -> QuestionResult:
         chains = tuple(sorted(panel.results, key=lambda chain: chain.number))
-        votes = [Vote(c.answer, c.mean_score, c.number, ended) for c, ended in zip(panel.results, itertools.count())]
-        select = {"majority": answers.majority, "weighted": answers.weighted, "first": answers.first}[self.select]
-        return QuestionResult(panel.question, select(votes), chains)
+        ballot = [
+            votes.Vote(c.answer, c.mean_score, c.number, ended) for c, ended in zip(panel.results, itertools.count())
+        ]
+        select = {"majority": votes.majority, "weighted": votes.weighted, "first": votes.first}[self.select]
+        return QuestionResult(panel.question, select(ballot), chains)
 
     @asynccontextmanager
     async def _open(self) -> AsyncIterator[None]:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyquiet.scaling import answers
+from pyquiet.scaling import votes
+from pyquiet.scaling.answers import equal
 from pyquiet.scaling.conformal import Floats, Rule, band, total_law
 from pyquiet.scaling.drift import Alarm, DriftMonitor, e_value
 from pyquiet.scaling.slots import POOLS, extremes
@@ -171,7 +172,7 @@ def accuracy(gold: Mapping[str, str], table: Table, ends: Rows, run: Rows, seed:
     for chains, scores in _ballots(ends.where(known), run):
         right = gold[names[chains["question"][0]]]
         ballot = [
-            answers.Vote(answered[answer] if answer >= 0 else None, score, chain)
+            votes.Vote(answered[answer] if answer >= 0 else None, score, chain)
             for answer, score, chain in zip(chains["answer"], scores.tolist(), chains["chain"].tolist(), strict=True)
         ]
         cancelled = [outcomes[number] == "cancelled" for number in chains["outcome"]]
@@ -197,14 +198,14 @@ def _ballots(ends: Rows, run: Rows) -> "list[tuple[Rows, Floats]]":
     return found
 
 
-def _marks(ballot: list[answers.Vote], cancelled: list[bool], gold: str) -> dict[str, float]:
+def _marks(ballot: list[votes.Vote], cancelled: list[bool], gold: str) -> dict[str, float]:
     """pass@k of a question's chains, and whether votes find the right answer."""
-    right = [vote.answer is not None and answers.equal(vote.answer, gold) for vote in ballot]
+    right = [vote.answer is not None and equal(vote.answer, gold) for vote in ballot]
     counted = [mark for mark, gone in zip(right, cancelled, strict=True) if not gone]
     n, correct = len(counted), sum(counted)
-    marks = {f"pass@{k}": answers.pass_at_k(n, correct, k) for k in (2**i for i in range(n.bit_length()))}
-    for name, winner in (("maj", answers.majority(ballot)), ("weighted", answers.weighted(ballot))):
-        marks[f"{name}@{len(ballot)}"] = float(winner is not None and answers.equal(winner, gold))
+    marks = {f"pass@{k}": votes.pass_at_k(n, correct, k) for k in (2**i for i in range(n.bit_length()))}
+    for name, winner in (("maj", votes.majority(ballot)), ("weighted", votes.weighted(ballot))):
+        marks[f"{name}@{len(ballot)}"] = float(winner is not None and equal(winner, gold))
     if n & (n - 1):
         marks[f"pass@{n}"] = float(correct > 0)
     return marks

@@ -3,9 +3,9 @@
 import asyncio
 from dataclasses import dataclass, field
 
-from pyquiet.scaling.answers import Votes
 from pyquiet.scaling.chain import Chain
 from pyquiet.scaling.records import Outcome, Question
+from pyquiet.scaling.votes import Votes
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from pyquiet.checks import check_count
-
-Equal = Callable[[str, str], bool]
+from pyquiet.scaling.answers import equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +37,8 @@ class _Party:
 class Votes:
     """Votes as they come in. Answers are one when `equal` says so."""
 
-    def __init__(self, equal: Equal) -> None:
-        self._equal, self._parties = equal, list[_Party]()
+    def __init__(self) -> None:
+        self._parties = list[_Party]()
 
     def add(self, answer: str, score: float, chain: int) -> None:
         """A chain's vote; its score is the chain's mean one."""
@@ -49,7 +48,7 @@ class Votes:
         """A vote; one without an answer is none."""
         if vote.answer is None:
             return
-        party = next((p for p in self._parties if self._equal(p.name, vote.answer)), None)
+        party = next((p for p in self._parties if equal(p.name, vote.answer)), None)
         if party is None:
             self._parties.append(party := _Party())
         party.votes.append(vote)
@@ -69,14 +68,14 @@ class Votes:
         return bool(counts) and counts[0] > (counts[1] if len(counts) > 1 else 0) + open_chains
 
 
-def majority(votes: Iterable[Vote], equal: Equal) -> str | None:
+def majority(votes: Iterable[Vote]) -> str | None:
     """The most frequent answer, ties as for `Votes.leader`, whatever the order of the votes."""
-    return _counted(votes, equal).leader
+    return _counted(votes).leader
 
 
-def weighted(votes: Iterable[Vote], equal: Equal, weight: Callable[[Vote], float] | None = None) -> str | None:
+def weighted(votes: Iterable[Vote], weight: Callable[[Vote], float] | None = None) -> str | None:
     """The answer of most weight: exp(-score) of each vote by default; pass 1 - p where p-values are at hand."""
-    return _counted(votes, equal).winner(weight or (lambda vote: math.exp(-vote.score)))
+    return _counted(votes).winner(weight or (lambda vote: math.exp(-vote.score)))
 
 
 def first(votes: Iterable[Vote]) -> str | None:
@@ -94,8 +93,8 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def _counted(votes: Iterable[Vote], equal: Equal) -> Votes:
-    counted = Votes(equal)
+def _counted(votes: Iterable[Vote]) -> Votes:
+    counted = Votes()
     for vote in sorted(votes, key=lambda vote: vote.chain):
         counted.take(vote)
     return counted

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pyquiet.scaling import answers, symbolic, votes
-from pyquiet.scaling.answers import Vote, Votes, equal, extract, first, majority, normalise, pass_at_k, weighted
+from pyquiet.scaling import answers, symbolic
+from pyquiet.scaling.answers import equal, extract, normalise
+from pyquiet.scaling.votes import Vote, Votes, first, majority, pass_at_k, weighted
 
 math_verify = pytest.importorskip("math_verify")
 SLOW = ("9^{9^{9^{9}}}", "9^{9^{9^{9^9}}}")
@@ -182,7 +183,7 @@ def test_weights() -> None:
     ballot = [Vote("5", 3.0, 0), Vote("5", 3.0, 1), Vote("6", 0.1, 2)]
     assert majority(ballot) == "5"
     assert weighted(ballot) == "6"  # exp(-0.1) > 2 exp(-3)
-    assert votes.weighted(ballot, equal, lambda vote: 1 - (0.2 if vote.chain == 2 else 0.5)) == "5"
+    assert weighted(ballot, lambda vote: 1 - (0.2 if vote.chain == 2 else 0.5)) == "5"
     assert first([Vote("5", 0, 0, ended=2.0), Vote(None, 0, 1, ended=0.5), Vote("6", 0, 2, ended=1.0)]) == "6"
     assert first([]) is None
 

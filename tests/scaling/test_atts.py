@@ -42,11 +42,11 @@ from pyquiet.scaling import (
     Sampling,
     SpecReasonPolicy,
     TakeoverLimit,
-    answers,
     as_questions,
     load_calibrator,
     read_journal,
     read_questions,
+    votes,
 )
 from pyquiet.scaling.backends.base import TransientError
 from pyquiet.scaling.backends.connect import connect
@@ -676,13 +676,13 @@ def test_a_rate_adapts_in_banks_that_the_run_fills(tmp_path: Path) -> None:
 
 
 def test_no_request_waits_while_answers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    models, asked, count = [HashModel("draft"), HashModel("target")], set(), answers.majority
+    models, asked, count = [HashModel("draft"), HashModel("target")], set(), votes.majority
 
-    def majority(votes: Any) -> str | None:
+    def majority(ballot: Any) -> str | None:
         asked.add(tuple(len(model.requests) for model in models))
-        return count(votes)
+        return count(ballot)
 
-    monkeypatch.setattr(answers, "majority", majority)
+    monkeypatch.setattr(votes, "majority", majority)
     atts(models=models).run(ASKED)
     assert asked == {tuple(len(model.requests) for model in models)}
 
