@@ -40,12 +40,13 @@ __all__ = [
     "joint_log_prob",
     "load",
     "marginals",
+    "quiet_star",
     "scaling",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("evaluation", "plotting", "testing"):
+    if name in ("evaluation", "plotting", "prompts", "testing"):
         return import_module(f"pyquiet.{name}")
     for system in (quiet_star, any_subset, diffusion):
         if name in __all__ and name in system.__all__:

@@ -1,5 +1,6 @@
 """Checks of arguments that every system makes, and their words."""
 
+import math
 from numbers import Real
 from typing import Any, TypeVar, get_args
 
@@ -31,6 +32,20 @@ def check_fraction(name: str, value: float) -> float:
     """`value`, if it lies in [0, 1]; else a TypeError or ValueError that names it."""
     if not 0 <= check_number(name, value) <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
+    return value
+
+
+def check_positive(name: str, value: float) -> float:
+    """`value`, if it is a finite number above 0; else a TypeError or ValueError that names it."""
+    if not 0 < check_number(name, value) < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, got {value}")
+    return value
+
+
+def check_weight(name: str, value: float) -> float:
+    """`value`, if it is a finite number of at least 0; else a TypeError or ValueError that names it."""
+    if not 0 <= check_number(name, value) < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
     return value
 
 

@@ -159,7 +159,8 @@ def read_dataset(name: str, column: str) -> Iterable[str]:
     else:
         rows = datasets.load_dataset(name, split="train")
     if column not in rows.column_names:
-        raise ValueError(f"the dataset {name} has no column {column!r}, only {', '.join(rows.column_names)}")
+        others = ", ".join(rows.column_names)
+        raise ValueError(f"the dataset {name} has no column {column!r}, only {others}; name one by --dataset-column")
     texts: Iterable[str] = rows[column]
     return texts
 

@@ -115,7 +115,7 @@ def check_sequence_ids(sequence_ids: Tensor, batch: int) -> None:
             f"{list(sequence_ids.shape)}"
         )
     if (sequence_ids < 0).any() or (sequence_ids >= 2**32).any():
-        raise ValueError("sequence_ids must lie in 0 .. 2^32 - 1")
+        raise ValueError(f"sequence_ids must lie in 0 .. 2^32 - 1, got {sequence_ids.min()} .. {sequence_ids.max()}")
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

@@ -198,7 +198,8 @@ def _check(
     if input_ids.dtype != torch.int64 or input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids must be int64 [B, N] with tokens, got {input_ids.dtype} {list(input_ids.shape)}")
     if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < engine.vocab_size:
-        raise ValueError(f"input_ids must be in [0, {engine.vocab_size}), the model's vocabulary")
+        found = f"{input_ids.min()} .. {input_ids.max()}"
+        raise ValueError(f"input_ids must be in [0, {engine.vocab_size}), the model's vocabulary, got {found}")
     B, N = input_ids.shape
     if (
         order.dtype != torch.int64

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyquiet.bilevel.method import BlockMethod, Rate, at_least, check_positive, check_rate, check_share, rate
+from pyquiet.bilevel.method import BlockMethod, Rate, at_least, check_rate, check_share, rate
 from pyquiet.bilevel.problem import Derivatives, Problem
-from pyquiet.checks import check_count
+from pyquiet.checks import check_count, check_positive
 
 
 class BlockSOBA(BlockMethod):

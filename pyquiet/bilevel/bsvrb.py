@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyquiet.bilevel.method import BlockMethod, Rate, at_least, check_positive, check_rate, check_share, rate
+from pyquiet.bilevel.method import BlockMethod, Rate, at_least, check_rate, check_share, rate
 from pyquiet.bilevel.problem import Derivatives, Problem
-from pyquiet.checks import check_word
+from pyquiet.checks import check_positive, check_word
 
 VARIANTS = ("auto", "v1", "v2")
 _INVERTIBLE, _MOST_NUMBERS = 64, 2**28  # dim_y, and numbers of all H_i, up to which "auto" inverts

@@ -16,9 +16,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from pyquiet.bilevel.bsvrb import BSVRB
-from pyquiet.bilevel.method import check_positive
 from pyquiet.bilevel.problem import Problem
-from pyquiet.checks import check_count
+from pyquiet.checks import check_count, check_positive
 from pyquiet.heads import log_prob
 
 _TEXTS = 8  # a pass of the model, while its thoughts are cached

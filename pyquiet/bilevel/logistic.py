@@ -14,9 +14,8 @@ from torch.nn.functional import embedding, softplus
 from tqdm import tqdm
 
 from pyquiet.bilevel.bsvrb import BSVRB
-from pyquiet.bilevel.method import check_positive
 from pyquiet.bilevel.problem import Problem, row_scores
-from pyquiet.checks import check_count
+from pyquiet.checks import check_count, check_positive
 
 
 class WeightedLogistic(Problem):

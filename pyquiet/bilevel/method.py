@@ -19,7 +19,7 @@ from pyquiet.bilevel.hypergradient import hypergradient
 from pyquiet.bilevel.problem import Derivatives, Flat, Problem, Variables
 from pyquiet.bilevel.samplers import SAMPLERS, BlockSampler
 from pyquiet.bilevel.table import BlockTable
-from pyquiet.checks import check_count, check_fraction, check_number, check_word
+from pyquiet.checks import check_count, check_fraction, check_word
 from pyquiet.files import replacing
 from pyquiet.randomness import Purpose, Stream, resolve_seed, uniforms
 
@@ -329,13 +329,6 @@ def check_rate(name: str, value: Rate) -> Rate:
         raise TypeError(f"{name} must be a number or a function of the step, got {type(value).__name__}")
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a number of at least 0, got {value}")
-    return value
-
-
-def check_positive(name: str, value: float) -> float:
-    """The number, if it is above 0; else a TypeError or ValueError that names it."""
-    if not check_number(name, value) > 0:
-        raise ValueError(f"{name} must be above 0, got {value}")
     return value
 
 

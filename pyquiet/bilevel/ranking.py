@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import softplus
 
-from pyquiet.bilevel.method import check_positive
 from pyquiet.bilevel.problem import Problem, Variables
-from pyquiet.checks import check_count
+from pyquiet.checks import check_count, check_positive
 
 
 class TopKNDCG(Problem):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pyquiet.cli import options, prompts
 from pyquiet.cli.live import shown
-from pyquiet.cli.loading import CAUSAL, DENOISER, load_denoiser, load_energy
-from pyquiet.cli.reports import STANDARD_OUTPUT, add_json, check_json, give, in_marks, memory_in_words
+from pyquiet.cli.loading import CAUSAL, DENOISER, load_denoiser, load_energy, network
+from pyquiet.cli.reports import STANDARD_OUTPUT, add_json, check_json, give, in_marks, memory_in_words, told_parts
 from pyquiet.diffusion.inputs import SAMPLERS
 
 if TYPE_CHECKING:
@@ -124,7 +124,9 @@ def run(args: argparse.Namespace) -> int:
         )
     samples = [codec.parts(row, given.tolist()) for row in out.tokens.tolist()]
     report = {"model": args.model, "energy": _energy(args), "seed": args.seed, "tokens": sum(lengths)}
-    give(args, {**report, "samples": _report(samples, out), "seconds": out.seconds}, _in_words(samples, out))
+    report |= {"samples": _report(samples, out), "seconds": out.seconds}
+    models = {"model": denoiser} | ({} if energy is None else {"energy": network(energy)})
+    give(args, report, _in_words(samples, out), models)
     return 0
 
 
@@ -190,6 +192,7 @@ def _run_many(args: argparse.Namespace, how: dict[str, Any], device: "torch.devi
                 attention_mask=real.to(device),
                 sequence_ids=numbers,
                 banned=banned,
+                progress=False,
                 **how,
             )
         rows = zip(out.tokens.tolist(), texts, strict=True)
@@ -208,7 +211,7 @@ def _run_many(args: argparse.Namespace, how: dict[str, Any], device: "torch.devi
         lambda cost: f"{_cost_in_words(cost)}, {cost['seconds']:.2f} s",
         model=denoiser,
         tokenizer=tokenizer,
-        energy=_module(energy),
+        energy=network(energy),
     )
 
 
@@ -227,21 +230,12 @@ def _check_prompt(
 def _models(args: argparse.Namespace, device: "torch.device") -> "tuple[MaskedDenoiser, PreTrainedTokenizerBase, Any]":
     """The denoiser, its tokenizer and the energy that the options name."""
     denoiser, tokenizer = load_denoiser(args.model, args.tokenizer)
-    dtype = options.dtype(args)
-    denoiser.to(device, dtype)
-    energy = load_energy(_energy(args), denoiser, tokenizer)
-    if energy is not None:
-        _module(energy).to(dtype=dtype)
-    return denoiser, tokenizer, energy
+    denoiser.to(device, options.dtype(args))
+    return denoiser, tokenizer, load_energy(_energy(args), denoiser, tokenizer, options.dtype(args))
 
 
 def _energy(args: argparse.Namespace) -> str:
     return args.energy or ("ar" if args.model == DENOISER else "none")
-
-
-def _module(energy: Any) -> Any:
-    """The network of an energy."""
-    return getattr(energy, "lm", energy)
 
 
 def _parts(args: argparse.Namespace, field: str, text: str) -> tuple[list[str], list[int]]:
@@ -267,7 +261,7 @@ def _report(samples: "list[list[tuple[str, bool]]]", out: "Diffusion") -> "list[
     return [
         {
             "text": "".join(part for part, _ in sample),
-            "parts": [{"text": part, "filled": is_filled} for part, is_filled in sample],
+            "parts": told_parts(sample),
             **{name: finite(value) for name, value in zip(names, row, strict=True)},
         }
         for sample, row in zip(samples, columns, strict=True)

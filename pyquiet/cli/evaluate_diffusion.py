@@ -4,7 +4,7 @@ import argparse
 
 from pyquiet.cli import options
 from pyquiet.cli.diffuse import add_law, add_model, law
-from pyquiet.cli.loading import CAUSAL, DENOISER, load_causal, load_denoiser, load_energy
+from pyquiet.cli.loading import CAUSAL, DENOISER, load_causal, load_denoiser, load_energy, network
 from pyquiet.cli.reports import add_json, check_json, give, memory_in_words
 
 ENERGIES = ("none", "ar", "tiny-energy")  # of the embedded denoiser
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     denoiser, tokenizer = load_denoiser(args.model, args.tokenizer)
     denoiser.to(device, options.dtype(args))
     names = args.energy or (ENERGIES if args.model == DENOISER else ["none"])
-    energies = {name: load_energy(name, denoiser, tokenizer) for name in names}
+    energies = {name: load_energy(name, denoiser, tokenizer, options.dtype(args)) for name in names}
     judge, its_words = load_causal("--judge", args.judge)
     with memory_in_words():
         table = diffusion_table(
@@ -93,9 +93,7 @@ def run(args: argparse.Namespace) -> int:
     matched = table.matched(args.match)
     about = {"model": args.model, "text": args.text, "judge": args.judge, **law(args)}
     words = f"{args.num_samples} texts of {args.length} tokens; judge {args.judge}; means +- standard errors"
-    models = {
-        f"energy {name}": getattr(energy, "lm", energy) for name, energy in energies.items() if energy is not None
-    }
+    models = {f"energy {name}": network(energy) for name, energy in energies.items() if energy is not None}
     models |= {"model": denoiser, "judge": judge}
     give(args, {**about, **table.to_dict(), "matched": matched.to_dict()}, f"{words}\n{table}\n\n{matched}", models)
     if args.plot:

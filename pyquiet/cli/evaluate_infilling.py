@@ -46,10 +46,12 @@ def add_parser(measures: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     options.add_quiet(parser)
     table = parser.add_argument_group("the table")
     table.add_argument("--length", type=options.Whole(), default=512, help="tokens of a text")
-    table.add_argument("--prompt-fraction", type=options.Number(0, 1), default=0.05, help="given of it")
+    table.add_argument("--prompt-fraction", type=options.Number(0, 1, below=True), default=0.05, help="given of it")
     table.add_argument("--judge", default=CAUSAL, metavar="DIR", help="causal model, whose perplexity is shown")
     stories = parser.add_argument_group("stories")
-    stories.add_argument("--hidden", type=int, choices=[1, 3], default=1, help="of five sentences")
+    stories.add_argument(
+        "--hidden", type=int, choices=[1, 3], default=1, help="sentences to fill in, of a story's five"
+    )
     code = parser.add_argument_group("HumanEval infilling")
     code.add_argument("--gap-tokens", metavar="N", help="number or range (default: as many as the solution has)")
     code.add_argument("--output", metavar="FILE", help="write the completions as the benchmark's checker reads them")
@@ -88,8 +90,8 @@ def _table(args: argparse.Namespace, how: dict[str, Any]) -> Found:
     from pyquiet.files import read_texts
 
     texts = read_texts(args.table)
-    judge, words = load_causal("--judge", args.judge)
     model, tokenizer = _filler(args)
+    judge, words = load_causal("--judge", args.judge)
     table = generative_table(
         model,
         tokenizer,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pyquiet.any_subset.sampling import METHODS
 from pyquiet.cli import options, prompts
 from pyquiet.cli.loading import FILLER, load_filler
-from pyquiet.cli.reports import add_json, check_json, give, in_marks, memory_in_words
+from pyquiet.cli.reports import add_json, check_json, give, in_marks, memory_in_words, told_parts
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         filled, took = fill_gaps(model, texts, banned=codec.banned(model.config.vocab_size), **how)
     words = [in_marks(codec.parts(one.ids, one.given)) for one in filled] + [cost_in_words(took)]
     samples = [_sample(codec, one) for one in filled]
-    give(args, {"model": args.model, "seed": args.seed, "samples": samples, **took}, "\n".join(words))
+    give(args, {"model": args.model, "seed": args.seed, "samples": samples, **took}, "\n".join(words), {"model": model})
     return 0
 
 
@@ -131,7 +131,7 @@ def _run_many(args: argparse.Namespace, how: dict[str, Any], default: range, dev
 def _sample(codec: "Codec", one: "Filled") -> "Row":
     return {
         "text": codec.decode(one.ids),
-        "parts": [{"text": part, "filled": is_filled} for part, is_filled in codec.parts(one.ids, one.given)],
+        "parts": told_parts(codec.parts(one.ids, one.given)),
         "lengths": one.lengths,
         "log_prob": one.log_prob,
     }

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 # How a run of tokens looks: given, filled in before, filled in by this step, masked.
 _STYLES = {"given": "", "filled": "bold", "new": "bold green", "masked": "dim"}
-_MASKED = "\N{LIGHT SHADE}"
 
 
 @contextmanager
@@ -27,6 +26,8 @@ def shown(codec: "Codec", given: "Tensor", mask_id: int) -> Iterator[Callable[[i
     from rich.live import Live
     from rich.text import Text
 
+    from pyquiet.plotting.page import MASKED
+
     before: list[list[int]] = []
 
     def line(ids: list[int], last: list[int]) -> Text:
@@ -35,7 +36,7 @@ def shown(codec: "Codec", given: "Tensor", mask_id: int) -> Iterator[Callable[[i
             for known, new, old in zip(given.tolist(), ids, last, strict=True)
         ]
         runs = codec.runs(ids, states)
-        return Text.assemble(*((_MASKED * n if s == "masked" else text, _STYLES[s]) for text, s, n in runs))
+        return Text.assemble(*((MASKED * n if s == "masked" else text, _STYLES[s]) for text, s, n in runs))
 
     def on_step(step: int, time: float, tokens: "Tensor") -> None:
         rows = tokens.tolist()

@@ -117,7 +117,9 @@ def load_causal(option: str, name: str, kind: Any = AutoModelForCausalLM) -> tup
     return model, load_tokenizer(option, name) if own is None else own
 
 
-def load_energy(name: str, denoiser: MaskedDenoiser, tokenizer: PreTrainedTokenizerBase) -> Any:
+def load_energy(
+    name: str, denoiser: MaskedDenoiser, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None
+) -> Any:
     """The energy of that name: none, ar, a trained one or a causal LM, on the denoiser's device."""
     if name == "none":
         return None
@@ -126,7 +128,7 @@ def load_energy(name: str, denoiser: MaskedDenoiser, tokenizer: PreTrainedTokeni
     is_folder = name not in zoo.available()
     trained = is_folder and AutoConfig.from_pretrained(name).model_type == "pyquiet_energy"
     model, words = load_causal("--energy", name, AutoModel if trained else AutoModelForCausalLM)
-    model = model.to(denoiser.device)
+    model = model.to(denoiser.device, dtype)
     try:
         check_tokenizers(tokenizer, words)
         if not isinstance(model, NCEEnergy):
@@ -136,3 +138,8 @@ def load_energy(name: str, denoiser: MaskedDenoiser, tokenizer: PreTrainedTokeni
     if model.mask_id != denoiser.mask_id:
         raise ValueError(f"--energy {name}: its mask has the id {model.mask_id}, the denoiser's {denoiser.mask_id}")
     return model
+
+
+def network(energy: Any) -> Any:
+    """The module in which the weights of an energy are; None of none."""
+    return getattr(energy, "lm", energy)

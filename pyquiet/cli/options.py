@@ -37,11 +37,15 @@ class Whole:
 
 @dataclass(frozen=True)
 class Number:
-    """The type of an option that is a finite number of at least `least`, or above it where that is `open`."""
+    """The type of an option that is a finite number from `least` to `most`.
+
+    `open`: it is above `least`. `below`: it is below `most`.
+    """
 
     least: float = -math.inf
     most: float = math.inf
     open: bool = False
+    below: bool = False
     metavar: ClassVar[str] = "X"
 
     def __call__(self, word: str) -> float:
@@ -49,13 +53,14 @@ class Number:
             value = float(word)
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be a number, got {word!r}") from None
-        if not math.isfinite(value) or not self.least <= value <= self.most or (self.open and value == self.least):
+        outside = not self.least <= value <= self.most  # nan, too
+        if outside or math.isinf(value) or (self.open and value == self.least) or (self.below and value == self.most):
             raise argparse.ArgumentTypeError(f"must be {self}, got {word}")
         return value
 
     def __str__(self) -> str:
         if self.most < math.inf:
-            return f"in {'(' if self.open else '['}{self.least:g}, {self.most:g}]"
+            return f"in {'(' if self.open else '['}{self.least:g}, {self.most:g}{')' if self.below else ']'}"
         return f"{'above' if self.open else 'at least'} {self.least:g}" if self.least > -math.inf else "finite"
 
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,11 @@ def check_json(args: argparse.Namespace) -> None:
     """OSError, before any work is done, if the file of --json cannot be written."""
     if args.json not in (None, STANDARD_OUTPUT):
         check_target(args.json)
+
+
+def told_parts(parts: Iterable[tuple[str, bool]]) -> list[dict[str, Any]]:
+    """The parts of a text as a report has them: each with whether it was filled in."""
+    return [{"text": part, "filled": filled} for part, filled in parts]
 
 
 def give(

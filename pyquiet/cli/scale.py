@@ -19,7 +19,7 @@ from pyquiet.cli.options import (
     usable_device,
 )
 from pyquiet.cli.reports import STANDARD_OUTPUT, add_json, check_json, give
-from pyquiet.cli.scale_models import EMBEDDED, embedded_file, model, settle_bank
+from pyquiet.cli.scale_models import EMBEDDED, check_bank, embedded_file, model, settle_bank
 
 if TYPE_CHECKING:
     from pyquiet.scaling import ATTS, ATTSResult, Plan
@@ -59,13 +59,17 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add_place(parser.add_argument_group("models of this process"))
     add_json(parser)
     add_quiet(parser)
-    parser.set_defaults(run=run, command=parser.prog)
+    parser.set_defaults(run=run)
 
 
 def _add_promise(parser: argparse.ArgumentParser) -> None:
     promise = parser.add_argument_group("the promise", "how often the target model takes over")
     promise.add_argument(
-        "--takeover-rate", type=Number(0, 1), default=0.4, metavar="RHO", help="share of drafts taken over"
+        "--takeover-rate",
+        type=Number(0, 1, open=True, below=True),
+        default=0.4,
+        metavar="RHO",
+        help="share of drafts taken over",
     )
     promise.add_argument(
         "--discard-rate",
@@ -159,7 +163,7 @@ def _add_chains(parser: argparse.ArgumentParser) -> None:
         "--select",
         default="majority",
         choices=("majority", "weighted", "first"),
-        help="of the chains' answers",
+        help="which answer wins: most votes, votes weighted by score, or that of the first chain to end",
     )
     chains.add_argument("--early-majority", action="store_true", help="cancel chains that cannot change the winner")
     chains.add_argument(
@@ -192,6 +196,7 @@ def _run(args: argparse.Namespace) -> int:
     from pyquiet.scaling.questions import read_questions
 
     check_json(args)
+    check_bank(args)
     embedded = (args.draft, args.target) == EMBEDDED
     questions = read_questions(args.questions or embedded_file("questions.jsonl"))[: args.limit]
     atts = _build(args, embedded)
@@ -204,7 +209,9 @@ def _run(args: argparse.Namespace) -> int:
     report = result.report
     guaranteed = {turn: {"guaranteed": sure, "why": why} for turn, (sure, why) in result.guaranteed.items()}
     shown = {"answers": result.answers, "bank": bank, "guaranteed": guaranteed, "report": report.to_dict()}
-    give(args, shown | {"finished": result.finished}, _in_words(result, bank))
+    here = {role: getattr(getattr(atts, role), "model", None) for role in ("draft", "target")}  # none of a server
+    models = {role: network for role, network in here.items() if network is not None}
+    give(args, shown | {"finished": result.finished}, _in_words(result, bank), models)
     return _status(result, args.journal)
 
 
@@ -222,6 +229,7 @@ def _build(args: argparse.Namespace, embedded: bool) -> "ATTS":
 
     if args.drift_level is None:
         check_needed(args, "--drift-level", "freeze_on_drift")
+    plan = _plan(args, embedded)
     on_takeover: OnTakeover = args.on_takeover or ("replace" if embedded else "continue")
     place = usable_device(args.device), dtype(args)
     draft, target = (
@@ -229,7 +237,7 @@ def _build(args: argparse.Namespace, embedded: bool) -> "ATTS":
     )
     return ATTS(
         draft, target, takeover_rate=args.takeover_rate, tail=args.tail, preset=args.preset, on_takeover=on_takeover,
-        calibration=args.calibration, plan=_plan(args, embedded), template=args.template, system=args.system,
+        calibration=args.calibration, plan=plan, template=args.template, system=args.system,
         select=args.select, discard_rate=args.discard_rate, resamples=args.resamples, on_cold=args.on_cold,
         drift=None if args.drift_level is None else DriftMonitor(args.drift_level, args.freeze_on_drift),
     )  # fmt: skip

@@ -75,19 +75,24 @@ def calibration_journal(journal: str) -> str:
     return f"{journal}.calibration.jsonl"
 
 
+def check_bank(args: argparse.Namespace) -> None:
+    """ValueError for options that make a bank beside one that is brought."""
+    if args.calibration is not None:
+        own = ("calibrate", "calibrator", "calibration_turns", "n_min", "save_calibration")
+        _refuse(args, "--calibration brings a bank", *own)
+
+
 def settle_bank(atts: "ATTS", args: argparse.Namespace, watch: Watch) -> str:
     """Sees to the bank that was asked for; without a wish to the embedded pair's.
 
     Says in words which it is. Raises ValueError for a calibrator without questions to calibrate on, and for options
-    that go with no bank that is made.
+    that go with no bank that is made; `check_bank` was asked before.
     """
     from pyquiet.scaling import PerQuestion
 
     n_min = args.n_min or 1
     embedded = (args.draft, args.target) == EMBEDDED
     if args.calibration is not None:
-        own = ("calibrate", "calibrator", "calibration_turns", "n_min", "save_calibration")
-        _refuse(args, "--calibration brings a bank", *own)
         return f"from {args.calibration}"
     if args.calibrator == "per_question" or not (args.calibrate or args.calibrator or embedded):
         why = "every question drafts a bank of its own (--calibrator per_question, or no --calibrate)"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pyquiet.cli import options, prompts
 from pyquiet.cli.live import Printer
 from pyquiet.cli.loading import THINKER, load_thinker
-from pyquiet.cli.reports import add_json, check_json, give
+from pyquiet.cli.reports import add_json, check_json, give, told_parts
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     model.to(device, options.dtype(args))
     if args.json is not None:
         (sample,), took = _answers(args, model, tokenizer, {0: prompt})
-        give(args, {"model": args.model, "seed": args.seed, "samples": [sample], **took}, sample["text"])
+        report = {"model": args.model, "seed": args.seed, "samples": [sample], **took}
+        give(args, report, sample["text"], {"model": model})
     else:
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
         streamer = Printer(tokenizer, args.show_thoughts)
@@ -186,7 +187,7 @@ def _batch(
         parts = codec.parts([*prompt, *new], [True] * len(prompt) + [False] * len(new))
         answer: Row = {
             "text": codec.decode([*prompt, *new]),
-            "parts": [{"text": part, "filled": is_filled} for part, is_filled in parts],
+            "parts": told_parts(parts),
             "tokens": len(new),
         }
         if args.think == "always":

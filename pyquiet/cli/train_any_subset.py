@@ -9,7 +9,7 @@ from pyquiet.cli.options import Whole, add_tokenizer
 from pyquiet.cli.training import RATE, SEED, SHARE
 
 if TYPE_CHECKING:
-    from pyquiet import AnySubsetTrainingArguments
+    pass
 
 OPTIONS: training.Options = training.SHARED | {
     "--max-length": ("max_length", Whole(2), 256, "tokens of a text; documents are packed to it"),
@@ -31,7 +31,7 @@ def add_parser(methods: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     train.add_argument("--model", metavar="DIR", help="an XLNet's folder or an embedded one's name (default: fresh)")
     add_tokenizer(train)
     size = training.add_size(train, heads=4, inner=768)
-    size.add_argument("--reach", type=Whole(), default=64, help="distance of tokens from which on all are the same")
+    size.add_argument("--reach", type=Whole(), default=64, help="distance beyond which positions are not told apart")
     training.add_options(train, OPTIONS)
     train.set_defaults(run=run)
 
@@ -39,11 +39,12 @@ def add_parser(methods: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 def run(args: argparse.Namespace) -> int:
     from transformers import set_seed
 
+    from pyquiet.any_subset.arguments import AnySubsetTrainingArguments
     from pyquiet.any_subset.trainer import AnySubsetTrainer
     from pyquiet.datasets import packed
 
     training.check_start(args)
-    settings = training_arguments(args)
+    settings = training.training_arguments(args, AnySubsetTrainingArguments, OPTIONS)
     texts, eval_texts = training.read_data(args)
     tokenizer = load_tokenizer("--tokenizer" if args.tokenizer else "--model", args.tokenizer or args.model)
     set_seed(settings.seed)  # a fresh model is random
@@ -55,14 +56,6 @@ def run(args: argparse.Namespace) -> int:
         processing_class=tokenizer,
     )
     return training.train(trainer, in_words)
-
-
-def training_arguments(args: argparse.Namespace) -> "AnySubsetTrainingArguments":
-    """The training arguments that the options say; ValueError names what transformers does not take."""
-    from pyquiet.any_subset.arguments import AnySubsetTrainingArguments
-
-    settings: AnySubsetTrainingArguments = training.training_arguments(args, AnySubsetTrainingArguments, OPTIONS)
-    return settings
 
 
 def in_words(step: int, logs: dict[str, float]) -> str:

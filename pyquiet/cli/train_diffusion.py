@@ -5,7 +5,7 @@ from typing import Any
 
 from pyquiet.cli import training
 from pyquiet.cli.loading import load_for_training, load_tokenizer
-from pyquiet.cli.options import Whole, add_tokenizer
+from pyquiet.cli.options import Number, Whole, add_tokenizer
 from pyquiet.cli.training import RATE, SEED, SHARE
 from pyquiet.diffusion.schedule import KINDS
 from pyquiet.diffusion.training import OBJECTIVES
@@ -14,7 +14,12 @@ NOISE: training.Options = {
     "--max-length": ("max_length", Whole(2), 256, "tokens of a text; longer ones are cut into several"),
     "--weight-decay": ("weight_decay", RATE, 1e-2, "of AdamW"),
     "--noise-schedule": ("noise_schedule", KINDS, "linear", "linear, cosine, cosine_squared or geometric"),
-    "--ema": ("ema_decay", SHARE, 0.999, "decay of the average of weights that is evaluated and saved; 0: none"),
+    "--ema": (
+        "ema_decay",
+        Number(0, 1, below=True),
+        0.999,
+        "decay of the average of weights that is evaluated and saved; 0: none",
+    ),
 }
 OPTIONS: training.Options = (
     training.SHARED

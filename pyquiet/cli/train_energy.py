@@ -44,9 +44,11 @@ def run(args: argparse.Namespace) -> int:
 
     settings = training.training_arguments(args, NCETrainingArguments, OPTIONS)
     check_known("--denoiser", args.denoiser)
+    if args.model:
+        check_known("--model", args.model)
     tokenizer = load_tokenizer("--denoiser", args.denoiser)
-    denoiser = start_denoiser(args, "--denoiser", tokenizer)
     train_dataset, eval_dataset = pieces(args, tokenizer, settings.max_length)
+    denoiser = start_denoiser(args, "--denoiser", tokenizer)
     set_seed(settings.seed)
     if args.model:
         energy = load_for_training("--model", args.model, NCEEnergy)

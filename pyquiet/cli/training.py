@@ -52,9 +52,9 @@ def add_method(
 def add_size(parser: argparse.ArgumentParser, *, heads: int, inner: int) -> "argparse._ArgumentGroup":
     """Adds the sizes of a fresh model, for `check_start`."""
     size = parser.add_argument_group("a fresh model")
-    size.add_argument("--layers", type=Whole(), default=4, help="one above the other")
-    size.add_argument("--width", type=Whole(), default=192, help="numbers of a position, a multiple of --heads")
-    size.add_argument("--heads", type=Whole(), default=heads, help="of attention")
+    size.add_argument("--layers", type=Whole(), default=4, help="number of layers")
+    size.add_argument("--width", type=Whole(), default=192, help="size of the hidden states, a multiple of --heads")
+    size.add_argument("--heads", type=Whole(), default=heads, help="attention heads")
     size.add_argument("--inner", type=Whole(), default=inner, help="width of the MLPs")
     return size
 

@@ -21,7 +21,7 @@ class NoiseArguments(SeededArguments):
         if not 0 < check_fraction("min_time", self.min_time) < 1:
             raise ValueError(f"min_time must be in (0, 1), got {self.min_time}")
         if check_fraction("ema_decay", self.ema_decay) == 1:
-            raise ValueError("ema_decay must be below 1, where the average would never move")
+            raise ValueError(f"ema_decay must be below 1, where the average would never move, got {self.ema_decay}")
         super().__post_init__()
 
 

@@ -130,7 +130,7 @@ def nll(
     seed: int | None = 0,
     sequence_ids: Tensor | None = None,
     energy_microbatch: int | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> NLL:
     """What texts cost: an estimate, by sampled noise, of a bound of -log p under the sampler's own law.
 

@@ -96,7 +96,7 @@ def diffuse(
     sequence_ids: Tensor | None = None,
     energy_microbatch: int | None = None,
     on_step: OnStep | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Diffusion:
     """Fill the masked positions of texts by masked diffusion, each step corrected by an energy where there is one.
 

@@ -75,8 +75,7 @@ def gain_by_decile(difficulty: Tensor, base_nll: Tensor, mixed_nll: Tensor, bins
     if not difficulty.shape == base_nll.shape == mixed_nll.shape == (n,) or n == 0:
         shapes = ", ".join(str(list(x.shape)) for x in (difficulty, base_nll, mixed_nll))
         raise ValueError(f"difficulty, base_nll and mixed_nll must be [n] with n >= 1, got {shapes}: select the tokens")
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
+    check_count("bins", bins, least=1)
     if difficulty.isnan().any():
         raise ValueError("difficulty holds NaN, which has no rank")
     base, mixed = base_nll.double(), mixed_nll.double()
@@ -134,7 +133,7 @@ def thinking_gains(
     model: "QuietStarForCausalLM",
     rows: Sequence[Sequence[int] | Tensor],
     *,
-    seed: int | None,
+    seed: int | None = 0,
     thoughts_per_token: int | None = None,
     opening: Sequence[int] = (),
     max_length: int | None = None,

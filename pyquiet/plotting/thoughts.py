@@ -4,6 +4,7 @@ import os
 
 from transformers import PreTrainedTokenizerBase
 
+from pyquiet.checks import check_count
 from pyquiet.evaluation.difficulty import Difficulty, TokenGains
 from pyquiet.plotting.page import Section, View, shown, span, write_page
 from pyquiet.plotting.pieces import token_pieces
@@ -45,8 +46,7 @@ def write_thoughts_page(
     Raises:
         ValueError: limit < 1. OSError: the file cannot be written.
     """
-    if limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}")
+    check_count("limit", limit, least=1)
     tokens, total = _Shown(gains, tokenizer, limit), len(gains.token)
     counted = f"{total} tokens" if limit >= total else f"The first {limit} of {total} tokens (the limit can be raised)"
     views = (

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field, fields
 
-from pyquiet.checks import check_count
+from pyquiet.checks import check_count, check_weight
 from pyquiet.quiet_star.objective import Baseline, QuietStarObjective, Reduction
 from pyquiet.trainers import SeededArguments
 
@@ -70,9 +70,8 @@ class QuietStarTrainingArguments(SeededArguments):
     def __post_init__(self) -> None:
         _ = self.objective
         for name in ("head_learning_rate", "meta_learning_rate"):
-            rate = getattr(self, name)
-            if rate is not None and not 0 <= rate < math.inf:
-                raise ValueError(f"{name} must be a finite number of at least 0, got {rate}")
+            if (rate := getattr(self, name)) is not None:
+                check_weight(name, rate)
         if isinstance(self.curriculum, str):
             raise TypeError(f"curriculum must be a list of stages, got the string {self.curriculum!r}")
         if stages := self.stages:

@@ -7,7 +7,6 @@ Letters: B batch, T text positions, C = T - 1 positions with a next token, R of 
 """
 
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pyquiet.checks import check_word
+from pyquiet.checks import check_weight, check_word
 from pyquiet.heads import embedding_table, finish_logits, head_weight, log_prob
 from pyquiet.quiet_star.adapters import unwrapped
 from pyquiet.quiet_star.inputs import check_inputs, check_labels, check_no_nan, check_positions
@@ -203,9 +202,8 @@ def _check_texts(
 def check_objective(ntp_objective: str, policy_weight: float, nll_weight: float) -> None:
     """Raises ValueError unless the objective is one of the four and the weights are finite and not negative."""
     check_word("ntp_objective", ntp_objective, NtpObjective)
-    for name, weight in (("policy_weight", policy_weight), ("nll_weight", nll_weight)):
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")
+    check_weight("policy_weight", policy_weight)
+    check_weight("nll_weight", nll_weight)
 
 
 # -- the student

@@ -57,7 +57,8 @@ def check_positions(positions: Tensor | None, input_ids: Tensor) -> Tensor:
     if positions.ndim not in (1, 2) or positions.shape[:-1] not in ((), (B,)) or not positions.numel():
         raise ValueError(f"positions must be [K] or [{B}, K] with K of at least 1, got {list(positions.shape)}")
     if (positions < 0).any() or (positions >= T).any():
-        raise ValueError(f"positions must lie in 0..{T - 1}, the columns of input_ids")
+        found = f"{positions.min()}..{positions.max()}"
+        raise ValueError(f"positions must lie in 0..{T - 1}, the columns of input_ids, got {found}")
     return positions.expand(B, -1)
 
 

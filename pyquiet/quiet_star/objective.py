@@ -3,14 +3,13 @@
 Letters: B batch, C = T - 1 positions with a next token, N thoughts, m thought tokens, A predicted tokens.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pyquiet.checks import check_count, check_word
+from pyquiet.checks import check_count, check_positive, check_weight, check_word
 from pyquiet.datasets import IGNORED
 from pyquiet.quiet_star.inputs import check_no_nan, real_tokens
 
@@ -67,10 +66,8 @@ class QuietStarObjective:
         check_count("thoughts_per_token", self.thoughts_per_token, least=1)
         check_count("lookahead", self.lookahead, least=1)
         for name in ("base_weight", "mixed_weight", "policy_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}")
-        if not 0 < self.policy_temperature < math.inf:
-            raise ValueError(f"policy_temperature must be positive, got {self.policy_temperature}")
+            check_weight(name, getattr(self, name))
+        check_positive("policy_temperature", self.policy_temperature)
         check_word("baseline", self.baseline, Baseline)
         check_word("over_steps", self.over_steps, Reduction)
 

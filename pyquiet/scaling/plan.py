@@ -1,10 +1,10 @@
 """The settings of a run, as plain values that a journal can keep."""
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pyquiet.checks import check_count, check_number, check_word
+from pyquiet.randomness import check_temperature
 
 OnTakeover = Literal["continue", "replace", "resample"]
 OnScoreFailure = Literal["takeover", "accept", "fail"]
@@ -51,10 +51,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_count("tokens", self.tokens, least=1)
-        check_number("temperature", self.temperature)
+        check_temperature("temperature", self.temperature)
         check_number("top_p", self.top_p)
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k is not None:

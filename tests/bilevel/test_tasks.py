@@ -81,7 +81,7 @@ def test_labels_that_are_none_are_told() -> None:
         WeightedLogistic(X, y, V.numpy(), right, temperatures=torch.ones(2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"temperatures must be above 0, got \[0\.0, 1\.0"):
         WeightedLogistic(X, y, V, right, temperatures=torch.arange(2.0))
-    with pytest.raises(ValueError, match="l2 must be above 0, got 0"):
+    with pytest.raises(ValueError, match="l2 must be a finite number above 0, got 0"):
         WeightedLogistic(X, y, V, right, temperatures=torch.ones(2), l2=0)
 
 
@@ -130,7 +130,7 @@ def test_rankings_that_do_not_fit_are_told() -> None:
         TopKNDCG(features, relevance, K=5)
     with pytest.raises(TypeError, match="relevance must be a tensor, got ndarray"):
         TopKNDCG(features, relevance.numpy(), K=2)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"smoothing must be above 0, got 0\.0"):
+    with pytest.raises(ValueError, match=r"smoothing must be a finite number above 0, got 0\.0"):
         TopKNDCG(features, relevance, K=2, smoothing=0.0)
 
 

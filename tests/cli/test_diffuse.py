@@ -204,6 +204,7 @@ def test_the_embedded_models_are_the_default(capsys):
     assert main([*arguments, "--model", "tiny-denoiser", "--energy", "tiny-causal"]) == 0
     assert json.loads(capsys.readouterr().out)["samples"] == report["samples"]
     assert (report["model"], report["energy"]) == ("tiny-denoiser", "ar")
+    assert report["environment"]["models"]["energy"]["fingerprint"] == fingerprint(pyquiet.load("tiny-causal")[0])
     assert report["samples"][0]["text"].startswith("Once upon a time there was a")
     assert report["samples"][0]["energy_passes"] > 0
 

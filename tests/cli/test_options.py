@@ -128,6 +128,8 @@ def test_numbers_out_of_range_are_told_alike_while_reading_the_line() -> None:
         (Number(0, open=True), "0", "must be above 0, got 0"),
         (Number(0, 1), "1.1", "must be in [0, 1], got 1.1"),
         (Number(0, 1, open=True), "0", "must be in (0, 1], got 0"),
+        (Number(0, 1, below=True), "1", "must be in [0, 1), got 1"),
+        (Number(0, 1, open=True, below=True), "0", "must be in (0, 1), got 0"),
         (Number(), "inf", "must be finite, got inf"),
         (Temperature(), "1e-38", "must be 0 (greedy) or in [1e-37, 1e37], got 1e-38"),
     ],

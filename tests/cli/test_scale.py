@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from pyquiet.cli import main, scale, scale_models
+from pyquiet.environment import fingerprint
 from pyquiet.scaling import Retry, read_journal
 from pyquiet.scaling.backends.base import TransientError
 from pyquiet.scaling.backends.huggingface import HFBackend
+from pyquiet.zoo import load
 
 from .one_line import error_line
 
@@ -23,6 +25,8 @@ def test_the_embedded_pair_answers_embedded_questions(tmp_path: Path, capsys: py
     journal = str(tmp_path / "run.jsonl")
     assert main(["scale", *SMALL, "--journal", journal, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
+    assert shown["environment"]["models"]["draft"]["fingerprint"] == fingerprint(load("tiny-draft")[0])
+    assert "target" in shown["environment"]["models"]
     assert list(shown["answers"]) == ["questions-000", "questions-001"]
     assert shown["bank"].startswith("the one that came with the pair")
     guaranteed = {int(turn): told["guaranteed"] for turn, told in shown["guaranteed"].items()}
@@ -193,7 +197,7 @@ def test_a_bank_that_grows_promises_what_comes_before_it_is_warm(capsys: pytest.
     ("options", "words"),
     [
         (["--slots", "1,2"], "--slots must be three numbers"),
-        (["--takeover-rate", "2"], "--takeover-rate must be in [0, 1], got 2"),
+        (["--takeover-rate", "2"], "--takeover-rate must be in (0, 1), got 2"),
         (["--questions", "missing.jsonl"], "missing.jsonl"),
         (["--draft-tokenizer", "tiny-draft"], "--draft-tokenizer is for servers; tiny-draft brings its own"),
         (

@@ -45,7 +45,9 @@ class PyquietLM(TemplateLM):
             lose their beginning; `loglikelihood_rolling` reads them in windows.
         max_gen_toks: new tokens of a task that does not say how many.
         prefix_token_id: what stands before a text without a context; None is BOS, or else EOS.
-        device: None is a GPU where there is one. dtype: as `from_pretrained` takes it; not for embedded models.
+        device: None is a GPU where there is one. dtype: as `from_pretrained` takes it; "auto" and None
+            leave an embedded model in float32.
+        max_batch_size: the harness gives it; not used, since no batch size is found by trying.
 
     Raises:
         ValueError: an argument is out of range, or thoughts are asked of a plain model.
@@ -254,6 +256,8 @@ def _load(
         return pretrained, tokenizer
     if pretrained in available():
         model, words = load(pretrained)
+        if dtype not in (None, "auto"):
+            model = model.to(getattr(torch, str(dtype).removeprefix("torch.")))
     else:
         model = AutoModelForCausalLM.from_pretrained(pretrained, **({} if dtype is None else {"dtype": dtype}))
         words = None
