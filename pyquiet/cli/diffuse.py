@@ -48,6 +48,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--steps", type=options.Whole(), default=64, help=words)
     parser.add_argument("--sampler", choices=SAMPLERS, default="schedule_first", help=SAMPLER_HELP)
     parser.add_argument("--context", type=options.Whole(), help="tokens that semi_autoregressive sees at once")
+    words = "open the N surest tokens of a text in each step, in place of --steps; no longer by the law of diffusion"
+    parser.add_argument("--by-confidence", type=options.Whole(), help=words)
     add_law(parser, temperature=0.5)
     add_json(parser)
     prompts.add_prompts(parser, given, ["prompt", "text"])
@@ -92,15 +94,17 @@ def law(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
+    from pyquiet.diffusion.hooks import by_confidence
     from pyquiet.diffusion.sampling import diffuse
     from pyquiet.gaps import Codec
 
     check_json(args)
     prompts.check(args)
-    _check_windows(args)
+    _check_sampler(args)
     _settle_lengths(args)
     device = options.usable_device(args.device)
     how = law(args) | {"steps": args.steps, "sampler": args.sampler, "context": args.context}
+    how["order"] = None if args.by_confidence is None else by_confidence(args.by_confidence)
     if args.prompts is not None:
         return _run_many(args, how, device)
     field = "prompt" if args.text is None else "text"
@@ -130,8 +134,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_windows(args: argparse.Namespace) -> None:
-    """ValueError for windows without their sampler, or it without them."""
+def _check_sampler(args: argparse.Namespace) -> None:
+    """ValueError for windows without their sampler, or it without them, and for an order beside a sampler."""
+    if args.by_confidence is not None and args.sampler != "schedule_first":
+        raise ValueError(
+            f"--by-confidence decides what opens, and so does --sampler {args.sampler}: leave one of them out"
+        )
     if args.sampler != "semi_autoregressive":
         options.check_needed(args, "--sampler semi_autoregressive", "context")
     elif args.context is None:

@@ -18,6 +18,7 @@ from transformers import AutoModelForMaskedLM
 
 import pyquiet
 from pyquiet.datasets import read_dataset
+from pyquiet.diffusion import by_confidence
 from pyquiet.zoo import held_out
 
 PROMPT_WORDS, TOKENS, STEPS, CANDIDATES = 8, 40, 40, 8
@@ -66,14 +67,15 @@ def main() -> None:
     tokenizer = pyquiet.load("tiny-denoiser")[1]
     denoiser = pyquiet.MaskedDenoiser(AutoModelForMaskedLM.from_pretrained(args.denoiser, dtype=torch.float32).eval())
     energy = pyquiet.AREnergy(causal, bos_id=tokenizer.bos_token_id)
-    for temperature in TEMPERATURES:
-        texts = []
-        for number, prompt in enumerate(ids):
-            full = torch.cat([prompt, torch.full((1, TOKENS), tokenizer.mask_token_id)], 1)
-            law = {"temperature": temperature, "candidates": CANDIDATES, "seed": number}
-            out = pyquiet.diffuse(denoiser, energy, input_ids=full, steps=STEPS, **law)
-            texts.append(whole_words(tokenizer.decode(out.tokens[0, prompt.shape[1] :], skip_special_tokens=True)))
-        print(f"| tiny-denoiser | {temperature} | {share_unknown(texts, known)} |")
+    for name, order in (("tiny-denoiser", None), ("tiny-denoiser, the surest token first", by_confidence(1))):
+        for temperature in TEMPERATURES:
+            texts = []
+            for number, prompt in enumerate(ids):
+                full = torch.cat([prompt, torch.full((1, TOKENS), tokenizer.mask_token_id)], 1)
+                law = {"temperature": temperature, "candidates": CANDIDATES, "seed": number, "order": order}
+                out = pyquiet.diffuse(denoiser, energy, input_ids=full, steps=STEPS, **law)
+                texts.append(whole_words(tokenizer.decode(out.tokens[0, prompt.shape[1] :], skip_special_tokens=True)))
+            print(f"| {name} | {temperature} | {share_unknown(texts, known)} |")
 
 
 if __name__ == "__main__":

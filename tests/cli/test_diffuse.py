@@ -9,6 +9,7 @@ import torch
 import pyquiet
 from pyquiet.cli import main
 from pyquiet.diffusion import AREnergy, MaskedDenoiser, NCEEnergy, backbone
+from pyquiet.diffusion.hooks import by_confidence
 from pyquiet.diffusion.sampling import diffuse
 from pyquiet.environment import fingerprint
 from pyquiet.evaluation import diffusion_table
@@ -109,6 +110,14 @@ def test_a_prompt_is_continued_by_every_option(folder, models, capsys):
         f"8 tokens, {calls} denoiser calls, {passes} energy passes, depth {int(out.depth)} (passes that wait for one "
         f"another), ESS {float(out.ess):.2f} (that many of 5 candidates count), "
     )
+
+
+def test_the_surest_tokens_may_open_first(folder, models, capsys):
+    assert run(folder, "--length", "9", "--by-confidence", "4") == 0
+    text = capsys.readouterr().out.split("\n")[0]
+    (parts,), out = expected(models, ["", ""], [9], order=by_confidence(4))
+    assert text == text_of(parts)
+    assert int(out.denoiser_calls) == 3
 
 
 def test_gaps_are_filled_and_samples_differ_as_json(folder, models, capsys):
@@ -233,6 +242,11 @@ def test_the_embedded_models_are_the_default(capsys):
         (["--window", "2"], "--window must be in [0, 1], got 2"),
         (["--energy-temperature", "0"], "--energy-temperature must be above 0, got 0"),
         (["--ess-target", "0.5"], "--ess-target must be at least 1, got 0.5"),
+        (["--by-confidence", "0"], "--by-confidence must be at least 1, got 0"),
+        (
+            ["--by-confidence", "2", "--sampler", "cached"],
+            "--by-confidence decides what opens, and so does --sampler cached",
+        ),
         (["--sampler", "best"], "--sampler must be one of schedule_first, "),
         (["--temperature", "-1"], "--temperature"),
         (["--top-p", "0"], "--top-p"),
