@@ -110,7 +110,7 @@ def test_the_stated_bound_is_reproduced(loaded, texts):
     (expected,) = stated("tiny-denoiser", r"NELBO \*\*([\d.]+)\*\*")
     found, error = quality.bound(denoiser, texts[::8], draws=1)
     assert abs(found - expected) < 3 * error
-    assert error < 0.13
+    assert error < 0.16
     rate, tokens = quality.masked_nll(denoiser, texts[::8], 0.5)
     (half,) = stated("tiny-denoiser", r"^\| 50% \| \d+ \| ([\d.]+) \|")
     assert rate == pytest.approx(half, rel=0.03)
