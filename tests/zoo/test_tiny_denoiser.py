@@ -141,3 +141,10 @@ def test_the_stated_judgement_is_reproduced(loaded, texts, time, band):
     assert found[:, 0].mean() < found[:, 1:].mean() - 1
     assert quality.share_right(found) == pytest.approx(right / 100, abs=band)
     assert quality.area_under_curve(found) == pytest.approx(area, abs=band)
+
+
+def test_words_that_are_none_are_counted(recipe):
+    import words
+
+    assert words.share_unknown(["The cat sat.", "A zyx."], {"the", "cat", "sat", "a"}) == "20.0% +- 24.0% | 5"
+    assert words.whole_words("ing of the wor") == " of the "
