@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from dataclasses import dataclass
+from itertools import accumulate, zip_longest
+from operator import mul
 from statistics import median
 
 import torch
@@ -45,8 +47,9 @@ class CostModel:
     def __init__(self, bonus: bool = True) -> None:
         self.bonus = bonus  # of ASSD
         self.seconds: defaultdict[Plan, deque[float]] = defaultdict(lambda: deque(maxlen=_WINDOW))
-        self.tried = torch.zeros(0, dtype=torch.float64)
-        self.kept = torch.zeros(0, dtype=torch.float64)
+        # By a draft's number. No tensors: all plans are judged every round, which itself may take but a millisecond.
+        self.tried: list[float] = []
+        self.kept: list[float] = []
         self.elapsed = self.lost = 0.0
         self._turn = 0
 
@@ -88,7 +91,7 @@ class CostModel:
         if plan == SEQUENTIAL:
             return 1.0
         drafts = plan.k - 1 - (not self.bonus) if plan.kind == "assd" else plan.k
-        together = self._acceptance(drafts).cumprod(0).sum().item()
+        together: float = sum(accumulate(self._acceptance(drafts), mul))
         return (2.0 if plan.kind == "assd" else 1.0) + together
 
     def _loss(self, plan: Plan) -> float:
@@ -96,18 +99,17 @@ class CostModel:
         step, seen = median(self.seconds[SEQUENTIAL]), self.seconds[plan]
         return (median(seen) if seen else (_FIRST_PRICE + plan.k) * step) - self.tokens(plan) * step
 
-    def _acceptance(self, drafts: int) -> Tensor:
-        missing = drafts - len(self.tried)
-        tried, kept = (torch.nn.functional.pad(x, (0, max(0, missing)))[:drafts] for x in (self.tried, self.kept))
-        return (kept + 1) / (tried + 2)
+    def _acceptance(self, drafts: int) -> list[float]:
+        seen = [(kept + 1) / (tried + 2) for kept, tried in zip(self.kept[:drafts], self.tried[:drafts], strict=True)]
+        return seen + [0.5] * (drafts - len(seen))
 
     def _count(self, tried: Tensor, kept: Tensor, first: int) -> None:
         """The first of ASSD's drafts, which is exact, says nothing."""
-        reached, stood = (counts[first:].double() for counts in by_number(tried, kept))
-        grow = max(0, len(reached) - len(self.tried))
-        self.tried, self.kept = (torch.nn.functional.pad(_FORGET * x, (0, grow)) for x in (self.tried, self.kept))
-        self.tried[: len(reached)] += reached
-        self.kept[: len(reached)] += stood
+        reached, stood = (counts[first:].tolist() for counts in by_number(tried, kept))
+        self.tried, self.kept = (
+            [_FORGET * old + new for old, new in zip_longest(known, more, fillvalue=0)]
+            for known, more in ((self.tried, reached), (self.kept, stood))
+        )
 
 
 def by_number(tried: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
