@@ -1,15 +1,12 @@
 """`pyquiet train any-subset`: teach a model to fill in any part of a text."""
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pyquiet.cli import training
 from pyquiet.cli.loading import load_for_training, load_tokenizer
 from pyquiet.cli.options import Whole, add_tokenizer
 from pyquiet.cli.training import RATE, SEED, SHARE
-
-if TYPE_CHECKING:
-    pass
 
 OPTIONS: training.Options = training.SHARED | {
     "--max-length": ("max_length", Whole(2), 256, "tokens of a text; documents are packed to it"),
