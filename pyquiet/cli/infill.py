@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 EXAMPLE = (
-    "One morning three friends set out. Emma went to the garden. Emma took the ___1___. Tom went to the ___1___. The "
-    "hat was now in the garden. The letter was now with Emma."
+    "It was a long day. Joe had two books. Joe ___1___ three. Then Joe had ___1___ books. Joe lost one. Then Joe had "
+    "four books."
 )
 
 

@@ -213,7 +213,7 @@ def test_a_text_is_the_options_or_standard_input_and_on_a_terminal_an_example(mo
 def test_an_example_shows_what_the_embedded_models_can(monkeypatch, capsys, command) -> None:
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     assert main([command]) == 0
-    assert {"think": "three times, came to Emma", "infill": "Emma took the [letter]"}[
+    assert {"think": "three times, came to Emma", "infill": "Then Joe had [five] books"}[
         command
     ] in capsys.readouterr().out
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, XLNetLMHeadModel
 
-from pyquiet import load
+from pyquiet import AnySubsetTrainingArguments, load
 from pyquiet.cli import main
-from pyquiet.cli.train_any_subset import OPTIONS, training_arguments
+from pyquiet.cli.train_any_subset import OPTIONS
+from pyquiet.cli.training import training_arguments
 
 from .one_line import error_line
 
@@ -107,7 +108,12 @@ def test_a_fresh_model_needs_a_tokenizer(text, tmp_path, capsys):
 
 def test_options_reach_the_arguments(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("pyquiet.cli.train_any_subset.run", lambda args: seen.append(training_arguments(args)) or 0)
+
+    def run(args):
+        seen.append(training_arguments(args, AnySubsetTrainingArguments, OPTIONS))
+        return 0
+
+    monkeypatch.setattr("pyquiet.cli.train_any_subset.run", run)
     words = [
         "--draft-weight",
         "0.25",

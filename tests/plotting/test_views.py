@@ -54,7 +54,7 @@ def test_what_earlier_rounds_filled_in_is_told_from_what_was_given(infilled):
 
 def test_the_refused_draft_is_struck_out(infilled):
     out, tokenizer = infilled
-    struck = re.findall("<del>(.*?)</del>", infilling_view(out, tokenizer).markup)
+    struck = re.findall("<del>(.*?)</del>", infilling_view(out, tokenizer).markup, re.DOTALL)
     refused = out.refused[out.refused >= 0].tolist()
     assert refused
     assert sorted(map(unescape, struck)) == sorted(tokenizer.decode([token]) for token in refused)
