@@ -1,5 +1,7 @@
 """ASSD: gaps filled several tokens at a time, by exactly the law of one at a time."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,10 +24,11 @@ def show(seed: int, progress: bool) -> Scene:
     ids = _openings(tokenizer)
     mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < _MASKED
     mask[:, 0] = False  # what opens a text
-    out = {
-        method: pyquiet.infill(model, ids, mask=mask, method=method, k=k, coupling="gumbel", seed=seed)
-        for method, k in _METHODS.items()
-    }
+    with _one_thread():
+        out = {
+            method: pyquiet.infill(model, ids, mask=mask, method=method, k=k, coupling="gumbel", seed=seed)
+            for method, k in _METHODS.items()
+        }
     missing = int(mask.sum())
     calls = {method: int(sum(x.sum() for x in one.calls.values())) / missing for method, one in out.items()}
     seconds = {method: one.seconds for method, one in out.items()}
@@ -56,6 +59,17 @@ def show(seed: int, progress: bool) -> Scene:
         draw,
         ("tiny-any-subset",),
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Several threads gain nothing in calls of a millisecond, and wait for each other where other programs run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _openings(tokenizer: PreTrainedTokenizerBase) -> Tensor:

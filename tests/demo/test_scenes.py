@@ -66,6 +66,18 @@ def test_infilling_tells_calls_and_sameness_as_they_are(monkeypatch):
     assert "NOT the same" in other.found
 
 
+def test_infilling_takes_one_thread_and_gives_the_others_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError), infilling._one_thread():
+            inside = torch.get_num_threads()
+            raise KeyError
+        assert (inside, torch.get_num_threads()) == (1, 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_gain_is_said_to_be_chance_below_two_errors():
     assert lower(Estimate(0.5, 0.2)) == "0.500 +- 0.200 lower"
     assert lower(Estimate(-0.5, 0.2)) == "0.500 +- 0.200 higher"
