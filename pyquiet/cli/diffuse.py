@@ -44,8 +44,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help=f"none, ar ({CAUSAL}), tiny-energy, or the folder of a causal LM or a trained energy (default: ar for "
         f"{DENOISER}, none for others)",
     )
-    words = "from blanks to the whole text; fewer are quicker, more write better"
-    parser.add_argument("--steps", type=options.Whole(), default=64, help=words)
+    words = f"from blanks to the whole text; fewer are quicker, more write better (default: {STEPS})"
+    parser.add_argument("--steps", type=options.Whole(), help=words)
     parser.add_argument("--sampler", choices=SAMPLERS, default="schedule_first", help=SAMPLER_HELP)
     parser.add_argument("--context", type=options.Whole(), help="tokens that semi_autoregressive sees at once")
     words = "open the N surest tokens of a text in each step, in place of --steps; no longer by the law of diffusion"
@@ -56,6 +56,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.set_defaults(run=run)
 
 
+STEPS = 64
 SAMPLER_HELP = (
     "in which order the tokens open; first_hitting has no use for --steps, semi_autoregressive is for longer texts "
     "than the model sees at once"
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     _check_sampler(args)
     _settle_lengths(args)
     device = options.usable_device(args.device)
-    how = law(args) | {"steps": args.steps, "sampler": args.sampler, "context": args.context}
+    how = law(args) | {"steps": args.steps or STEPS, "sampler": args.sampler, "context": args.context}
     how["order"] = None if args.by_confidence is None else by_confidence(args.by_confidence)
     if args.prompts is not None:
         return _run_many(args, how, device)
@@ -135,11 +136,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_sampler(args: argparse.Namespace) -> None:
-    """ValueError for windows without their sampler, or it without them, and for an order beside a sampler."""
-    if args.by_confidence is not None and args.sampler != "schedule_first":
-        raise ValueError(
-            f"--by-confidence decides what opens, and so does --sampler {args.sampler}: leave one of them out"
-        )
+    """ValueError for windows without their sampler, or it without them, and for an order beside a sampler or steps.
+
+    Puts the default where no steps are given and some are taken.
+    """
+    if args.by_confidence is None:
+        args.steps = args.steps or STEPS
+    elif args.steps is not None or args.sampler != "schedule_first":
+        other = f"--sampler {args.sampler}" if args.steps is None else "--steps"
+        raise ValueError(f"--by-confidence decides what opens in a step, and so does {other}: leave one of them out")
     if args.sampler != "semi_autoregressive":
         options.check_needed(args, "--sampler semi_autoregressive", "context")
     elif args.context is None:

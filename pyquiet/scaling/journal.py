@@ -242,6 +242,11 @@ def _check_header(path: Path, found: Any, given: Any, field: str = "") -> None:
     elif isinstance(found, list) and isinstance(given, list) and len(found) == len(given):
         for i, pair in enumerate(zip(found, given, strict=True)):
             _check_header(path, *pair, f"{field}[{i}]")
+    elif isinstance(found, list) and isinstance(given, list):
+        raise ValueError(
+            f"{path} was begun with {len(found)} {field}, and now there are {len(given)}; "
+            "resume with what it was begun with, or name another file"
+        )
     elif found != given:
         was, now = ("missing" if value is _MISSING else _encode(value)[:200] for value in (found, given))
         raise ValueError(

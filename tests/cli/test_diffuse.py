@@ -245,7 +245,11 @@ def test_the_embedded_models_are_the_default(capsys):
         (["--by-confidence", "0"], "--by-confidence must be at least 1, got 0"),
         (
             ["--by-confidence", "2", "--sampler", "cached"],
-            "--by-confidence decides what opens, and so does --sampler cached",
+            "--by-confidence decides what opens in a step, and so does --sampler cached",
+        ),
+        (
+            ["--by-confidence", "2", "--steps", "64"],
+            "--by-confidence decides what opens in a step, and so does --steps",
         ),
         (["--sampler", "best"], "--sampler must be one of schedule_first, "),
         (["--temperature", "-1"], "--temperature"),

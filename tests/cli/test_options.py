@@ -223,7 +223,7 @@ def test_an_example_shows_what_the_embedded_models_can(monkeypatch, capsys, comm
     [
         ("think", QuietStarForCausalLM.generate, set()),
         ("infill", pyquiet.infill, set()),
-        ("diffuse", pyquiet.diffuse, {"temperature"}),  # a text to read
+        ("diffuse", pyquiet.diffuse, {"temperature", "steps"}),  # a text to read; the help tells them
         ("evaluate thoughts", evaluation.thinking_gains, set()),
         ("evaluate answers", evaluation.direct_answers, {"think"}),
         ("evaluate answers", evaluation.majority_vote, {"think", "limit"}),
