@@ -21,14 +21,17 @@ SUPPORTED = {
 
 
 def environment_record(
-    command: str, arguments: Mapping[str, Any], models: Mapping[str, nn.Module] | None = None
+    command: str, arguments: Mapping[str, Any], models: Mapping[str, nn.Module | None] | None = None
 ) -> dict[str, Any]:
-    """What a report came from, as JSON values: `examine`, the time (UTC), the command, and `describe` of its models."""
+    """What a report came from, as JSON values: `examine`, the time (UTC), the command, and `describe` of its models.
+
+    A model that is None is left out.
+    """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "arguments": dict(arguments),
-        "models": {name: describe(model) for name, model in (models or {}).items()},
+        "models": {name: describe(model) for name, model in (models or {}).items() if model is not None},
         **examine(),
     }
 

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     check_json(args)
     prompts.check(args)
     _check_sampler(args)
-    _settle_lengths(args)
+    _settle_numbers(args)
     device = options.usable_device(args.device)
     how = law(args) | {"steps": args.steps or STEPS, "sampler": args.sampler, "context": args.context}
     how["order"] = None if args.by_confidence is None else by_confidence(args.by_confidence)
@@ -130,19 +130,13 @@ def run(args: argparse.Namespace) -> int:
     samples = [codec.parts(row, given.tolist()) for row in out.tokens.tolist()]
     report = {"model": args.model, "energy": _energy(args), "seed": args.seed, "tokens": sum(lengths)}
     report |= {"samples": _report(samples, out), "seconds": out.seconds}
-    models = {"model": denoiser} | ({} if energy is None else {"energy": network(energy)})
-    give(args, report, _in_words(samples, out), models)
+    give(args, report, _in_words(samples, out), {"model": denoiser, "energy": network(energy)})
     return 0
 
 
 def _check_sampler(args: argparse.Namespace) -> None:
-    """ValueError for windows without their sampler, or it without them, and for an order beside a sampler or steps.
-
-    Puts the default where no steps are given and some are taken.
-    """
-    if args.by_confidence is None:
-        args.steps = args.steps or STEPS
-    elif args.steps is not None or args.sampler != "schedule_first":
+    """ValueError for windows without their sampler, or it without them, and for an order beside a sampler or steps."""
+    if args.by_confidence is not None and (args.steps is not None or args.sampler != "schedule_first"):
         other = f"--sampler {args.sampler}" if args.steps is None else "--steps"
         raise ValueError(f"--by-confidence decides what opens in a step, and so does {other}: leave one of them out")
     if args.sampler != "semi_autoregressive":
@@ -151,13 +145,15 @@ def _check_sampler(args: argparse.Namespace) -> None:
         raise ValueError("--sampler semi_autoregressive needs --context, the tokens that the model sees at once")
 
 
-def _settle_lengths(args: argparse.Namespace) -> None:
-    """Puts defaults where no lengths are given; ValueError for a length that the text to write has no use for."""
+def _settle_numbers(args: argparse.Namespace) -> None:
+    """Puts defaults where no lengths and steps are given; ValueError for a length that the text has no use for."""
     if args.text is not None and args.length is not None:
         raise ValueError("--length has no use with --text, whose gaps say how long they are: ___3___, or --gap-tokens")
     if args.text is None and args.prompts is None:
         options.check_needed(args, "--text or --prompts", "gap_tokens")
     args.length, args.gap_tokens = args.length or 64, args.gap_tokens or 3
+    if args.by_confidence is None:
+        args.steps = args.steps or STEPS
 
 
 def _in_words(samples: "list[list[tuple[str, bool]]]", out: "Diffusion") -> str:

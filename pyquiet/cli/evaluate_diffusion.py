@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     matched = table.matched(args.match)
     about = {"model": args.model, "text": args.text, "judge": args.judge, **law(args)}
     words = f"{args.num_samples} texts of {args.length} tokens; judge {args.judge}; means +- standard errors"
-    models = {f"energy {name}": network(energy) for name, energy in energies.items() if energy is not None}
+    models = {f"energy {name}": network(energy) for name, energy in energies.items()}
     models |= {"model": denoiser, "judge": judge}
     give(args, {**about, **table.to_dict(), "matched": matched.to_dict()}, f"{words}\n{table}\n\n{matched}", models)
     if args.plot:

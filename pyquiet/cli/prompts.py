@@ -94,7 +94,7 @@ def answer(
         report = {"output": args.output, "prompts": len(prompts[0]), **cost}
         answered = f"{len(prompts[0])} prompt{'s' if len(prompts[0]) != 1 else ''} answered in {args.output}"
         words = f"{answered}: {in_words(cost)}, all processes together"
-        give(args, report, words, {"model": model} | ({} if energy is None else {"energy": energy}))
+        give(args, report, words, {"model": model, "energy": energy})
     return 0
 
 

@@ -41,7 +41,10 @@ def told_parts(parts: Iterable[tuple[str, bool]]) -> list[dict[str, Any]]:
 
 
 def give(
-    args: argparse.Namespace, report: Mapping[str, Any], words: str, models: Mapping[str, nn.Module] | None = None
+    args: argparse.Namespace,
+    report: Mapping[str, Any],
+    words: str,
+    models: Mapping[str, nn.Module | None] | None = None,
 ) -> None:
     """`show` of a report, with the environment and these models described in it."""
     show(args, None if args.json is None else {**report, "environment": environment(args, models)}, words)
@@ -59,7 +62,7 @@ def show(args: argparse.Namespace, document: Mapping[str, Any] | None, words: st
     print(words)
 
 
-def environment(args: argparse.Namespace, models: Mapping[str, nn.Module] | None = None) -> dict[str, Any]:
+def environment(args: argparse.Namespace, models: Mapping[str, nn.Module | None] | None = None) -> dict[str, Any]:
     """`environment_record` of a command whose parser set `command` to its name."""
     arguments = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
     return environment_record(args.command, arguments, models)

@@ -209,8 +209,7 @@ def _run(args: argparse.Namespace) -> int:
     report = result.report
     guaranteed = {turn: {"guaranteed": sure, "why": why} for turn, (sure, why) in result.guaranteed.items()}
     shown = {"answers": result.answers, "bank": bank, "guaranteed": guaranteed, "report": report.to_dict()}
-    here = {role: getattr(getattr(atts, role), "model", None) for role in ("draft", "target")}  # none of a server
-    models = {role: network for role, network in here.items() if network is not None}
+    models = {role: getattr(getattr(atts, role), "model", None) for role in ("draft", "target")}  # None: of a server
     give(args, shown | {"finished": result.finished}, _in_words(result, bank), models)
     return _status(result, args.journal)
 

@@ -242,14 +242,10 @@ def _check_header(path: Path, found: Any, given: Any, field: str = "") -> None:
     elif isinstance(found, list) and isinstance(given, list) and len(found) == len(given):
         for i, pair in enumerate(zip(found, given, strict=True)):
             _check_header(path, *pair, f"{field}[{i}]")
-    elif isinstance(found, list) and isinstance(given, list):
-        raise ValueError(
-            f"{path} was begun with {len(found)} {field}, and now there are {len(given)}; "
-            "resume with what it was begun with, or name another file"
-        )
     elif found != given:
-        was, now = ("missing" if value is _MISSING else _encode(value)[:200] for value in (found, given))
-        raise ValueError(
-            f"{path} was begun with another {field}: it was {was} and is now {now}; "
-            "resume with what it was begun with, or name another file"
-        )
+        if isinstance(found, list) and isinstance(given, list):
+            words = f"{len(found)} {field}, and now there are {len(given)}"
+        else:
+            was, now = ("missing" if value is _MISSING else _encode(value)[:200] for value in (found, given))
+            words = f"another {field}: it was {was} and is now {now}"
+        raise ValueError(f"{path} was begun with {words}; resume with what it was begun with, or name another file")

@@ -291,6 +291,15 @@ def test_the_table(folder, models, capsys):
     assert (report["judge"], report["candidates"], report["texts"]) == ("tiny-causal", 3, 2)
 
 
+def test_energies_of_the_table_compute_in_the_dtype_too(folder, capsys):
+    few = ["--energy", "none", "ar", "--steps", "1", "--length", "10", "--num-samples", "2", "--dtype", "float64"]
+    assert evaluate(folder, *few, "--json") == 0
+    described = json.loads(capsys.readouterr().out)["environment"]["models"]
+    assert {name: described[name]["dtype"] for name in ("model", "energy ar")} == dict.fromkeys(
+        ("model", "energy ar"), "float64"
+    )
+
+
 def test_the_printed_table_and_the_figure(folder, capsys):
     pytest.importorskip("matplotlib")
     plot = folder / "table.png"

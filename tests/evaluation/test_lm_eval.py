@@ -186,6 +186,12 @@ def test_greedy_where_sampling_is_asked_for_at_temperature_0():
     assert not Wish.of({"do_sample": True, "temperature": 0}, 9).options["do_sample"]
 
 
+def test_an_embedded_model_takes_a_dtype():
+    assert PyquietLM("tiny-causal", dtype="float64", device="cpu").model.dtype == torch.float64
+    with pytest.raises(ValueError, match="dtype must be a dtype of torch, such as float32, got 'float99'"):
+        PyquietLM("tiny-causal", dtype="float99", device="cpu")
+
+
 def test_a_prompt_leaves_room_for_what_is_written(harnessed, by_character):
     model = harnessed(max_length=20, max_gen_toks=15)
     whole, end = requests(("A bird sang", {}), ("sang.", {}))

@@ -257,7 +257,10 @@ def _load(
     if pretrained in available():
         model, words = load(pretrained)
         if dtype not in (None, "auto"):
-            model = model.to(getattr(torch, str(dtype).removeprefix("torch.")))
+            kind = getattr(torch, str(dtype).removeprefix("torch."), None)
+            if not isinstance(kind, torch.dtype):
+                raise ValueError(f"dtype must be a dtype of torch, such as float32, got {dtype!r}")
+            model = model.to(kind)
     else:
         model = AutoModelForCausalLM.from_pretrained(pretrained, **({} if dtype is None else {"dtype": dtype}))
         words = None
